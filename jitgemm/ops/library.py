@@ -1,0 +1,102 @@
+"""The casts and layout transforms as torch operators, ``torch.ops.jitgemm.*``.
+
+What a graph, a fake tensor or a dispatch mode sees in place of the public functions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from jitgemm.ops.layout import check_scales, copy_to_mn_major
+from jitgemm.ops.quantize import check_cast, check_packing
+from jitgemm.reference import layout, quantize
+from jitgemm.reference.quantize import ceil_div
+
+
+def _define(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    name, signature = schema.split("(", 1)
+    operator = torch.library.custom_op(f"jitgemm::{name}", implementation, mutates_args=(), schema=f"({signature}")
+    operator.register_fake(fake)
+
+
+def _per_token(x: Tensor, use_ue8m0: bool, gran_k: int, use_packed_ue8m0: bool) -> tuple[Tensor, Tensor]:
+    check_cast(x, gran_k)
+    check_packing(use_ue8m0, use_packed_ue8m0)
+    return quantize.per_token_cast_to_fp8(x, use_ue8m0, gran_k, use_packed_ue8m0)
+
+
+def _per_token_fake(x: Tensor, use_ue8m0: bool, gran_k: int, use_packed_ue8m0: bool) -> tuple[Tensor, Tensor]:
+    check_cast(x, gran_k)
+    check_packing(use_ue8m0, use_packed_ue8m0)
+    m, groups = x.shape[0], ceil_div(x.shape[1], gran_k)
+    sf = (
+        x.new_empty((m, ceil_div(groups, 4)), dtype=torch.int32)
+        if use_packed_ue8m0
+        else x.new_empty((m, groups), dtype=torch.float32)
+    )
+    return x.new_empty(x.shape, dtype=torch.float8_e4m3fn), sf
+
+
+def _per_channel(x: Tensor, use_ue8m0: bool, gran_k: int) -> tuple[Tensor, Tensor]:
+    check_cast(x, gran_k)
+    return quantize.per_channel_cast_to_fp8(x, use_ue8m0, gran_k)
+
+
+def _per_channel_fake(x: Tensor, use_ue8m0: bool, gran_k: int) -> tuple[Tensor, Tensor]:
+    check_cast(x, gran_k)
+    sf = x.new_empty((ceil_div(x.shape[0], gran_k), x.shape[1]), dtype=torch.float32)
+    return x.new_empty(x.shape, dtype=torch.float8_e4m3fn), sf
+
+
+def _per_block(x: Tensor, use_ue8m0: bool, gran_k: int) -> tuple[Tensor, Tensor]:
+    check_cast(x, gran_k)
+    return quantize.per_block_cast_to_fp8(x, use_ue8m0, gran_k)
+
+
+def _per_block_fake(x: Tensor, use_ue8m0: bool, gran_k: int) -> tuple[Tensor, Tensor]:
+    check_cast(x, gran_k)
+    sf = x.new_empty((ceil_div(x.shape[0], gran_k), ceil_div(x.shape[1], gran_k)), dtype=torch.float32)
+    return x.new_empty(x.shape, dtype=torch.float8_e4m3fn), sf
+
+
+def _mn_major(sf: Tensor) -> Tensor:
+    check_scales(sf)
+    return copy_to_mn_major(sf)
+
+
+def _mn_major_fake(sf: Tensor) -> Tensor:
+    check_scales(sf)
+    return layout.empty_mn_major(sf.shape, sf.dtype, sf.device)
+
+
+def _packed(sf: Tensor) -> Tensor:
+    check_scales(sf)
+    return layout.get_mn_major_tma_aligned_packed_ue8m0_tensor(sf)
+
+
+def _packed_fake(sf: Tensor) -> Tensor:
+    check_scales(sf)
+    return layout.empty_mn_major(layout.packed_shape(sf.shape), torch.int32, sf.device)
+
+
+_define(
+    "per_token_cast_to_fp8(Tensor x, bool use_ue8m0, int gran_k, bool use_packed_ue8m0) -> (Tensor, Tensor)",
+    _per_token,
+    _per_token_fake,
+)
+_define(
+    "per_channel_cast_to_fp8(Tensor x, bool use_ue8m0, int gran_k) -> (Tensor, Tensor)",
+    _per_channel,
+    _per_channel_fake,
+)
+_define(
+    "per_block_cast_to_fp8(Tensor x, bool use_ue8m0, int gran_k) -> (Tensor, Tensor)",
+    _per_block,
+    _per_block_fake,
+)
+_define("get_mn_major_tma_aligned_tensor(Tensor sf) -> Tensor", _mn_major, _mn_major_fake)
+_define("get_mn_major_tma_aligned_packed_ue8m0_tensor(Tensor sf) -> Tensor", _packed, _packed_fake)

@@ -1,0 +1,1 @@
+"""The operations in plain torch, on any device: what CPU tensors get, and what tests compare kernels with."""
