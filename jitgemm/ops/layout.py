@@ -27,7 +27,7 @@ def get_tma_aligned_size(mn: int, element_size: int) -> int:
 
 
 def get_mn_major_tma_aligned_tensor(sf: Tensor) -> Tensor:
-    """Scales in the layout that the GEMM kernels load; ``sf`` itself where it is in that layout already.
+    """Scales in the layout that the GEMM kernels load; eagerly, ``sf`` itself where it is in that layout already.
 
     Args:
         sf: fp32 [mn, k_blocks] or [groups, mn, k_blocks], any strides.
@@ -41,14 +41,12 @@ def get_mn_major_tma_aligned_tensor(sf: Tensor) -> Tensor:
     """
     check_scales(sf)
     sf = sf.detach() if sf.requires_grad else sf
-    dispatched = needs_dispatch(sf)
-    # An operator must not return its input, so this is decided out here. Tensors without data have no address.
-    address = sf.storage_offset() * sf.element_size() if dispatched else sf.data_ptr()
-    if reference.has_mn_major_strides(sf) and address % reference.TMA_ALIGNMENT == 0:
-        return sf
-    if dispatched:
+    if needs_dispatch(sf):
+        # Always a copy: the address, which decides too, is not known there, and an operator can't return its input.
         result: Tensor = torch.ops.jitgemm.get_mn_major_tma_aligned_tensor(sf)
         return result
+    if reference.has_mn_major_strides(sf) and sf.data_ptr() % reference.TMA_ALIGNMENT == 0:
+        return sf
     return copy_to_mn_major(sf)
 
 

@@ -4,6 +4,10 @@ A group's scale is its largest magnitude, at least 1e-4, divided by 448 (the lar
 its elements are multiplied by the scale's reciprocal in fp32 and rounded to nearest even. With
 ``use_ue8m0`` the scale is rounded up to a power of two.
 
+The bits are those of DeepGEMM's casts on the same device. Torch divides by a constant exactly on CPU
+tensors, but multiplies by its fp32 reciprocal on CUDA tensors, so an fp32 scale may differ in its
+last bit between the two.
+
 Every function is written so that its last, partial group counts as if padded with zeros.
 """
 
