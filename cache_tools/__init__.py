@@ -1,0 +1,1 @@
+"""The ``jitgemm`` command."""

@@ -1,0 +1,80 @@
+"""Why the heuristics choose what they choose for one problem."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from jitgemm.cache_tools.console import print_json, print_table
+from jitgemm.device import Device
+
+if TYPE_CHECKING:
+    from jitgemm.families.gemm import GemmProblem
+    from jitgemm.heuristics import Candidate, Explanation
+
+
+def explain(problem: GemmProblem, device: Device, *, top: int, as_json: bool) -> None:
+    """Print the ``top`` candidates with their predicted cost, why others are illegal, and the winner."""
+    from jitgemm import heuristics
+
+    explanation = heuristics.explain(problem, device)
+    legal = _by_cost(explanation)
+    illegal = _by_reason(explanation)
+    if as_json:
+        print_json(
+            problem=problem.to_dict(),
+            device=device.name,
+            winner=explanation.winner.to_dict(),
+            candidates=[_to_dict(candidate) for candidate in legal],
+            illegal=[
+                {"reason": reason, "configs": [candidate.config.to_dict() for candidate in candidates]}
+                for reason, candidates in illegal
+            ],
+        )
+        return
+    print(
+        f"{problem.m} x {problem.n} x {problem.k}, {problem.recipe} {problem.layout}, D in {problem.d_dtype},"
+        f" on {device.name} with {device.num_sms} SMs: {explanation.winner}\n"
+    )
+    terms = list(dict.fromkeys(name for candidate in legal for name in candidate.terms))
+    print_table(
+        ["config", ">predicted us", *(f">{name}" for name in terms)],
+        [
+            (
+                f"{candidate.config}{'  <- winner' if candidate.config == explanation.winner else ''}",
+                _number(candidate.cost_us),
+                *(_number(candidate.terms.get(name)) for name in terms),
+            )
+            for candidate in legal[:top]
+        ],
+    )
+    if len(legal) > top:
+        print(f"... and {len(legal) - top} legal candidates more (--top {len(legal)} shows all)\n")
+    if illegal:
+        print_table(
+            [">illegal", "because", "such as"],
+            [(len(candidates), reason, candidates[0].config) for reason, candidates in illegal],
+        )
+
+
+def _by_cost(explanation: Explanation) -> list[Candidate]:
+    """Legal candidates, cheapest first; the winner leads among equals."""
+    legal = [candidate for candidate in explanation.candidates if candidate.cost_us is not None]
+    return sorted(legal, key=lambda c: (c.cost_us, c.config != explanation.winner, c.config))
+
+
+def _by_reason(explanation: Explanation) -> Sequence[tuple[str, list[Candidate]]]:
+    """Illegal candidates of each reason, the most frequent reason first."""
+    groups: dict[str, list[Candidate]] = {}
+    for candidate in explanation.candidates:
+        if candidate.reason is not None:
+            groups.setdefault(candidate.reason, []).append(candidate)
+    return sorted(groups.items(), key=lambda item: (-len(item[1]), item[0]))
+
+
+def _to_dict(candidate: Candidate) -> dict[str, Any]:
+    return {"config": candidate.config.to_dict(), "cost_us": candidate.cost_us, "terms": candidate.terms}
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"

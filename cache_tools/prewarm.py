@@ -1,0 +1,235 @@
+"""Fill the cache with every kernel that the calls of some problems can need."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jitgemm.cache_tools.console import (
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    EnvironmentFaultError,
+    print_error,
+    print_table,
+    printable,
+)
+from jitgemm.cache_tools.problems import NamedProblem
+from jitgemm.cache_tools.storage import write_fault
+from jitgemm.device import Device
+from jitgemm.families import KernelSpec, family_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+HIT, BUILT, FAILED, MISSING = "hit", "built", "failed", "missing"
+
+
+@dataclass
+class Kernel:
+    """One kernel of the set, who needs it, and what became of it."""
+
+    spec: KernelSpec
+    key: str
+    problems: list[NamedProblem]
+    state: str = MISSING
+    seconds: float = 0.0
+    registers: int | None = None
+    spill_bytes: int | None = None
+    error: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The kernel's entry in the JSON report."""
+        return {
+            "key": self.key,
+            "config": family_of(self.spec).describe(self.spec),
+            "spec": self.spec.to_dict(),
+            "state": self.state,
+            "seconds": round(self.seconds, 3),
+            "registers": self.registers,
+            "spill_bytes": self.spill_bytes,
+            "error": self.error,
+        }
+
+
+@dataclass
+class Report:
+    """The whole set, in the order of problems and devices."""
+
+    problems: Sequence[NamedProblem]
+    kernels: Sequence[Kernel]
+    directory: Path
+    dry_run: bool = False
+    interrupted: bool = False
+    seconds: float = field(default=0.0)
+
+    def in_state(self, state: str) -> list[Kernel]:
+        """The kernels of one state."""
+        return [kernel for kernel in self.kernels if kernel.state == state]
+
+    @property
+    def exit_code(self) -> int:
+        """0 where all that was asked is in the cache now (a dry run asks nothing)."""
+        if self.interrupted:
+            return EXIT_INTERRUPTED
+        return EXIT_FAILED if self.in_state(FAILED) else 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON report, without its schema."""
+        return {
+            "needed": len(self.kernels),
+            "hits": len(self.in_state(HIT)),
+            "built": len(self.in_state(BUILT)),
+            "failed": len(self.in_state(FAILED)),
+            "seconds": round(self.seconds, 3),
+            "dry_run": self.dry_run,
+            "interrupted": self.interrupted,
+            "cache_dir": str(self.directory),
+            "kernels": [kernel.to_dict() for kernel in self.kernels],
+        }
+
+
+def prewarm(
+    problems: Sequence[NamedProblem], devices: Sequence[Device], *, jobs: int, dry_run: bool, progress: bool
+) -> Report:
+    """Build what the cache lacks of the kernels that ``problems`` can need on ``devices``.
+
+    Raises:
+        EnvironmentFaultError: there is something to build, and no NVRTC or no place to put it.
+    """
+    from jitgemm.builder import find_cached
+    from jitgemm.cache import default_cache
+
+    start = time.perf_counter()
+    cache = default_cache()
+    kernels = _needed(problems, devices)
+    for kernel in kernels:
+        cubin = find_cached(kernel.spec)
+        if cubin is not None:
+            kernel.state = HIT
+            kernel.registers, kernel.spill_bytes = cubin.metadata.registers, cubin.metadata.spill_bytes
+    report = Report(problems, kernels, cache.directory, dry_run)
+    missing = report.in_state(MISSING)
+    if missing and not dry_run:
+        _require_tools(cache.directory)
+        with _progress_bar(len(missing), shown=progress) as advance:
+            try:
+                _build(missing, jobs, cache.directory, advance)
+            except KeyboardInterrupt:
+                report.interrupted = True
+    report.seconds = time.perf_counter() - start
+    return report
+
+
+def print_report(report: Report) -> None:
+    """The closing table: a row for each problem, then the totals; failures go to stderr."""
+    print_table(
+        ["layer", ">n", ">k", "recipe", "layout", "d", ">kernels", ">cached", ">built", ">failed"],
+        [
+            (named.layer, p.n, p.k, p.recipe, p.layout, p.d_dtype, *_counts(report, named))
+            for named in report.problems
+            for p in [named.problem]
+        ],
+        total=("distinct kernels", "", "", "", "", "", *_counts(report)),
+    )
+    verb = "would build" if report.dry_run else "built"
+    built = len(report.in_state(MISSING if report.dry_run else BUILT))
+    print(
+        f"{verb} {built} of {len(report.kernels)} kernels, {len(report.in_state(HIT))} already cached,"
+        f" {len(report.in_state(FAILED))} failed; {report.seconds:.1f} s; cache {printable(report.directory)}"
+    )
+    if spilling := sum(1 for kernel in report.kernels if kernel.spill_bytes):
+        print(f"{spilling} kernels spill registers")
+    failures: dict[str, list[Kernel]] = {}
+    for kernel in report.in_state(FAILED):
+        failures.setdefault(_headline(kernel.error or ""), []).append(kernel)
+    for headline, kernels in failures.items():
+        example = kernels[0]
+        description = family_of(example.spec).describe(example.spec)
+        print_error(f"{len(kernels)} failed, such as {description} ({example.key[:12]}): {headline}")
+    if report.interrupted:
+        print_error(f"interrupted; {len(report.in_state(MISSING))} kernels are not built, the same command continues")
+
+
+def _counts(report: Report, named: NamedProblem | None = None) -> tuple[int, int, int, int]:
+    kernels = [kernel for kernel in report.kernels if named is None or named in kernel.problems]
+    states = [kernel.state for kernel in kernels]
+    return len(kernels), states.count(HIT), states.count(BUILT), states.count(FAILED)
+
+
+def _headline(error: str) -> str:
+    """An error's first line and, where a compiler's log follows, the log's first error; --json has it all."""
+    first, *log = error.splitlines() or [""]
+    return " ".join([first, *(line.strip() for line in log if "error" in line)][:2])
+
+
+def _needed(problems: Iterable[NamedProblem], devices: Sequence[Device]) -> list[Kernel]:
+    from jitgemm import heuristics
+    from jitgemm.cache_key import cache_key
+
+    users: dict[KernelSpec, dict[NamedProblem, None]] = {}
+    for named in problems:
+        for device in devices:
+            for spec in heuristics.enumerate_specs(named.problem, device):
+                users.setdefault(spec, {})[named] = None
+    return [Kernel(spec, cache_key(spec), list(named)) for spec, named in users.items()]
+
+
+def _require_tools(directory: Path) -> None:
+    """Say once, before any worker starts, what all of them would fail for."""
+    from jitgemm.compiler import find_nvrtc
+
+    find_nvrtc()
+    if fault := write_fault(directory):
+        raise EnvironmentFaultError(f"the cache directory {directory} cannot be written: {fault}")
+
+
+def _build(kernels: Sequence[Kernel], jobs: int, directory: Path, advance: Callable[[], None]) -> None:
+    from jitgemm.cache_tools.workers import build_all
+
+    with contextlib.closing(
+        build_all([kernel.spec for kernel in kernels], jobs, {"cache_dir": directory, "jit": "allow"})
+    ) as outcomes:
+        for index, outcome in outcomes:
+            kernel = kernels[index]
+            kernel.seconds, kernel.error = outcome.seconds, outcome.error
+            kernel.registers, kernel.spill_bytes = outcome.registers, outcome.spill_bytes
+            kernel.state = FAILED if outcome.error else BUILT if outcome.compiled else HIT
+            advance()
+
+
+@contextlib.contextmanager
+def _progress_bar(total: int, *, shown: bool) -> Iterator[Callable[[], None]]:
+    if not shown:
+        yield lambda: None
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        ProgressColumn,
+        Task,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+    from rich.text import Text
+
+    class Rate(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            return Text(f"{task.speed:.1f} kernels/s" if task.speed else "- kernels/s")
+
+    with Progress(
+        TextColumn("building"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        Rate(),
+        TimeRemainingColumn(compact=True, elapsed_when_finished=True),
+        console=Console(file=sys.stderr),
+    ) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda: bar.advance(task)
