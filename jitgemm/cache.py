@@ -290,10 +290,11 @@ def _cache_in(directory: Path) -> KernelCache:
 def _user_directory() -> Path:
     import platformdirs
 
-    directory = platformdirs.user_cache_path("jitgemm")
-    if directory.is_absolute():
-        return directory
-    fallback = Path(f"/tmp/jitgemm-{os.getuid()}")  # no home: never resolve against the working directory
+    with contextlib.suppress(RuntimeError):  # without a home, platformdirs raises this or gives a relative path
+        directory = platformdirs.user_cache_path("jitgemm")
+        if directory.is_absolute():  # never resolve against the working directory
+            return directory
+    fallback = Path(f"/tmp/jitgemm-{os.getuid()}")
     logger.warning("kernel cache: this user has no home directory; using %s (JITGEMM_CACHE_DIR sets another)", fallback)
     return fallback
 

@@ -1,0 +1,65 @@
+"""SIGKILL at each step of a publish: afterwards the key is a miss or a whole entry."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+from support import KEY, in_forked_child, make_cubin
+
+from jitgemm import cache as module
+from jitgemm.cache import KernelCache
+
+NEW = make_cubin(image=os.urandom(100_000))  # larger than any buffer, so that a kill can leave a part
+OLD = make_cubin(image=b"an older image")
+
+
+def _publish_and_die_at(line: int, directory: Path) -> int:
+    """Exit code of a process that publishes and is killed before the ``line``-th line of cache.py that it runs."""
+    seen = 0
+
+    def trace(frame: FrameType, event: str, argument: Any) -> Any:
+        nonlocal seen
+        if frame.f_code.co_filename != module.__file__:
+            return None
+        if event == "line":
+            seen += 1
+            if seen == line:
+                os.kill(os.getpid(), signal.SIGKILL)
+        return trace
+
+    def child() -> None:
+        cache = KernelCache(directory)
+        sys.settrace(trace)
+        cache.publish(NEW)
+
+    return in_forked_child(child)
+
+
+@pytest.mark.parametrize("before", ["nothing", "an older entry", "a damaged entry"])
+def test_killed_at_each_step(tmp_path: Path, before: str) -> None:
+    outcomes = []
+    line = code = 0
+    while code != 0 or line == 0:
+        line += 1
+        cache = KernelCache(tmp_path / str(line))
+        if before != "nothing":
+            path = cache.publish(OLD)
+            if before == "a damaged entry":
+                path.write_bytes(path.read_bytes()[:-1])
+        code = _publish_and_die_at(line, cache.directory)
+        assert code in (0, -signal.SIGKILL)
+        found = cache.find(KEY)
+        assert found in ((OLD, NEW) if before == "an older entry" else (None, NEW))
+        outcomes.append(found == NEW)
+        cache.publish(NEW)  # the next use heals the key and sweeps what was left
+        assert cache.find(KEY) == NEW
+        assert os.listdir(cache.directory / "staging") == []
+    assert outcomes == sorted(outcomes)  # first invisible, then whole
+    assert outcomes.count(False) > 20
+    assert outcomes.count(True) > 3
