@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, Jitgemm
+from command import ROOT, Jitgemm
 
 from jitgemm.cache_tools.cli import run
 
