@@ -52,8 +52,7 @@ def examine() -> Diagnosis:
         nvrtc=_nvrtc(problems),
         cache=_cache(problems),
         settings=[
-            {"name": name, "value": None if value is None else str(value), "source": source}
-            for name, value, source in settings.in_force()
+            {"name": name, "value": _as_written(value), "source": source} for name, value, source in settings.in_force()
         ],
         problems=problems,
     )
@@ -68,14 +67,24 @@ def print_diagnosis(diagnosis: Diagnosis) -> None:
         [(n["path"], n["version"], "yes" if n["chosen"] else "no", n["reason"]) for n in diagnosis.nvrtc],
     )
     print_table(["cache", ""], [(name, value) for name, value in diagnosis.cache.items() if value is not None])
+    defaults = {name: default for name, default, _, _ in settings.table()}
     print_table(
         ["setting", "value", "from"],
-        [(s["name"], s["value"] or "", s["source"]) for s in diagnosis.settings],
+        [(s["name"], s["value"] or f"({defaults[s['name']]})", s["source"]) for s in diagnosis.settings],
     )
     for problem in diagnosis.problems:
         print(printable(f"problem: {problem}"))
     if not diagnosis.problems:
         print("OK")
+
+
+def _as_written(value: Any) -> str | None:
+    """A setting's value as its variable would hold it."""
+    if isinstance(value, bool):
+        return str(int(value))
+    if isinstance(value, tuple):
+        return "x".join(map(str, value))
+    return None if value is None else str(value)
 
 
 def _versions(problems: list[str]) -> Iterator[tuple[str, str | None]]:

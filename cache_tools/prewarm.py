@@ -26,6 +26,8 @@ from jitgemm.families import KernelSpec, family_of
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from jitgemm.families.gemm import GemmProblem
+
 HIT, BUILT, FAILED, MISSING = "hit", "built", "failed", "missing"
 
 
@@ -127,14 +129,24 @@ def prewarm(
 
 def print_report(report: Report) -> None:
     """The closing table: a row for each problem, then the totals; failures go to stderr."""
+    states = {"cached": HIT, "built": BUILT, "failed": FAILED}
+    if not report.in_state(FAILED):
+        del states["failed"]
+
+    def row(label: str, kernels: Sequence[Kernel], problem: GemmProblem | None = None) -> tuple[object, ...]:
+        counts = [len(kernels), *(sum(kernel.state == state for kernel in kernels) for state in states.values())]
+        if problem is None:
+            return (label, None, None, None, None, *counts)
+        recipe = problem.recipe if problem.layout == "nt" else f"{problem.recipe} {problem.layout}"
+        return (label, problem.n, problem.k, recipe, problem.d_dtype, *counts)
+
     print_table(
-        ["layer", ">n", ">k", "recipe", "layout", "d", ">kernels", ">cached", ">built", ">failed"],
+        ["layer", ">n", ">k", "recipe", "D", ">needed", *(f">{name}" for name in states)],
         [
-            (named.layer, p.n, p.k, p.recipe, p.layout, p.d_dtype, *_counts(report, named))
+            row(named.layer, [kernel for kernel in report.kernels if named in kernel.problems], named.problem)
             for named in report.problems
-            for p in [named.problem]
         ],
-        total=("distinct kernels", "", "", "", "", "", *_counts(report)),
+        total=row("together", report.kernels),
     )
     verb = "would build" if report.dry_run else "built"
     built = len(report.in_state(MISSING if report.dry_run else BUILT))
@@ -153,12 +165,6 @@ def print_report(report: Report) -> None:
         print_error(f"{len(kernels)} failed, such as {description} ({example.key[:12]}): {headline}")
     if report.interrupted:
         print_error(f"interrupted; {len(report.in_state(MISSING))} kernels are not built, the same command continues")
-
-
-def _counts(report: Report, named: NamedProblem | None = None) -> tuple[int, int, int, int]:
-    kernels = [kernel for kernel in report.kernels if named is None or named in kernel.problems]
-    states = [kernel.state for kernel in kernels]
-    return len(kernels), states.count(HIT), states.count(BUILT), states.count(FAILED)
 
 
 def _headline(error: str) -> str:
