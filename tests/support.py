@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -47,6 +48,7 @@ def in_forked_child(action: Callable[[], None], *, user: int | None = None) -> i
     pid = os.fork()
     if pid == 0:
         code = 1
+        signal.alarm(60)  # a child that hangs is a failure, not a hang of the tests
         try:
             if user is not None:
                 os.setgid(user)
