@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from typing import TYPE_CHECKING
 
+from jitgemm.device import ARCHITECTURES
 from jitgemm.errors import CompileError
 from jitgemm.families import KernelSpec, family_of
 
@@ -74,7 +75,9 @@ def _headers() -> dict[str, str]:
 
 
 def _generators() -> dict[str, str]:
-    return _texts(_PACKAGE / "families", ".py") | _texts(_PACKAGE, "render.py")
+    # Of device.py only the facts that families build kernels from, not the rates that cost models read.
+    architectures = {"architectures": repr(ARCHITECTURES)}
+    return _texts(_PACKAGE / "families", ".py") | _texts(_PACKAGE, "render.py") | architectures
 
 
 def _texts(folder: Traversable, suffix: str) -> dict[str, str]:

@@ -83,6 +83,15 @@ def test_a_new_header_is_in_the_digest(copied: Path) -> None:
     assert _run(copied, _DIGEST) != template_digest()
 
 
+@pytest.mark.parametrize(("fact", "counts"), [("smem_per_block=232_448", True), ("hbm_bytes_per_s=4.3e12", False)])
+def test_of_the_device_only_the_architecture_is_in_the_digest(copied: Path, fact: str, counts: bool) -> None:
+    path = copied / "jitgemm/device.py"
+    text = path.read_text()
+    assert fact in text
+    path.write_text(text.replace(fact, fact.split("=")[0] + "=100_000"))
+    assert (_run(copied, _DIGEST) != template_digest()) == counts
+
+
 def test_what_is_rendered_is_what_was_digested(copied: Path) -> None:
     code = """
 from pathlib import Path
