@@ -6,6 +6,7 @@ imports torch but ``demo``.
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -46,11 +47,22 @@ _EXIT_CODES: tuple[tuple[type[Exception], int], ...] = (
 )
 
 
+class _Warnings(logging.Handler):
+    """Shows what the library warns of."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print_error(f"warning: {record.getMessage()}")
+
+
 def main() -> None:
     """Entry point of the ``jitgemm`` script."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a path in the report must not fail on an ASCII terminal
             stream.reconfigure(errors="backslashreplace")
+    logging.getLogger("jitgemm").addHandler(_Warnings())
     sys.exit(run(sys.argv[1:]))
 
 

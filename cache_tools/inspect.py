@@ -14,6 +14,11 @@ SHORT_KEY = 12
 """Digits of a key in tables; ``show`` accepts them."""
 
 
+def known(value: int) -> int | None:
+    """A resource's use, or None where the compiler did not tell it."""
+    return None if value == UNKNOWN else value
+
+
 def list_entries(*, as_json: bool) -> None:
     """Print every entry of the cache, invalid ones with the reason."""
     cache = default_cache()
@@ -31,8 +36,8 @@ def list_entries(*, as_json: bool) -> None:
                     entry.metadata.arch if entry.metadata else None,
                     entry.nvrtc_version,
                     entry.size,
-                    _known(entry.metadata.registers) if entry.metadata else None,
-                    _known(entry.metadata.spill_bytes) if entry.metadata else None,
+                    known(entry.metadata.registers) if entry.metadata else None,
+                    known(entry.metadata.spill_bytes) if entry.metadata else None,
                 )
                 for entry in entries
             ],
@@ -101,9 +106,9 @@ def _properties(entry: EntryInfo) -> list[tuple[str, object]]:
         *rows,
         ("NVRTC", metadata.nvrtc_version),
         ("symbol", metadata.kernel_name),
-        ("registers", _known(metadata.registers)),
-        ("spilled bytes", _known(metadata.spill_bytes)),
-        ("stack bytes", _known(metadata.stack_bytes)),
+        ("registers", known(metadata.registers)),
+        ("spilled bytes", known(metadata.spill_bytes)),
+        ("stack bytes", known(metadata.stack_bytes)),
         ("compile seconds", f"{metadata.compile_seconds:.2f}"),
         ("cubin bytes", metadata.size),
         ("cubin sha256", metadata.sha256),
@@ -133,9 +138,9 @@ def _to_dict(entry: EntryInfo) -> dict[str, Any]:
         "bytes": entry.size,
         "arch": metadata.arch if metadata else None,
         "symbol": metadata.kernel_name if metadata else None,
-        "registers": _known(metadata.registers) if metadata else None,
-        "spill_bytes": _known(metadata.spill_bytes) if metadata else None,
-        "stack_bytes": _known(metadata.stack_bytes) if metadata else None,
+        "registers": known(metadata.registers) if metadata else None,
+        "spill_bytes": known(metadata.spill_bytes) if metadata else None,
+        "stack_bytes": known(metadata.stack_bytes) if metadata else None,
         "compile_seconds": metadata.compile_seconds if metadata else None,
         "warnings": list(metadata.warnings) if metadata else [],
         "problem": entry.problem,
@@ -151,7 +156,3 @@ def _describe(entry: EntryInfo) -> str:
         return family_of(spec).describe(spec)
     except Exception:
         return f"{spec.family} ({entry.metadata.kernel_name})"
-
-
-def _known(value: int) -> int | None:
-    return None if value == UNKNOWN else value

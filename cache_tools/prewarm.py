@@ -37,7 +37,7 @@ class Kernel:
 
     spec: KernelSpec
     key: str
-    problems: list[NamedProblem]
+    problems: set[NamedProblem]
     state: str = MISSING
     seconds: float = 0.0
     registers: int | None = None
@@ -105,6 +105,7 @@ def prewarm(
     """
     from jitgemm.builder import find_cached
     from jitgemm.cache import default_cache
+    from jitgemm.cache_tools.inspect import known
 
     start = time.perf_counter()
     cache = default_cache()
@@ -113,7 +114,8 @@ def prewarm(
         cubin = find_cached(kernel.spec)
         if cubin is not None:
             kernel.state = HIT
-            kernel.registers, kernel.spill_bytes = cubin.metadata.registers, cubin.metadata.spill_bytes
+            kernel.registers = known(cubin.metadata.registers)
+            kernel.spill_bytes = known(cubin.metadata.spill_bytes)
     report = Report(problems, kernels, cache.directory, dry_run)
     missing = report.in_state(MISSING)
     if missing and not dry_run:
@@ -177,12 +179,12 @@ def _needed(problems: Iterable[NamedProblem], devices: Sequence[Device]) -> list
     from jitgemm import heuristics
     from jitgemm.cache_key import cache_key
 
-    users: dict[KernelSpec, dict[NamedProblem, None]] = {}
+    users: dict[KernelSpec, set[NamedProblem]] = {}
     for named in problems:
         for device in devices:
             for spec in heuristics.enumerate_specs(named.problem, device):
-                users.setdefault(spec, {})[named] = None
-    return [Kernel(spec, cache_key(spec), list(named)) for spec, named in users.items()]
+                users.setdefault(spec, set()).add(named)
+    return [Kernel(spec, cache_key(spec), askers) for spec, askers in users.items()]
 
 
 def _require_tools(directory: Path) -> None:

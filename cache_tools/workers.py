@@ -172,6 +172,7 @@ def _build(spec: KernelSpec, messages: _Messages) -> Outcome:
     start = time.perf_counter()
     try:
         from jitgemm.builder import build, find_cached
+        from jitgemm.cache_tools.inspect import known
 
         built = build(spec)
         stored = find_cached(spec) is not None
@@ -181,7 +182,7 @@ def _build(spec: KernelSpec, messages: _Messages) -> Outcome:
     return Outcome(
         compiled=built.source == "compiled",
         seconds=time.perf_counter() - start,
-        registers=metadata.registers,
-        spill_bytes=metadata.spill_bytes,
+        registers=known(metadata.registers),
+        spill_bytes=known(metadata.spill_bytes),
         error=None if stored else "; ".join(["built, but not stored in the cache", *messages.texts]),
     )

@@ -189,8 +189,10 @@ def test_a_damaged_entry_is_built_again(jitgemm: Jitgemm, shapes: Path) -> None:
     needed = jitgemm.json(*arguments, environment=NARROW)["needed"]
     damaged = jitgemm.cached_files()[0]
     damaged.write_bytes(damaged.read_bytes()[:-100])
-    report = jitgemm.json(*arguments, environment=NARROW)
+    done = jitgemm(*arguments, "--json", environment=NARROW)
+    report = json.loads(done.stdout)
     assert (report["hits"], report["built"]) == (needed - 1, 1)
+    assert done.stderr.startswith(f"jitgemm: warning: kernel cache: {damaged} is ignored")
 
 
 def test_one_failure_does_not_stop_the_rest(jitgemm: Jitgemm, shapes: Path) -> None:
