@@ -1,0 +1,439 @@
+"""Dense GEMM on SM90a: ``D = A @ B^T (+ C)`` for FP8 and BF16 operands.
+
+``GemmProblem`` is what is asked, ``GemmConfig`` what the heuristics chose; together they make the
+``KernelSpec``. Tiles are in D's coordinates; with ``swap_ab`` the kernel computes the transposed
+product, so that B's rows take the MMA's M side (64 rows an instruction) and A's rows its N side.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from jitgemm.device import SM90A
+from jitgemm.errors import ProblemError
+from jitgemm.families.base import KernelSpec
+
+SCALE_GROUP = 128
+"""Elements of K (and rows of B in a 128x128 block) that share one scale, and between two promotions."""
+
+WARPGROUP = 128  # threads
+MMA_M = 64  # rows of one warpgroup-wide MMA
+STAGE_ROW_BYTES = 128  # bytes of K of one operand row in one stage: the widest TMA swizzle
+SMEM_ALIGNMENT = 1024  # bytes: repeat of the 128-byte swizzle
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How operands are stored and scaled.
+
+    ``a_scales`` and ``b_scales`` say what one scale covers: ``none``, ``row_k`` (one row x 128 of K),
+    ``block_k`` (128 rows x 128 of K), ``row`` or ``tensor``.
+    """
+
+    name: str
+    operand_bytes: int
+    a_scales: str
+    b_scales: str
+
+    @property
+    def is_fp8(self) -> bool:
+        """Whether the operands are e4m3."""
+        return self.operand_bytes == 1
+
+
+RECIPES: dict[str, Recipe] = {
+    recipe.name: recipe
+    for recipe in (
+        Recipe("fp8_1x128_128x128", 1, "row_k", "block_k"),
+        Recipe("fp8_1x128_1x128", 1, "row_k", "row_k"),
+        Recipe("fp8_rowwise", 1, "row", "row"),
+        Recipe("fp8_tensorwise", 1, "tensor", "tensor"),
+        Recipe("bf16", 2, "none", "none"),
+    )
+}
+LAYOUTS = ("nt", "nn", "tn", "tt")
+D_DTYPES = {"bf16": 2, "fp32": 4}  # bytes
+
+
+@dataclass(frozen=True)
+class GemmProblem:
+    """What is asked of a dense GEMM; ``m`` is None where any m is meant.
+
+    Args:
+        n: columns of D.
+        k: length of the contraction.
+        recipe: a name in ``RECIPES``.
+        m: rows of D.
+        layout: BLAS letters of A and B: ``nt`` is A ``[m, k]`` and B ``[n, k]`` row-major, ``nn`` B ``[k, n]``,
+            ``tn`` A ``[k, m]`` and B ``[k, n]``, ``tt`` A ``[k, m]`` and B ``[n, k]``. FP8 has ``nt`` only.
+        d_dtype: ``bf16`` or ``fp32``.
+        fast_accum: leave FP8 partial sums in the tensor cores' accumulator (row-wise and tensor-wise only).
+
+    Raises:
+        ProblemError: a field is not of these.
+    """
+
+    n: int
+    k: int
+    recipe: str
+    m: int | None = None
+    layout: str = "nt"
+    d_dtype: str = "bf16"
+    fast_accum: bool = False
+
+    def __post_init__(self) -> None:
+        if self.recipe not in RECIPES:
+            raise ProblemError(f"recipe is {self.recipe!r}; accepted are {', '.join(RECIPES)}")
+        for name, low in (("n", 1), ("k", 1), ("m", 0)):
+            value = getattr(self, name)
+            if name == "m" and value is None:
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or not low <= value < 2**31:
+                raise ProblemError(f"{name} is {value!r}; accepted is an integer from {low} to 2**31 - 1")
+        if self.layout not in LAYOUTS:
+            raise ProblemError(f"layout is {self.layout!r}; accepted are {', '.join(LAYOUTS)}")
+        if self.d_dtype not in D_DTYPES:
+            raise ProblemError(f"d_dtype is {self.d_dtype!r}; accepted are {', '.join(D_DTYPES)}")
+        recipe = RECIPES[self.recipe]
+        if recipe.is_fp8 and self.layout != "nt":
+            raise ProblemError(f"layout is {self.layout!r}; FP8 operands must be nt (both K-major)")
+        if not isinstance(self.fast_accum, bool):
+            raise ProblemError(f"fast_accum is {self.fast_accum!r}; accepted is a boolean")
+        if self.fast_accum and recipe.a_scales not in ("row", "tensor"):
+            raise ProblemError(f"fast_accum is True; recipe {self.recipe} does not allow it (fp8_rowwise and fp8_tensorwise do)")
+
+    @property
+    def traits(self) -> Recipe:
+        """The recipe's facts."""
+        return RECIPES[self.recipe]
+
+    @property
+    def a_major(self) -> str:
+        """Contiguous dimension of A: ``k`` or ``mn``."""
+        return "k" if self.layout[0] == "n" else "mn"
+
+    @property
+    def b_major(self) -> str:
+        """Contiguous dimension of B: ``k`` or ``mn``."""
+        return "k" if self.layout[1] == "t" else "mn"
+
+    @property
+    def promotes(self) -> bool:
+        """Whether partial sums are added up in FP32 registers every 128 of K."""
+        return self.traits.is_fp8 and not self.fast_accum
+
+    def without_m(self) -> GemmProblem:
+        """The same problem for any m."""
+        return dataclasses.replace(self, m=None)
+
+    def with_m(self, m: int) -> GemmProblem:
+        """The same problem for one m."""
+        return dataclasses.replace(self, m=m)
+
+    def to_dict(self) -> dict[str, Any]:
+        """One line of a shapes file; ``from_dict`` reverses it."""
+        return {"kind": "gemm", **{f: v for f, v in dataclasses.asdict(self).items() if v is not None}}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> GemmProblem:
+        """Read one problem of a shapes file.
+
+        Raises:
+            ProblemError: an unknown or missing field, or a value that is not accepted.
+        """
+        if not isinstance(data, Mapping):
+            raise ProblemError(f"a problem is {type(data).__name__}; accepted is a JSON object")
+        fields = {field.name for field in dataclasses.fields(cls)}
+        values = dict(data)
+        kind = values.pop("kind", "gemm")
+        if kind != "gemm":
+            raise ProblemError(f"kind is {kind!r}; accepted is gemm")
+        if unknown := sorted(set(values) - fields):
+            raise ProblemError(f"unknown field {unknown[0]!r}; known are {', '.join(sorted(fields))}")
+        if missing := [name for name in ("n", "k", "recipe") if name not in values]:
+            raise ProblemError(f"field {missing[0]!r} is missing")
+        return cls(**values)
+
+
+@dataclass(frozen=True, order=True)
+class GemmConfig:
+    """What the heuristics choose. Shared memory and threads follow from it and are stored nowhere.
+
+    Args:
+        tile_m: rows of D in a tile.
+        tile_n: columns of D in a tile.
+        tile_k: elements of K in a pipeline stage.
+        stages: depth of the shared-memory ring.
+        cluster_m: CTAs of a cluster along m; they share B's tile by multicast.
+        cluster_n: CTAs of a cluster along n; they share A's tile by multicast.
+        split_k: CTAs of a cluster that share one tile, each with a part of K; partial sums meet in
+            distributed shared memory.
+        swap_ab: B's rows take the M side of the MMA.
+    """
+
+    tile_m: int
+    tile_n: int
+    tile_k: int
+    stages: int
+    cluster_m: int = 1
+    cluster_n: int = 1
+    split_k: int = 1
+    swap_ab: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form."""
+        return dataclasses.asdict(self)
+
+    def __str__(self) -> str:
+        parts = [f"{self.tile_m}x{self.tile_n}x{self.tile_k}", f"s{self.stages}"]
+        if self.cluster_m * self.cluster_n > 1:
+            parts.append(f"c{self.cluster_m}x{self.cluster_n}")
+        if self.split_k > 1:
+            parts.append(f"k{self.split_k}")
+        if self.swap_ab:
+            parts.append("swap")
+        return " ".join(parts)
+
+
+@dataclass(frozen=True)
+class KernelShape:
+    """What follows from a problem and a config, in the MMA's coordinates (after ``swap_ab``)."""
+
+    problem: GemmProblem
+    config: GemmConfig
+
+    @property
+    def mma_m(self) -> int:
+        """Tile rows on the M side of the MMA."""
+        return self.config.tile_n if self.config.swap_ab else self.config.tile_m
+
+    @property
+    def mma_n(self) -> int:
+        """Tile rows on the N side of the MMA."""
+        return self.config.tile_m if self.config.swap_ab else self.config.tile_n
+
+    @property
+    def m_side_major(self) -> str:
+        """Contiguous dimension of the M-side operand."""
+        return self.problem.b_major if self.config.swap_ab else self.problem.a_major
+
+    @property
+    def n_side_major(self) -> str:
+        """Contiguous dimension of the N-side operand."""
+        return self.problem.a_major if self.config.swap_ab else self.problem.b_major
+
+    @property
+    def m_side_scales(self) -> str:
+        """Granularity of the M-side operand's scales."""
+        traits = self.problem.traits
+        return traits.b_scales if self.config.swap_ab else traits.a_scales
+
+    @property
+    def n_side_scales(self) -> str:
+        """Granularity of the N-side operand's scales."""
+        traits = self.problem.traits
+        return traits.a_scales if self.config.swap_ab else traits.b_scales
+
+    @property
+    def math_warpgroups(self) -> int:
+        """Warpgroups that issue MMAs: one for each 64 rows up to two."""
+        return min(2, self.mma_m // MMA_M)
+
+    @property
+    def waves(self) -> int:
+        """Blocks of 64 rows that one warpgroup computes, one after the other."""
+        return self.mma_m // (MMA_M * self.math_warpgroups)
+
+    @property
+    def num_threads(self) -> int:
+        """Threads of a block: the math warpgroups and the producer's."""
+        return WARPGROUP * (self.math_warpgroups + 1)
+
+    @property
+    def m_side_bytes(self) -> int:
+        """Bytes of the M-side operand in one stage."""
+        return self.mma_m * STAGE_ROW_BYTES
+
+    @property
+    def n_side_rows(self) -> int:
+        """Rows of the N-side operand that a stage holds; MN-major boxes come in whole 64s."""
+        return -(-self.mma_n // 64) * 64 if self.n_side_major == "mn" else self.mma_n
+
+    @property
+    def n_side_bytes(self) -> int:
+        """Bytes of the N-side operand in one stage, padded so that every stage starts a swizzle repeat."""
+        return -(-self.n_side_rows * STAGE_ROW_BYTES // SMEM_ALIGNMENT) * SMEM_ALIGNMENT
+
+    @property
+    def scale_bytes(self) -> int:
+        """Bytes of per-row scales in one stage (each part padded to TMA's 128-byte alignment)."""
+        rows = [
+            rows
+            for rows, scales in ((self.mma_m, self.m_side_scales), (self.mma_n, self.n_side_scales))
+            if scales == "row_k"
+        ]
+        return sum(-(-row_count * 4 // 128) * 128 for row_count in rows)
+
+    @property
+    def stage_bytes(self) -> int:
+        """Bytes of one pipeline stage."""
+        return self.m_side_bytes + self.n_side_bytes + self.scale_bytes
+
+    @property
+    def d_bytes(self) -> int:
+        """Bytes of one element of D."""
+        return D_DTYPES[self.problem.d_dtype]
+
+    @property
+    def store_columns(self) -> int:
+        """MMA columns that a warpgroup stages at a time on their way to D."""
+        budget = 8 * 1024 if self.waves > 1 else 16 * 1024
+        columns = self.mma_n
+        while columns % 16 == 0 and MMA_M * columns * self.d_bytes > budget:
+            columns //= 2
+        return columns
+
+    @property
+    def staging_bytes(self) -> int:
+        """Bytes in which all math warpgroups stage D (whole swizzle repeats per warpgroup)."""
+        per_warpgroup = MMA_M * self.store_columns * self.d_bytes
+        return self.math_warpgroups * (-(-per_warpgroup // SMEM_ALIGNMENT) * SMEM_ALIGNMENT)
+
+    @property
+    def partial_bytes(self) -> int:
+        """Bytes of FP32 partial sums that split-K exchanges; they take the ring's place after the main loop."""
+        return self.mma_m * self.mma_n * 4 if self.config.split_k > 1 else 0
+
+    @property
+    def smem_bytes(self) -> int:
+        """Dynamic shared memory of a block, alignment slack and barriers included."""
+        barriers = self.config.stages * 16  # full and empty, 8 bytes each
+        return SMEM_ALIGNMENT + self.staging_offset + self.staging_bytes + barriers
+
+    @property
+    def staging_offset(self) -> int:
+        """Offset of the staging area: after the ring, on a swizzle repeat."""
+        ring = max(self.config.stages * self.stage_bytes, self.partial_bytes)
+        return -(-ring // SMEM_ALIGNMENT) * SMEM_ALIGNMENT
+
+    @property
+    def store_row_bytes(self) -> int:
+        """Width of a staged row of D: the box and swizzle of its TMA store."""
+        if self.config.swap_ab:
+            return 128
+        width = 128
+        while self.store_columns * self.d_bytes % width:
+            width //= 2
+        return width
+
+    @property
+    def column_scale_blocks(self) -> int:
+        """128-wide scale blocks that a tile's N-side rows can touch, wherever the tile starts."""
+        if self.n_side_scales != "block_k":
+            return 1
+        largest_offset = SCALE_GROUP - math.gcd(self.mma_n, SCALE_GROUP)
+        return (largest_offset + self.mma_n - 1) // SCALE_GROUP + 1
+
+    @property
+    def accumulator_registers(self) -> int:
+        """Registers per thread that hold sums: all waves', and one wave's partial sum where it is promoted."""
+        return self.mma_n // 2 * (self.waves + self.problem.promotes)
+
+    @property
+    def blocks_per_sm(self) -> int:
+        """Blocks that are compiled to share an SM: two where registers and shared memory allow it."""
+        small = self.math_warpgroups == 1 and self.accumulator_registers <= 64
+        return 2 if small and 2 * (self.smem_bytes + SM90A.smem_reserved) <= SM90A.smem_per_sm else 1
+
+
+class Gemm:
+    """The dense GEMM kernels."""
+
+    name = "gemm"
+    template = "sm90_gemm.cu.jinja"
+
+    def spec(self, problem: GemmProblem, config: GemmConfig, arch: str) -> KernelSpec:
+        """The kernel that computes ``problem`` (of any size) with ``config``."""
+        constants: dict[str, Any] = {
+            "recipe": problem.recipe,
+            "layout": problem.layout,
+            "d_dtype": problem.d_dtype,
+            "fast_accum": problem.fast_accum,
+            **config.to_dict(),
+        }
+        return KernelSpec.make(self.name, arch, constants)
+
+    def shape(self, spec: KernelSpec) -> KernelShape:
+        """What follows from a spec."""
+        constants = dict(spec.constants)
+        config = GemmConfig(**{field.name: constants[field.name] for field in dataclasses.fields(GemmConfig)})  # type: ignore[arg-type]
+        problem = GemmProblem(
+            n=1,
+            k=1,
+            recipe=str(constants["recipe"]),
+            layout=str(constants["layout"]),
+            d_dtype=str(constants["d_dtype"]),
+            fast_accum=bool(constants["fast_accum"]),
+        )
+        return KernelShape(problem, config)
+
+    def kernel_name(self, spec: KernelSpec) -> str:
+        """Symbol of the kernel's entry, such as ``jitgemm_fp8_gemm_nt``."""
+        shape = self.shape(spec)
+        return f"jitgemm_{'fp8' if shape.problem.traits.is_fp8 else 'bf16'}_gemm_{shape.problem.layout}"
+
+    def render_context(self, spec: KernelSpec) -> dict[str, object]:
+        """Values that the template names."""
+        shape = self.shape(spec)
+        derived = (
+            "mma_m",
+            "mma_n",
+            "m_side_major",
+            "n_side_major",
+            "m_side_scales",
+            "n_side_scales",
+            "m_side_bytes",
+            "n_side_bytes",
+            "n_side_rows",
+            "math_warpgroups",
+            "waves",
+            "d_bytes",
+            "store_columns",
+            "store_row_bytes",
+            "staging_offset",
+            "staging_bytes",
+            "column_scale_blocks",
+            "blocks_per_sm",
+        )
+        config = shape.config
+        return {
+            **config.to_dict(),
+            **{name: getattr(shape, name) for name in derived},
+            "kernel_name": self.kernel_name(spec),
+            "description": self.describe(spec),
+            "fp8": shape.problem.traits.is_fp8,
+            "promotes": shape.problem.promotes,
+            "cluster": config.cluster_m * config.cluster_n * config.split_k,
+        }
+
+    def num_threads(self, spec: KernelSpec) -> int:
+        """Threads of a block."""
+        return self.shape(spec).num_threads
+
+    def smem_bytes(self, spec: KernelSpec) -> int:
+        """Dynamic shared memory of a block, in bytes."""
+        return self.shape(spec).smem_bytes
+
+    def describe(self, spec: KernelSpec) -> str:
+        """One line for people."""
+        shape = self.shape(spec)
+        problem = shape.problem
+        fast = " fast_accum" if problem.fast_accum else ""
+        return f"{problem.recipe} {problem.layout} {problem.d_dtype}{fast} {shape.config}"
+
+
+FAMILY = Gemm()

@@ -1,0 +1,273 @@
+"""The one table of environment variables, and the settings in force.
+
+No other module reads the environment. ``current()`` is cheap: the environment is parsed once,
+at first use or at ``reload()``, and ``override()`` narrows it for one block of code (it follows
+the context: threads and asyncio tasks don't see each other's overrides).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import dataclasses
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jitgemm.errors import SettingsError
+
+PREFIX = "JITGEMM_"
+
+
+def _integer(low: int, high: int) -> tuple[Callable[[str], int], str]:
+    def parse(text: str) -> int:
+        value = int(text)
+        if not low <= value <= high:
+            raise ValueError
+        return value
+
+    return parse, f"an integer from {low} to {high}"
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < 1e9:  # also refuses nan
+        raise ValueError
+    return value
+
+
+def _boolean(text: str) -> bool:
+    return {"0": False, "1": True, "false": False, "true": True, "off": False, "on": True}[text.strip().lower()]
+
+
+def _choice(*values: str) -> tuple[Callable[[str], str], str]:
+    def parse(text: str) -> str:
+        if text not in values:
+            raise ValueError
+        return text
+
+    return parse, " or ".join(values)
+
+
+def _absolute_path(text: str) -> Path:
+    path = Path(text).expanduser()
+    if not path.is_absolute():  # a cache must not move with the working directory
+        raise ValueError
+    return path
+
+
+def _cluster(text: str) -> tuple[int, int]:
+    rows, _, columns = text.partition("x")
+    value = (int(rows), int(columns or 1))
+    if min(value) < 1:
+        raise ValueError
+    return value
+
+
+@dataclass(frozen=True)
+class Variable:
+    """One environment variable: how it is parsed, what it does and when it is read."""
+
+    field: str
+    parse: Callable[[str], Any]
+    accepts: str
+    default: Any
+    default_text: str
+    doc: str
+    read: str
+
+    @property
+    def name(self) -> str:
+        """The variable's name in the environment."""
+        return PREFIX + self.field.upper()
+
+
+def _variable(
+    field: str,
+    parser: tuple[Callable[[str], Any], str],
+    doc: str,
+    *,
+    default: Any = None,
+    default_text: str = "chosen by the heuristics",
+    read: str = "when a plan is made",
+) -> Variable:
+    return Variable(field, parser[0], parser[1], default, default_text, doc, read)
+
+
+VARIABLES: tuple[Variable, ...] = (
+    _variable(
+        "cache_dir",
+        (_absolute_path, "an absolute path"),
+        "Directory of the kernel cache.",
+        default_text="the user's cache directory",
+        read="when the cache is first used",
+    ),
+    _variable(
+        "jit",
+        _choice("allow", "warn", "forbid"),
+        "What a call does when its kernel is in no cache: compile, compile with a warning, or raise CacheMissError.",
+        default="allow",
+        default_text="allow",
+        read="at each look-up of a kernel",
+    ),
+    _variable(
+        "nvrtc",
+        (_absolute_path, "an absolute path"),
+        "The NVRTC library to compile with.",
+        default_text="the newest installed one that the driver accepts",
+        read="at the first compile",
+    ),
+    _variable(
+        "exact_nvrtc",
+        (_boolean, "0 or 1"),
+        "Accept cached kernels of the NVRTC version in use only, not of any that the driver can load.",
+        default=False,
+        default_text="0",
+        read="at each look-up of a kernel",
+    ),
+    _variable(
+        "lock_timeout",
+        (_seconds, "seconds, at least 0"),
+        "How long to wait for another process that compiles the same kernel before compiling it here too.",
+        default=60.0,
+        default_text="60",
+        read="at each compile",
+    ),
+    _variable("tile_m", _integer(1, 1024), "Rows of D in one tile."),
+    _variable("tile_n", _integer(1, 1024), "Columns of D in one tile."),
+    _variable("tile_k", _integer(1, 1024), "Elements of K in one pipeline stage."),
+    _variable("stages", _integer(1, 64), "Depth of the shared-memory ring."),
+    _variable("cluster", (_cluster, "MxN, such as 2x1"), "Thread-block cluster that shares operands by multicast."),
+    _variable("split_k", _integer(1, 64), "CTAs of a cluster that share one tile, each with a part of K."),
+    _variable("swap_ab", (_boolean, "0 or 1"), "Whether B's rows take the M side of the MMA."),
+)
+_BY_FIELD = {variable.field: variable for variable in VARIABLES}
+
+TUNING_FIELDS = ("tile_m", "tile_n", "tile_k", "stages", "cluster", "split_k", "swap_ab")
+"""The settings that narrow the heuristics' candidates."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A consistent set of values; equal settings are one object with one ``generation``."""
+
+    cache_dir: Path | None = None
+    jit: str = "allow"
+    nvrtc: Path | None = None
+    exact_nvrtc: bool = False
+    lock_timeout: float = 60.0
+    tile_m: int | None = None
+    tile_n: int | None = None
+    tile_k: int | None = None
+    stages: int | None = None
+    cluster: tuple[int, int] | None = None
+    split_k: int | None = None
+    swap_ab: bool | None = None
+    generation: int = dataclasses.field(default=0, compare=False)
+
+    def tuning(self) -> dict[str, Any]:
+        """The tuning overrides in force, by field name."""
+        values = {field: getattr(self, field) for field in TUNING_FIELDS}
+        return {field: value for field, value in values.items() if value is not None}
+
+
+_lock = threading.Lock()
+_interned: dict[Settings, Settings] = {}
+_process: Settings | None = None
+_context: contextvars.ContextVar[Settings | None] = contextvars.ContextVar("jitgemm_settings", default=None)
+
+
+def _intern(settings: Settings) -> Settings:
+    with _lock:
+        return _interned.setdefault(settings, dataclasses.replace(settings, generation=len(_interned)))
+
+
+def from_environment(environ: Mapping[str, str]) -> Settings:
+    """Parse the table's variables out of ``environ``.
+
+    Raises:
+        SettingsError: a ``JITGEMM_`` variable is unknown, or its value is not accepted.
+    """
+    known = {variable.name: variable for variable in VARIABLES}
+    values: dict[str, Any] = {}
+    for name, text in environ.items():
+        if not name.startswith(PREFIX):
+            continue
+        if name not in known:
+            raise SettingsError(f"{name} is not a setting of jitgemm; known are {', '.join(sorted(known))}")
+        if text == "":  # set but empty means unset, as in most shells' idiom
+            continue
+        variable = known[name]
+        try:
+            values[variable.field] = variable.parse(text)
+        except (ValueError, KeyError, RuntimeError):  # the last: a ~user who does not exist
+            raise SettingsError(f"{name} is {text!r}; accepted is {variable.accepts}") from None
+    return _intern(Settings(**values))
+
+
+def current() -> Settings:
+    """The settings in force here and now."""
+    return _context.get() or _process or reload()
+
+
+def reload() -> Settings:
+    """Read the environment again; overrides of running blocks stay in force."""
+    global _process
+    _process = from_environment(os.environ)
+    return _context.get() or _process
+
+
+@contextlib.contextmanager
+def override(**values: Any) -> Iterator[Settings]:
+    """Change settings for one block of code: ``with override(tile_m=128, jit="forbid"): ...``.
+
+    Values may be given as Python values or as the text that the variable would hold.
+
+    Raises:
+        SettingsError: an unknown name, or a value that is not accepted.
+    """
+    checked: dict[str, Any] = {}
+    for field, value in values.items():
+        variable = _BY_FIELD.get(field)
+        if variable is None:
+            raise SettingsError(f"override: {field!r} is not a setting; known are {', '.join(sorted(_BY_FIELD))}")
+        checked[field] = variable.default if value is None else _parsed(variable, value)
+    token = _context.set(_intern(dataclasses.replace(current(), **checked)))
+    try:
+        yield current()
+    finally:
+        _context.reset(token)
+
+
+def _parsed(variable: Variable, value: Any) -> Any:
+    text = "x".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    try:
+        return variable.parse(text)
+    except (ValueError, KeyError, RuntimeError):
+        raise SettingsError(f"override: {variable.field} is {value!r}; accepted is {variable.accepts}") from None
+
+
+def table() -> list[tuple[str, str, str, str]]:
+    """Rows of (variable, default, accepted values, what it does and when it is read) for the docs."""
+    return [(v.name, v.default_text, v.accepts, f"{v.doc} Read {v.read}.") for v in VARIABLES]
+
+
+def in_force() -> list[tuple[str, Any, str]]:
+    """Rows of (variable, value, where it comes from: ``override``, ``environment`` or ``default``)."""
+    here, process = current(), _process or reload()
+
+    def source(v: Variable) -> str:
+        if getattr(here, v.field) != getattr(process, v.field):
+            return "override"
+        return "environment" if os.environ.get(v.name) else "default"
+
+    return [(v.name, getattr(here, v.field), source(v)) for v in VARIABLES]
+
+
+def cuda_home() -> Path | None:
+    """Where ``CUDA_HOME`` or ``CUDA_PATH`` says that a CUDA toolkit is installed, if either is set."""
+    text = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    return Path(text) if text else None

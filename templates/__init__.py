@@ -1,0 +1,1 @@
+"""Kernel templates (Jinja) and their CUDA headers; data, no code."""

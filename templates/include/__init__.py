@@ -1,0 +1,1 @@
+"""CUDA headers that the kernel templates include; data, no code."""

@@ -1,0 +1,36 @@
+// Scales of FP8 operands.
+#pragma once
+#include "common.cuh"
+
+// What one scale covers: nothing, one row x 128 of K, 128 rows x 128 of K, a row, the whole operand.
+enum Scales { NONE, ROW_K, BLOCK_K, ROW, TENSOR };
+constexpr int SCALE_GROUP = 128;
+
+struct ScaleMatrix {
+  const float* pointer;
+  int64_t stride_mn, stride_k;  // elements; 0 where one scale serves all
+  int32_t blocks;               // of 128 rows, where one scale covers 128 x 128
+  int32_t padding;
+};
+
+// Scales of one 128-row block along K, a warp's worth at a time: lane i holds that of k-block `first + i`.
+struct BlockScales {
+  const float* pointer;  // null outside the matrix
+  int64_t stride_k;
+  float chunk;
+
+  __device__ __forceinline__ void begin(const ScaleMatrix& scales, int block) {
+    pointer = block < scales.blocks ? scales.pointer + block * scales.stride_mn : nullptr;
+    stride_k = scales.stride_k;
+  }
+  __device__ __forceinline__ void fetch(int first, int end) {
+    const int mine = first + threadIdx.x % WARP;
+    chunk = pointer && mine < end ? __ldg(pointer + mine * stride_k) : 0.f;
+  }
+  __device__ __forceinline__ float at(int index) const { return __shfl_sync(0xffffffff, chunk, index); }
+};
+
+// The scale of row `index`, or of the whole operand (stride 0).
+__device__ __forceinline__ float outer_scale(const ScaleMatrix& scales, int index, int end) {
+  return index < end ? __ldg(scales.pointer + index * scales.stride_mn) : 0.f;
+}
