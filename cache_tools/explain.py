@@ -36,20 +36,21 @@ def explain(problem: GemmProblem, device: Device, *, top: int, as_json: bool) ->
         f"{problem.m} x {problem.n} x {problem.k}, {problem.recipe} {problem.layout}, D in {problem.d_dtype},"
         f" on {device.name} with {device.num_sms} SMs: {explanation.winner}\n"
     )
-    terms = list(dict.fromkeys(name for candidate in legal for name in candidate.terms))
+    shown = [c for place, c in enumerate(legal) if place < top or c.config == explanation.winner]
+    terms = [name for name in dict.fromkeys(name for c in legal for name in c.terms or {}) if name != "total"]
     print_table(
         ["config", ">predicted us", *(f">{name}" for name in terms)],
         [
             (
                 f"{candidate.config}{'  <- winner' if candidate.config == explanation.winner else ''}",
                 _number(candidate.cost_us),
-                *(_number(candidate.terms.get(name)) for name in terms),
+                *(_number((candidate.terms or {}).get(name)) for name in terms),
             )
-            for candidate in legal[:top]
+            for candidate in shown
         ],
     )
-    if len(legal) > top:
-        print(f"... and {len(legal) - top} legal candidates more (--top {len(legal)} shows all)\n")
+    if len(legal) > len(shown):
+        print(f"... and {len(legal) - len(shown)} legal candidates more (--top {len(legal)} shows all)\n")
     if illegal:
         print_table(
             [">illegal", "because", "such as"],
@@ -73,7 +74,7 @@ def _by_reason(explanation: Explanation) -> Sequence[tuple[str, list[Candidate]]
 
 
 def _to_dict(candidate: Candidate) -> dict[str, Any]:
-    return {"config": candidate.config.to_dict(), "cost_us": candidate.cost_us, "terms": candidate.terms}
+    return {"config": candidate.config.to_dict(), "cost_us": candidate.cost_us, "terms": dict(candidate.terms or {})}
 
 
 def _number(value: float | None) -> str:

@@ -109,7 +109,8 @@ def prewarm(
 
     start = time.perf_counter()
     cache = default_cache()
-    kernels = _needed(problems, devices)
+    with _progress_bar("choosing", "problems", len(problems) * len(devices), shown=progress) as advance:
+        kernels = _needed(problems, devices, advance)
     for kernel in kernels:
         cubin = find_cached(kernel.spec)
         if cubin is not None:
@@ -120,7 +121,7 @@ def prewarm(
     missing = report.in_state(MISSING)
     if missing and not dry_run:
         _require_tools(cache.directory)
-        with _progress_bar(len(missing), shown=progress) as advance:
+        with _progress_bar("building", "kernels", len(missing), shown=progress) as advance:
             try:
                 _build(missing, jobs, cache.directory, advance)
             except KeyboardInterrupt:
@@ -175,7 +176,7 @@ def _headline(error: str) -> str:
     return " ".join([first, *(line.strip() for line in log if "error" in line)][:2])
 
 
-def _needed(problems: Iterable[NamedProblem], devices: Sequence[Device]) -> list[Kernel]:
+def _needed(problems: Iterable[NamedProblem], devices: Sequence[Device], advance: Callable[[], None]) -> list[Kernel]:
     from jitgemm import heuristics
     from jitgemm.cache_key import cache_key
 
@@ -184,6 +185,7 @@ def _needed(problems: Iterable[NamedProblem], devices: Sequence[Device]) -> list
         for device in devices:
             for spec in heuristics.enumerate_specs(named.problem, device):
                 users.setdefault(spec, set()).add(named)
+            advance()
     return [Kernel(spec, cache_key(spec), askers) for spec, askers in users.items()]
 
 
@@ -211,7 +213,7 @@ def _build(kernels: Sequence[Kernel], jobs: int, directory: Path, advance: Calla
 
 
 @contextlib.contextmanager
-def _progress_bar(total: int, *, shown: bool) -> Iterator[Callable[[], None]]:
+def _progress_bar(verb: str, unit: str, total: int, *, shown: bool) -> Iterator[Callable[[], None]]:
     if not shown:
         yield lambda: None
         return
@@ -229,10 +231,10 @@ def _progress_bar(total: int, *, shown: bool) -> Iterator[Callable[[], None]]:
 
     class Rate(ProgressColumn):
         def render(self, task: Task) -> Text:
-            return Text(f"{task.speed:.1f} kernels/s" if task.speed else "- kernels/s")
+            return Text(f"{task.speed:.1f} {unit}/s" if task.speed else f"- {unit}/s")
 
     with Progress(
-        TextColumn("building"),
+        TextColumn(verb),
         BarColumn(),
         MofNCompleteColumn(),
         Rate(),

@@ -13,7 +13,13 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 
-NARROW = {"JITGEMM_TILE_M": "64", "JITGEMM_TILE_N": "128", "JITGEMM_CLUSTER": "1x1"}
+NARROW = {
+    "JITGEMM_TILE_M": "64",
+    "JITGEMM_TILE_N": "128",
+    "JITGEMM_CLUSTER": "1x1",
+    "JITGEMM_SPLIT_K": "1",
+    "JITGEMM_SWAP_AB": "0",
+}
 """Overrides that leave few kernels to build, so that the tests are quick."""
 
 TINY = '{"layer": "tiny", "n": 256, "k": 512, "recipe": "fp8_1x128_128x128"}\n'
