@@ -55,7 +55,7 @@ def check(problems: Sequence[NamedProblem]) -> int:
             right = errors.within(bounds)
             shape = (problem.m, problem.n, problem.k, problem.recipe, problem.d_dtype)
             rows.append((named.layer, *shape, f"{errors.frobenius:.1e}", "ok" if right else "WRONG"))
-    print_table(["layer", ">m", ">n", ">k", "recipe", "d", ">relative error", "result"], rows)
+    print_table(["layer", ">m", ">n", ">k", "recipe", "D", ">relative error", "result"], rows)
     wrong = sum(row[-1] != "ok" for row in rows)
     print(f"{len(rows) - wrong} of {len(rows)} right")
     return EXIT_FAILED if wrong else 0
