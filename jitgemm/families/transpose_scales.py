@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
+import struct
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 from jitgemm.families.base import KernelSpec
+
+if TYPE_CHECKING:
+    from jitgemm.driver import Launch
 
 TILE = 32
 THREADS = 256
@@ -40,3 +48,33 @@ class TransposeScales:
 
 
 FAMILY = TransposeScales()
+
+# The template's `Params`: input, output, stride_group, stride_mn, stride_k, output_stride_group, mn, mn_aligned, k_blocks.
+_PARAMS = struct.Struct("<QQqqqqiiii")
+
+
+def bind(shape: Sequence[int], strides: Sequence[int], source: int, destination: int, device: int) -> Launch:
+    """A launch that copies fp32 scales at ``source`` to ``destination``, MN-major with TMA-aligned rows.
+
+    Args:
+        shape: ``[mn, k_blocks]`` or ``[groups, mn, k_blocks]``, without zeros.
+        strides: of the source, in elements.
+        source: its address.
+        destination: address of the copy, 16-byte aligned.
+        device: ordinal.
+    """
+    from jitgemm.driver import Launch
+    from jitgemm.kernel import load
+    from jitgemm.plan import device_facts
+
+    groups, mn, k_blocks = (1, *shape)[-3:]
+    stride_group, stride_mn, stride_k = (0, *strides)[-3:]
+    mn_aligned = -(-mn // 4) * 4
+    kernel = load(FAMILY.spec(device_facts(device)[0].arch.name), device)
+    block = ctypes.create_string_buffer(
+        _PARAMS.pack(
+            *(source, destination, stride_group, stride_mn, stride_k, mn_aligned * k_blocks, mn, mn_aligned, k_blocks, 0)
+        )
+    )
+    grid = (-(-mn // TILE), -(-k_blocks // TILE), groups)
+    return Launch(kernel.handle, grid, kernel.num_threads, 0, ctypes.addressof(block), block, device)

@@ -3,9 +3,9 @@
 #include "common.cuh"
 
 // Matrix descriptor: start address, leading and stride byte offsets in 16-byte units, swizzle mode 1 = 128 bytes.
-// Advances along K touch the low word only.
+// Advances along K touch the low word only. In a cluster a shared address has the CTA's rank above its 18 bits.
 __device__ __forceinline__ uint64_t mma_descriptor(uint32_t address, uint32_t leading_bytes, uint32_t stride_bytes) {
-  const uint32_t low = (address >> 4) | ((leading_bytes >> 4) << 16);
+  const uint32_t low = ((address & 0x3ffff) >> 4) | ((leading_bytes >> 4) << 16);
   const uint32_t high = (stride_bytes >> 4) | (1u << 30);
   return (uint64_t(high) << 32) | low;
 }

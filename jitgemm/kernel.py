@@ -1,0 +1,57 @@
+"""Loaded kernels: a cubin in the driver, one for each spec and device."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field
+from typing import Any
+
+from jitgemm import driver
+from jitgemm.builder import build
+from jitgemm.errors import DriverError
+from jitgemm.families import KernelSpec, family_of
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel that can be launched on one device."""
+
+    spec: KernelSpec
+    device: int
+    handle: int
+    num_threads: int
+    smem_bytes: int
+    library: Any = field(repr=False, compare=False)  # keeps the module loaded
+
+
+_lock = threading.Lock()
+_kernels: dict[tuple[KernelSpec, int], Kernel] = {}
+
+
+def load(spec: KernelSpec, device: int) -> Kernel:
+    """The kernel of ``spec`` on a device: loaded once, built or read from the cache before that.
+
+    Raises:
+        CacheMissError: it would have to be compiled and compiling is forbidden.
+        CompileError: it could not be compiled.
+        DriverError: the driver refused it.
+    """
+    known = _kernels.get((spec, device))
+    if known is not None:
+        return known
+    cubin = build(spec).cubin
+    family = family_of(spec)
+    with _lock:
+        known = _kernels.get((spec, device))
+        if known is not None:
+            return known
+        smem_bytes = family.smem_bytes(spec)
+        try:
+            library, handle = driver.load_kernel(cubin.image, cubin.metadata.kernel_name, smem_bytes, device)
+        except DriverError as error:
+            raise DriverError(
+                f"kernel {family.describe(spec)}, compiled by NVRTC {cubin.metadata.nvrtc_version}: {error}"
+            ) from None
+        kernel = Kernel(spec, device, handle, family.num_threads(spec), smem_bytes, library)
+        _kernels[spec, device] = kernel
+        return kernel

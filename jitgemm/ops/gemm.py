@@ -1,0 +1,542 @@
+"""Dense GEMM: ``D = A @ B^T (+ C)`` for FP8 and BF16, under the peer's names and argument order."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from jitgemm import settings
+from jitgemm.errors import ProblemError
+from jitgemm.families.gemm import FAMILY, RECIPES, SCALE_GROUP, GemmConfig, GemmProblem
+from jitgemm.families.gemm_launch import Addresses, GemmGeometry, Matrix, ScaleStrides
+from jitgemm.heuristics import choose_config
+from jitgemm.kernel import load
+from jitgemm.ops.dispatch import needs_dispatch
+from jitgemm.ops.layout import copy_to_mn_major
+from jitgemm.plan import BOUND_LAUNCHES, Launch, Table, device_facts, num_sms_limit, raw_stream
+from jitgemm.reference import gemm as reference
+from jitgemm.reference.layout import get_tma_aligned_size
+
+Scaled = tuple[Tensor, Tensor]
+
+_D_DTYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
+_ALIGNMENT = 16  # bytes: TMA's, of addresses and row strides
+_current_device = getattr(torch._C, "_cuda_getDevice", None)
+
+# The peer's (rows of A, rows of B, K) per scale.
+_PEER_RECIPES = {(1, 128, 128): "fp8_1x128_128x128", (1, 1, 128): "fp8_1x128_1x128"}
+
+
+def fp8_gemm_nt(
+    a: Scaled,
+    b: Scaled,
+    d: Tensor,
+    c: Tensor | None = None,
+    recipe: str | tuple[int, int, int] | None = None,
+    recipe_a: tuple[int, int] | None = None,
+    recipe_b: tuple[int, int] | None = None,
+    compiled_dims: str = "",
+    disable_ue8m0_cast: bool = False,
+    *,
+    fast_accum: bool = False,
+) -> None:
+    """``d = a @ b.T (+ c)`` with e4m3 operands and fp32 scales.
+
+    Partial sums are promoted to FP32 registers every 128 of K.
+
+    Args:
+        a: e4m3 ``[m, k]``, K contiguous, and its scales.
+        b: e4m3 ``[n, k]``, K contiguous, and its scales.
+        d: output, bf16 or fp32 ``[m, n]``, n contiguous, any row stride.
+        c: added to the product; ``[m, n]`` of d's dtype, may be ``d`` itself.
+        recipe: what one scale covers:
+            ``"fp8_1x128_128x128"`` (default; the peer's ``(1, 128, 128)``): a's scales ``[m, ceil(k/128)]``, b's
+            ``[ceil(n/128), ceil(k/128)]``;
+            ``"fp8_1x128_1x128"`` (the peer's ``(1, 1, 128)``): b's scales ``[n, ceil(k/128)]``;
+            ``"fp8_rowwise"``: ``[m]`` or ``[m, 1]``, and ``[n]`` or ``[n, 1]``;
+            ``"fp8_tensorwise"``: one element each.
+            Scales of rows and 128 of K are read fastest MN-major (``get_mn_major_tma_aligned_tensor``); others
+            are transposed first.
+        recipe_a: the peer's way to give a's part of the recipe, ``(1, 128)``.
+        recipe_b: and b's, ``(128, 128)`` or ``(1, 128)``.
+        compiled_dims: accepted for the peer's callers; sizes are always run-time values here.
+        disable_ue8m0_cast: accepted for the peer's callers; fp32 scales are never cast here.
+        fast_accum: keep partial sums in the tensor cores' accumulator, which has fewer bits (row-wise and
+            tensor-wise recipes only).
+
+    Raises:
+        ProblemError: an argument is not of these; nothing has been launched.
+        CacheMissError: the kernel is not cached and compiling is forbidden.
+    """
+    name = _recipe_name(recipe, recipe_a, recipe_b)
+    if type(a) is not tuple or type(b) is not tuple or len(a) != 2 or len(b) != 2:
+        a, b = _pair("a", a), _pair("b", b)
+    _gemm(a[0], a[1], b[0], b[1], d, c, name, "nt", fast_accum)
+
+
+def bf16_gemm_nt(a: Tensor, b: Tensor, d: Tensor, c: Tensor | None = None, compiled_dims: str = "") -> None:
+    """``d = a @ b.T (+ c)``: a ``[m, k]``, b ``[n, k]``, both bf16.
+
+    Args:
+        a: row stride a multiple of 16 bytes; either dimension may be the contiguous one, and is read in place.
+        b: the same.
+        d: output, bf16 or fp32 ``[m, n]``, n contiguous, any row stride.
+        c: added to the product; ``[m, n]`` of d's dtype, may be ``d`` itself.
+        compiled_dims: accepted for the peer's callers; sizes are always run-time values here.
+
+    Raises:
+        ProblemError: an argument is not of these; nothing has been launched.
+        CacheMissError: the kernel is not cached and compiling is forbidden.
+    """
+    _gemm(a, None, b, None, d, c, "bf16", "nt", False)
+
+
+def bf16_gemm_nn(a: Tensor, b: Tensor, d: Tensor, c: Tensor | None = None, compiled_dims: str = "") -> None:
+    """``d = a @ b (+ c)``: a ``[m, k]``, b ``[k, n]``; else as ``bf16_gemm_nt``."""
+    _gemm(a, None, b, None, d, c, "bf16", "nn", False)
+
+
+def bf16_gemm_tn(a: Tensor, b: Tensor, d: Tensor, c: Tensor | None = None, compiled_dims: str = "") -> None:
+    """``d = a.T @ b (+ c)``: a ``[k, m]``, b ``[k, n]``; else as ``bf16_gemm_nt``."""
+    _gemm(a, None, b, None, d, c, "bf16", "tn", False)
+
+
+def bf16_gemm_tt(a: Tensor, b: Tensor, d: Tensor, c: Tensor | None = None, compiled_dims: str = "") -> None:
+    """``d = a.T @ b.T (+ c)``: a ``[k, m]``, b ``[n, k]``; else as ``bf16_gemm_nt``."""
+    _gemm(a, None, b, None, d, c, "bf16", "tt", False)
+
+
+def _recipe_name(recipe: Any, recipe_a: Any, recipe_b: Any) -> str:
+    if recipe is None:
+        if recipe_a is None and recipe_b is None:
+            return "fp8_1x128_128x128"
+        recipe = (*(recipe_a or (1, 128))[:1], *(recipe_b or (128, 128)))
+    if isinstance(recipe, str):
+        if recipe in RECIPES and RECIPES[recipe].is_fp8:
+            return recipe
+    else:
+        name = _PEER_RECIPES.get(tuple(recipe))
+        if name is not None:
+            return name
+    accepted = ", ".join(name for name, facts in RECIPES.items() if facts.is_fp8)
+    raise ProblemError(f"recipe is {recipe!r}; accepted are {accepted}, (1, 128, 128) and (1, 1, 128)")
+
+
+def _pair(name: str, operand: Any) -> Scaled:
+    if not isinstance(operand, (tuple, list)) or len(operand) != 2:
+        raise ProblemError(f"{name} is {type(operand).__name__}; accepted is a pair (e4m3 tensor, scales)")
+    return operand[0], operand[1]
+
+
+def _gemm(
+    a: Tensor,
+    a_scales: Tensor | None,
+    b: Tensor,
+    b_scales: Tensor | None,
+    d: Tensor,
+    c: Tensor | None,
+    recipe: str,
+    layout: str,
+    fast_accum: bool,
+) -> None:
+    if needs_dispatch(a, a_scales, b, b_scales, d, c):
+        in_place = c is d
+        torch.ops.jitgemm.gemm(
+            a, a_scales, b, b_scales, d, None if in_place else c, in_place, recipe, layout, fast_accum
+        )
+        return
+    run_gemm(a, a_scales, b, b_scales, d, c, recipe, layout, fast_accum)
+
+
+_plans: Table[Any, _GemmPlan | None] = Table(4096)
+
+
+def run_gemm(
+    a: Tensor,
+    a_scales: Tensor | None,
+    b: Tensor,
+    b_scales: Tensor | None,
+    d: Tensor,
+    c: Tensor | None,
+    recipe: str,
+    layout: str,
+    fast_accum: bool,
+) -> None:
+    """Find or make the plan of a call and launch it; CPU tensors go to the reference."""
+    try:
+        key = (
+            recipe, layout, fast_accum, settings.current().generation, num_sms_limit(),
+            a.shape, a.stride(), a.dtype, a.device, b.shape, b.stride(), b.dtype, b.device,
+            d.shape, d.stride(), d.dtype, d.device,
+            None if a_scales is None else (a_scales.shape, a_scales.stride(), a_scales.dtype, a_scales.device),
+            None if b_scales is None else (b_scales.shape, b_scales.stride(), b_scales.dtype, b_scales.device),
+            None if c is None else (c.shape, c.stride(), c.dtype, c.device),
+        )  # fmt: skip
+    except AttributeError:
+        _check_tensors(a=a, a_scales=a_scales, b=b, b_scales=b_scales, d=d, c=c)
+        raise
+    plan = _plans.get(key)
+    if plan is None:
+        plan = _plans.put(key, _make_plan(a, a_scales, b, b_scales, d, c, recipe, layout, fast_accum))
+    plan(a, a_scales, b, b_scales, d, c)
+
+
+class _GemmPlan:
+    """A checked problem with its kernel and geometry."""
+
+    def __init__(
+        self, operands: _Operands, geometry: GemmGeometry, transposes: tuple[bool, bool], device: int
+    ) -> None:
+        self._operands, self._geometry, self._device = operands, geometry, device
+        self._transpose_a, self._transpose_b = transposes
+        self._bound: Table[tuple[int, ...], Launch] = Table(BOUND_LAUNCHES)
+
+    def __call__(
+        self, a: Tensor, a_scales: Tensor | None, b: Tensor, b_scales: Tensor | None, d: Tensor, c: Tensor | None
+    ) -> None:
+        if _current_device() != self._device:
+            with torch.cuda.device(self._device):
+                return self(a, a_scales, b, b_scales, d, c)
+        if self._transpose_a or (a_scales is not None and self._operands.scales_by_tma[0] and a_scales.data_ptr() % 16):
+            assert a_scales is not None
+            a_scales = copy_to_mn_major(a_scales)
+        if self._transpose_b or (b_scales is not None and self._operands.scales_by_tma[1] and b_scales.data_ptr() % 16):
+            assert b_scales is not None
+            b_scales = copy_to_mn_major(b_scales)
+        at = (
+            a.data_ptr(),
+            0 if a_scales is None else a_scales.data_ptr(),
+            b.data_ptr(),
+            0 if b_scales is None else b_scales.data_ptr(),
+            d.data_ptr(),
+            0 if c is None else c.data_ptr(),
+        )
+        launch = self._bound.get(at)
+        if launch is None:
+            self._operands.check_addresses(*at)
+            launch = self._bound.put(at, self._geometry.bind(Addresses(*at)))
+        launch(raw_stream(self._device))
+        return None
+
+
+class _ReferencePlan:
+    """The same on the CPU: the reference computes."""
+
+    def __init__(self, recipe: str, layout: str, d_dtype: str) -> None:
+        self._arguments = {"recipe": recipe, "layout": layout, "d_dtype": d_dtype}
+
+    def __call__(
+        self, a: Tensor, a_scales: Tensor | None, b: Tensor, b_scales: Tensor | None, d: Tensor, c: Tensor | None
+    ) -> None:
+        d.copy_(reference.gemm(a, b, c, a_scales=a_scales, b_scales=b_scales, **self._arguments))
+
+
+class _EmptyPlan:
+    """m is 0: nothing to do."""
+
+    def __call__(self, *_: object) -> None:
+        return None
+
+
+class _Operands:
+    """Checks everything about a call's tensors but their addresses, and keeps what the addresses are checked with.
+
+    Raises:
+        ProblemError: a tensor is not what the recipe and layout ask for.
+    """
+
+    def __init__(
+        self,
+        a: Tensor,
+        a_scales: Tensor | None,
+        b: Tensor,
+        b_scales: Tensor | None,
+        d: Tensor,
+        c: Tensor | None,
+        recipe: str,
+        layout: str,
+        fast_accum: bool,
+    ) -> None:
+        _check_tensors(a=a, a_scales=a_scales, b=b, b_scales=b_scales, d=d, c=c)
+        traits = RECIPES[recipe]
+        operand_dtype = torch.float8_e4m3fn if traits.is_fp8 else torch.bfloat16
+        for name, tensor in (("a", a), ("b", b)):
+            if tensor.dtype != operand_dtype:
+                raise ProblemError(f"{name} has dtype {tensor.dtype}; recipe {recipe} accepts {operand_dtype}")
+        if d.dtype not in _D_DTYPES:
+            raise ProblemError(f"d has dtype {d.dtype}; accepted are torch.bfloat16 and torch.float32")
+        for name, tensor in (("a", a), ("b", b), ("d", d)) if c is None else (("a", a), ("b", b), ("d", d), ("c", c)):
+            if tensor.dim() != 2:
+                raise ProblemError(f"{name} has {tensor.dim()} dimensions; accepted is 2")
+            if tensor.device != d.device:
+                raise ProblemError(f"{name} is on {tensor.device} and d on {d.device}; accepted is one device for all")
+
+        a_rows = _Rows("a", a, transposed=layout[0] == "t")
+        b_rows = _Rows("b", b, transposed=layout[1] == "n")
+        m, k, n = a_rows.mn, a_rows.k, b_rows.mn
+        if b_rows.k != k:
+            raise ProblemError(
+                f"a {tuple(a.shape)} and b {tuple(b.shape)} in layout {layout} have k {k} and {b_rows.k}; they must agree"
+            )
+        self.a, self.b = a_rows, b_rows
+        self.problem = GemmProblem(
+            n=n,
+            k=k,
+            recipe=recipe,
+            m=m,
+            layout=("n" if a_rows.k_major else "t") + ("t" if b_rows.k_major else "n"),
+            d_dtype=_D_DTYPES[d.dtype],
+            fast_accum=fast_accum,
+        )
+        for name, tensor in (("d", d), ("c", c)):
+            if tensor is None:
+                continue
+            if tuple(tensor.shape) != (m, n):
+                raise ProblemError(f"{name} has shape {tuple(tensor.shape)}; a and b make it {(m, n)}")
+            if tensor.stride(1) != 1 and n > 1:
+                raise ProblemError(f"{name} has strides {tensor.stride()}; accepted is stride 1 along n")
+        if c is not None and c.dtype != d.dtype:
+            raise ProblemError(f"c has dtype {c.dtype} and d {d.dtype}; they must agree")
+        if m > 1 and d.stride(0) < n:
+            raise ProblemError(f"d has strides {d.stride()}; its rows of {n} elements overlap")
+        self.d_row_stride = d.stride(0) if m > 1 else max(n, d.stride(0))
+        self.c_row_stride = 0 if c is None else c.stride(0)
+        self.device = d.device
+
+        k_blocks = -(-k // SCALE_GROUP)
+        self.a_scales = _check_scales("a_scales", a_scales, traits.a_scales, m, k_blocks, recipe, d)
+        self.b_scales = _check_scales("b_scales", b_scales, traits.b_scales, n, k_blocks, recipe, d)
+        self.scales_by_tma = (traits.a_scales == "row_k", traits.b_scales == "row_k")
+
+        size, d_size = operand_dtype.itemsize, d.element_size()
+        self._lengths = {
+            "a": _extent(a) * size,
+            "a_scales": _extent(a_scales) * 4,
+            "b": _extent(b) * size,
+            "b_scales": _extent(b_scales) * 4,
+            "c": _extent(c) * d_size,
+        }
+        self._d_length = _extent(d) * d_size
+
+    def check_for_tma(self) -> None:
+        """Check that TMA can address A and B.
+
+        Raises:
+            ProblemError: it can't.
+        """
+        for rows in (self.a, self.b):
+            rows.check_for_tma()
+        if self.problem.traits.is_fp8 and self.problem.layout != "nt":
+            raise ProblemError("a and b must have stride 1 along k: FP8 operands are K-major")
+
+    def check_addresses(self, a: int, a_scales: int, b: int, b_scales: int, d: int, c: int) -> None:
+        """Check alignment and overlap.
+
+        Raises:
+            ProblemError: an operand is not aligned to 16 bytes, or d overlaps an input.
+        """
+        for name, address in (("a", a), ("b", b)):
+            if address % _ALIGNMENT:
+                raise ProblemError(
+                    f"{name} starts at address {address:#x}; accepted is a multiple of {_ALIGNMENT} bytes (TMA)"
+                )
+        inputs = {"a": a, "a_scales": a_scales, "b": b, "b_scales": b_scales, "c": c}
+        for name, address in inputs.items():
+            if not address or (name == "c" and c == d and self.c_row_stride == self.d_row_stride):
+                continue
+            if address < d + self._d_length and d < address + self._lengths[name]:
+                same = "; c may be d itself, with the same strides" if name == "c" else ""
+                raise ProblemError(f"d overlaps {name}; accepted is an output apart from the inputs{same}")
+
+
+class _Rows:
+    """A or B as ``mn`` rows of ``k`` elements, whichever of the two is contiguous."""
+
+    def __init__(self, name: str, tensor: Tensor, transposed: bool) -> None:
+        self.name = name
+        sizes, strides = list(tensor.shape), list(tensor.stride())
+        if transposed:
+            sizes.reverse()
+            strides.reverse()
+        self.mn, self.k = sizes
+        self._mn_stride, self._k_stride = strides
+        self._itemsize = tensor.element_size()
+        if min(sizes) < 1 and (self.k < 1 or name == "b"):
+            raise ProblemError(f"{name} has shape {tuple(tensor.shape)}; accepted is n >= 1 and k >= 1")
+        k_unit, mn_unit = self._k_stride == 1 or self.k == 1, self._mn_stride == 1 or self.mn <= 1
+        if k_unit and mn_unit:  # a vector fits both: take the layout that was named
+            self.k_major = not transposed
+        else:
+            self.k_major = k_unit
+        self._unit = k_unit or mn_unit
+        self._shown = f"shape {tuple(tensor.shape)} and strides {tensor.stride()}"
+
+    def check_for_tma(self) -> None:
+        """Check contiguity and the row stride.
+
+        Raises:
+            ProblemError: TMA can't address the operand.
+        """
+        if not self._unit:
+            raise ProblemError(f"{self.name} has {self._shown}; accepted is stride 1 along one of them")
+        stride, rows, width = self._row_stride()
+        if rows > 1 and (stride * self._itemsize % _ALIGNMENT or stride < width):
+            raise ProblemError(
+                f"{self.name} has {self._shown}; TMA needs rows that don't overlap and start a multiple of"
+                f" {_ALIGNMENT} bytes ({_ALIGNMENT // self._itemsize} elements) apart"
+            )
+
+    def matrix(self) -> Matrix:
+        """The operand as stored."""
+        stride, rows, width = self._row_stride()
+        if rows <= 1:  # its stride is never used, but TMA wants a legal one
+            stride = get_tma_aligned_size(width, self._itemsize)
+        return Matrix(rows=rows, columns=width, row_stride=stride)
+
+    def _row_stride(self) -> tuple[int, int, int]:
+        if self.k_major:
+            return self._mn_stride, self.mn, self.k
+        return self._k_stride, self.k, self.mn
+
+
+def _check_tensors(**tensors: object) -> None:
+    for name, tensor in tensors.items():
+        if tensor is None and name in ("a_scales", "b_scales", "c"):
+            continue
+        if not isinstance(tensor, Tensor):
+            raise ProblemError(f"{name} is {type(tensor).__name__}; accepted is a torch.Tensor")
+        if tensor.layout != torch.strided:
+            raise ProblemError(f"{name} has layout {tensor.layout}; accepted is torch.strided")
+
+
+def _check_scales(
+    name: str, scales: Tensor | None, granularity: str, mn: int, k_blocks: int, recipe: str, d: Tensor
+) -> ScaleStrides:
+    """Check one operand's scales and return their strides."""
+    if granularity == "none":
+        return ScaleStrides(0, 0)
+    if scales is None:
+        raise ProblemError(f"{name} is missing; recipe {recipe} needs scales")
+    if scales.dtype != torch.float32:
+        raise ProblemError(f"{name} has dtype {scales.dtype}; accepted is torch.float32")
+    if scales.device != d.device:
+        raise ProblemError(f"{name} is on {scales.device} and d on {d.device}; accepted is one device for all")
+    shape = tuple(scales.shape)
+    if granularity == "tensor":
+        if scales.numel() != 1:
+            raise ProblemError(f"{name} has shape {shape}; recipe {recipe} accepts one element")
+        return ScaleStrides(0, 0)
+    if granularity == "row":
+        if shape not in ((mn,), (mn, 1)):
+            raise ProblemError(f"{name} has shape {shape}; recipe {recipe} accepts {(mn,)} or {(mn, 1)}")
+        return ScaleStrides(scales.stride(0), 0)
+    wanted = (mn, k_blocks) if granularity == "row_k" else (-(-mn // SCALE_GROUP), k_blocks)
+    if shape != wanted:
+        raise ProblemError(f"{name} has shape {shape}; recipe {recipe} accepts {wanted}")
+    return ScaleStrides(scales.stride(0), scales.stride(1))
+
+
+def _extent(tensor: Tensor | None) -> int:
+    """Elements from the first to behind the last."""
+    if tensor is None or tensor.numel() == 0:
+        return 0
+    return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def _loads_in_place(strides: ScaleStrides, mn: int, k_blocks: int) -> bool:
+    """Whether TMA can load scales of rows and 128 of K as they are: MN-major, aligned steps along K."""
+    return (strides.mn == 1 or mn == 1) and (k_blocks == 1 or (strides.k >= mn and strides.k % 4 == 0))
+
+
+def _make_plan(
+    a: Tensor,
+    a_scales: Tensor | None,
+    b: Tensor,
+    b_scales: Tensor | None,
+    d: Tensor,
+    c: Tensor | None,
+    recipe: str,
+    layout: str,
+    fast_accum: bool,
+    config: GemmConfig | None = None,
+) -> Any:
+    operands = _Operands(a, a_scales, b, b_scales, d, c, recipe, layout, fast_accum)
+    problem = operands.problem
+    if d.device.type == "cpu":
+        operands.check_addresses(0, 0, 0, 0, 0, 0)
+        return _ReferencePlan(recipe, layout, problem.d_dtype)
+    if d.device.type != "cuda":
+        raise ProblemError(f"d is on {d.device}; accepted are CUDA and CPU tensors")
+    operands.check_for_tma()
+    if problem.m == 0:
+        return _EmptyPlan()
+    assert problem.m is not None
+    ordinal = d.device.index
+    device, num_sms = device_facts(ordinal)
+    if config is None:
+        config = choose_config(problem, device)
+    kernel = load(FAMILY.spec(problem, config, device.arch.name), ordinal)
+
+    strides, transposes = [operands.a_scales, operands.b_scales], [False, False]
+    k_blocks = -(-problem.k // SCALE_GROUP)
+    for index, mn in enumerate((problem.m, problem.n)):
+        if not operands.scales_by_tma[index]:
+            continue
+        if not _loads_in_place(strides[index], mn, k_blocks):
+            transposes[index] = True
+        if transposes[index] or k_blocks == 1:
+            strides[index] = ScaleStrides(1, get_tma_aligned_size(mn, 4))
+    geometry = GemmGeometry(
+        problem,
+        config,
+        kernel,
+        a=operands.a.matrix(),
+        b=operands.b.matrix(),
+        d=Matrix(problem.m, problem.n, operands.d_row_stride),
+        c_row_stride=operands.c_row_stride,
+        a_scales=strides[0],
+        b_scales=strides[1],
+        num_sms=min(num_sms, num_sms_limit() or num_sms),
+    )
+    return _GemmPlan(operands, geometry, (transposes[0], transposes[1]), ordinal)
+
+
+def _gemm_operator(
+    a: Tensor,
+    a_scales: Tensor | None,
+    b: Tensor,
+    b_scales: Tensor | None,
+    d: Tensor,
+    c: Tensor | None,
+    accumulate: bool,
+    recipe: str,
+    layout: str,
+    fast_accum: bool,
+) -> None:
+    run_gemm(a, a_scales, b, b_scales, d, d if accumulate else c, recipe, layout, fast_accum)
+
+
+def _gemm_fake(
+    a: Tensor,
+    a_scales: Tensor | None,
+    b: Tensor,
+    b_scales: Tensor | None,
+    d: Tensor,
+    c: Tensor | None,
+    accumulate: bool,
+    recipe: str,
+    layout: str,
+    fast_accum: bool,
+) -> None:
+    return None
+
+
+torch.library.custom_op(
+    "jitgemm::gemm",
+    _gemm_operator,
+    mutates_args=("d",),
+    schema="(Tensor a, Tensor? a_scales, Tensor b, Tensor? b_scales, Tensor(d!) d, Tensor? c, bool accumulate,"
+    " str recipe, str layout, bool fast_accum) -> ()",
+).register_fake(_gemm_fake)
