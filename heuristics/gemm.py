@@ -120,18 +120,17 @@ def generate(problem: GemmProblem, overrides: Overrides = ()) -> Iterator[GemmCo
 
 
 def stage_choices(problem: GemmProblem, config: GemmConfig) -> list[int]:
-    """The deepest ring that fits one block of an SM, and that which fits two where two may share it."""
-    shape = KernelShape(problem, dataclasses.replace(config, stages=1))
-    if shape.mma_m % MMA_M:
+    """Depths of the ring worth trying: the deepest, the deepest that leaves room to stage a whole tile of D, and the
+    deepest with which two blocks fit an SM, where their registers do.
+    """
+    shapes = [KernelShape(problem, dataclasses.replace(config, stages=stages)) for stages in range(MAX_STAGES, 1, -1)]
+    if shapes[0].mma_m % MMA_M:
         return [4]
-    fixed = shape.smem_bytes - shape.stage_bytes - 16
-    arch = SM90A
-    whole = (arch.smem_per_block - fixed) // (shape.stage_bytes + 16)
-    half = (arch.smem_per_sm // 2 - arch.smem_reserved - fixed) // (shape.stage_bytes + 16)
-    choices = {max(1, min(MAX_STAGES, whole))}
-    if half >= 3 and KernelShape(problem, dataclasses.replace(config, stages=min(MAX_STAGES, half))).blocks_per_sm == 2:
-        choices.add(min(MAX_STAGES, half))
-    return sorted(choices)
+    fitting = [shape for shape in shapes if shape.smem_bytes <= SM90A.smem_per_block]
+    choices = fitting[:1]
+    choices += [shape for shape in fitting if shape.store_columns == shape.mma_n and shape.config.stages >= 3][:1]
+    choices += [shape for shape in fitting if shape.blocks_per_sm == 2 and shape.config.stages >= 3][:1]
+    return sorted({shape.config.stages for shape in choices}) or [2]
 
 
 # -- Limits.

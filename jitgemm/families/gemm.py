@@ -24,6 +24,8 @@ WARPGROUP = 128  # threads
 MMA_M = 64  # rows of one warpgroup-wide MMA
 STAGE_ROW_BYTES = 128  # bytes of K of one operand row in one stage: the widest TMA swizzle
 SMEM_ALIGNMENT = 1024  # bytes: repeat of the 128-byte swizzle
+CHAIN_REGISTERS = 192  # that sums and two partial sums may take for MMAs to overlap with promotion
+_STAGING_END = SM90A.smem_per_block - 2 * SMEM_ALIGNMENT  # slack for alignment, and the barriers
 
 
 @dataclass(frozen=True)
@@ -290,18 +292,26 @@ class KernelShape:
 
     @property
     def store_columns(self) -> int:
-        """MMA columns that a warpgroup stages at a time on their way to D."""
-        budget = 8 * 1024 if self.waves > 1 else 16 * 1024
+        """MMA columns that are staged at a time on their way to D: as many as the ring leaves room for."""
         columns = self.mma_n
-        while columns % 16 == 0 and MMA_M * columns * self.d_bytes > budget:
+        while columns % 16 == 0 and self.staging_offset + self._staging(columns) > _STAGING_END:
             columns //= 2
         return columns
 
+    def _staging(self, columns: int) -> int:
+        """Bytes that stage so many columns of all warpgroups' waves, each in whole swizzle repeats."""
+        per_wave = -(-MMA_M * columns * self.d_bytes // SMEM_ALIGNMENT) * SMEM_ALIGNMENT
+        return self.math_warpgroups * self.waves * per_wave
+
     @property
     def staging_bytes(self) -> int:
-        """Bytes in which all math warpgroups stage D (whole swizzle repeats per warpgroup)."""
-        per_warpgroup = MMA_M * self.store_columns * self.d_bytes
-        return self.math_warpgroups * (-(-per_warpgroup // SMEM_ALIGNMENT) * SMEM_ALIGNMENT)
+        """Bytes in which all math warpgroups stage D."""
+        return self._staging(self.store_columns)
+
+    @property
+    def staging_wave_bytes(self) -> int:
+        """Bytes in which one wave of a warpgroup stages D."""
+        return self.staging_bytes // (self.math_warpgroups * self.waves)
 
     @property
     def partial_bytes(self) -> int:
@@ -339,9 +349,14 @@ class KernelShape:
         return (largest_offset + self.mma_n - 1) // SCALE_GROUP + 1
 
     @property
+    def chain(self) -> int:
+        """k-blocks of a chain in which MMAs overlap with promotion; 1 where a second partial sum does not fit."""
+        return 4 if self.problem.promotes and self.waves == 1 and self.mma_n // 2 * 3 <= CHAIN_REGISTERS else 1
+
+    @property
     def accumulator_registers(self) -> int:
         """Registers per thread that hold sums: all waves', and one wave's partial sum where it is promoted."""
-        return self.mma_n // 2 * (self.waves + self.problem.promotes)
+        return self.mma_n // 2 * (self.waves + (min(2, self.chain) if self.problem.promotes else 0))
 
     @property
     def blocks_per_sm(self) -> int:
@@ -405,9 +420,10 @@ class Gemm:
             "store_columns",
             "store_row_bytes",
             "staging_offset",
-            "staging_bytes",
+            "staging_wave_bytes",
             "column_scale_blocks",
             "blocks_per_sm",
+            "chain",
         )
         config = shape.config
         return {

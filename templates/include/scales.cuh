@@ -13,11 +13,11 @@ struct ScaleMatrix {
   int32_t padding;
 };
 
-// Scales of one 128-row block along K, a warp's worth at a time: lane i holds that of k-block `first + i`.
+// Scales of one 128-row block along K, a warp's worth at a time: lane i holds that of the i-th k-block of `current`.
 struct BlockScales {
   const float* pointer;  // null outside the matrix
   int64_t stride_k;
-  float chunk;
+  float current, ahead;
 
   __device__ __forceinline__ void begin(const ScaleMatrix& scales, int block) {
     pointer = block < scales.blocks ? scales.pointer + block * scales.stride_mn : nullptr;
@@ -25,9 +25,10 @@ struct BlockScales {
   }
   __device__ __forceinline__ void fetch(int first, int end) {
     const int mine = first + threadIdx.x % WARP;
-    chunk = pointer && mine < end ? __ldg(pointer + mine * stride_k) : 0.f;
+    ahead = pointer && mine < end ? __ldg(pointer + mine * stride_k) : 0.f;
   }
-  __device__ __forceinline__ float at(int index) const { return __shfl_sync(0xffffffff, chunk, index); }
+  __device__ __forceinline__ void turn() { current = ahead; }
+  __device__ __forceinline__ float at(int index) const { return __shfl_sync(0xffffffff, current, index); }
 };
 
 // The scale of row `index`, or of the whole operand (stride 0).
