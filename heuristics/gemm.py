@@ -13,12 +13,12 @@ import functools
 import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from jitgemm import settings
-from jitgemm.device import SM90A, Device
+from jitgemm.device import SM90A, Architecture, Device
 from jitgemm.errors import ConfigError
-from jitgemm.families.gemm import FAMILY, MMA_M, SMEM_ALIGNMENT, GemmConfig, GemmProblem, KernelShape
+from jitgemm.families.gemm import FAMILY, MMA_M, STAGE_ROW_BYTES, GemmConfig, GemmProblem, KernelShape
 from jitgemm.families.base import KernelSpec
 from jitgemm.heuristics import sm90a
 
@@ -78,13 +78,17 @@ class Explanation:
 
 
 def explain(problem: GemmProblem, device: Device) -> Explanation:
-    """Cost or illegality of every config that the generator can make.
+    """Predicted cost of every config on the menu (or that has the overrides' values), and why others are illegal.
 
     Raises:
         ConfigError: no legal config meets the overrides in force.
     """
     winner = choose_config(problem, device)
-    return Explanation([assess(problem, config, device) for config in generate(problem, _overrides())], winner)
+    overrides = _overrides()
+    offered = [assess(problem, config, device) for config in candidates(problem, overrides)]
+    others = [assess(problem, config, device) for config in generate(problem, overrides)]
+    illegal_only = [other for other in others if other.reason is not None]
+    return Explanation([*offered, *(other for other in illegal_only if other.config not in candidates(problem, overrides))], winner)
 
 
 def assess(problem: GemmProblem, config: GemmConfig, device: Device) -> Candidate:
@@ -97,6 +101,50 @@ def assess(problem: GemmProblem, config: GemmConfig, device: Device) -> Candidat
 
 
 # -- Candidates.
+
+
+def candidates(problem: GemmProblem, overrides: Overrides) -> tuple[GemmConfig, ...]:
+    """What a choice is made from: the menu, or under overrides everything that has their values."""
+    if overrides:
+        return tuple(generate(_signature(problem), overrides))
+    return _menu(_signature(problem))
+
+
+@functools.lru_cache(maxsize=256)
+def _menu(problem: GemmProblem) -> tuple[GemmConfig, ...]:
+    text = sm90a.FP8_MENU if problem.promotes else sm90a.BF16_MENU
+    tile_k = STAGE_ROW_BYTES // problem.traits.operand_bytes
+    configs = (_parse(entry, tile_k) for entry in text.split(","))
+    return tuple(dict.fromkeys(_fitting(problem, config) for config in configs))
+
+
+def _parse(entry: str, tile_k: int) -> GemmConfig:
+    """A line of a menu, such as ``64x48 s12 c2x1``."""
+    tile, stages, *rest = entry.split()
+    tile_m, tile_n = map(int, tile.split("x"))
+    config = GemmConfig(tile_m, tile_n, tile_k, int(stages[1:]))
+    for word in rest:
+        if word == "swap":
+            config = dataclasses.replace(config, swap_ab=True)
+        elif word[0] == "k":
+            config = dataclasses.replace(config, split_k=int(word[1:]))
+        else:
+            cluster_m, cluster_n = map(int, word[1:].split("x"))
+            config = dataclasses.replace(config, cluster_m=cluster_m, cluster_n=cluster_n)
+    return config
+
+
+def _fitting(problem: GemmProblem, config: GemmConfig) -> GemmConfig:
+    """The config with as many of its stages as shared memory has room for: scales and FP32 outputs take some."""
+    stages = config.stages
+    while stages > 2 and KernelShape(problem, dataclasses.replace(config, stages=stages)).smem_bytes > SM90A.smem_per_block:
+        stages -= 1
+    return dataclasses.replace(config, stages=stages)
+
+
+def _signature(problem: GemmProblem) -> GemmProblem:
+    """The problem without its sizes."""
+    return dataclasses.replace(problem, m=None, n=1, k=1)
 
 
 _TILE_NS = (16, 24, 32, 40, 48, 56, 64, 72, 80, 88, 96, 104, 112, 120, 128, 136, 144, 160, 176, 192, 208, 224, 240, 256)
@@ -138,9 +186,14 @@ def stage_choices(problem: GemmProblem, config: GemmConfig) -> list[int]:
 
 def illegal(problem: GemmProblem, config: GemmConfig, device: Device) -> str | None:
     """Why a config can't be built or would not run, or None."""
+    if config.split_k > 1 and config.split_k > -(-problem.k // config.tile_k):
+        return "split_k exceeds the stages of K"
+    return _illegal_kernel(_signature(problem), config, device.arch)
+
+
+@functools.lru_cache(maxsize=65536)
+def _illegal_kernel(problem: GemmProblem, config: GemmConfig, arch: Architecture) -> str | None:
     shape = KernelShape(problem, config)
-    arch = device.arch
-    fp8 = problem.traits.is_fp8
     if config.tile_k != 128 // problem.traits.operand_bytes:
         return f"tile_k must be {128 // problem.traits.operand_bytes}: one stage holds 128 bytes of a row"
     if shape.mma_m not in (64, 128, 256):
@@ -168,90 +221,124 @@ def illegal(problem: GemmProblem, config: GemmConfig, device: Device) -> str | N
         return f"shared memory exceeds {arch.smem_per_block} bytes"
     if config.stages < 2:
         return "fewer than 2 stages cannot overlap loads with MMAs"
-    if config.split_k > 1 and config.split_k > -(-problem.k // config.tile_k):
-        return "split_k exceeds the stages of K"
     return None
 
 
 # -- Cost model.
 
 
-def predict(problem: GemmProblem, config: GemmConfig, device: Device) -> dict[str, float]:
-    """Predicted time in us of a legal config, with the terms it comes from."""
-    assert problem.m is not None
+class _Traits(NamedTuple):
+    """What the cost model reads of a kernel; none of it depends on m, n or k."""
+
+    waves: int
+    warpgroups: int
+    columns: int  # of the MMA
+    blocks_per_sm: int
+    chained: bool
+    promotion: float  # cycles of one wave
+    mma: float  # cycles of one wave's MMAs of a stage, at full rate
+    smem: float  # cycles of a stage's operand reads and copies
+    ingress: float  # cycles of its copies from L2
+    stage_bytes: int
+    epilogue: float  # cycles
+    reduction: float  # us
+
+
+@functools.lru_cache(maxsize=4096)
+def _traits(problem: GemmProblem, config: GemmConfig) -> _Traits:
     shape = KernelShape(problem, config)
+    columns, rows = shape.mma_n, shape.mma_m
+    fixed, divisor = sm90a.MMA_OPERAND_CYCLES
+    promotion = 0.0
+    if problem.promotes:
+        single, straddling, scaled = sm90a.PROMOTION_CYCLES
+        per_register = single + straddling * (shape.column_scale_blocks > 1) + scaled * (shape.n_side_scales == "row_k")
+        promotion = columns / 2 * per_register
+    waves = shape.math_warpgroups * shape.waves
+    reads = waves * sm90a.MMAS_PER_STAGE * (MMA_M + columns) * 32
+    m_shared = config.cluster_m if config.swap_ab else config.cluster_n
+    n_shared = config.cluster_n if config.swap_ab else config.cluster_m
+    fixed_epilogue, per_column, per_slice = sm90a.EPILOGUE_CYCLES
+    slices = columns // shape.store_columns
+    fixed_reduction, reduction_per_column = sm90a.REDUCTION_US
+    return _Traits(
+        waves=shape.waves,
+        warpgroups=shape.math_warpgroups,
+        columns=columns,
+        blocks_per_sm=shape.blocks_per_sm,
+        chained=shape.chain > 1,
+        promotion=promotion,
+        mma=sm90a.MMAS_PER_STAGE * max(columns / 2, fixed + columns / divisor),
+        smem=(reads + (rows + shape.n_side_rows) * 128) / sm90a.SMEM_BYTES_PER_CYCLE,
+        ingress=(rows / m_shared + shape.n_side_rows / n_shared) * 128 / sm90a.INGRESS_BYTES_PER_CYCLE,
+        stage_bytes=shape.stage_bytes,
+        epilogue=fixed_epilogue + per_column * columns * shape.waves * shape.d_bytes / 2 + per_slice * (slices - 1),
+        reduction=fixed_reduction + reduction_per_column * columns * waves if config.split_k > 1 else 0.0,
+    )
+
+
+def predict(problem: GemmProblem, config: GemmConfig, device: Device) -> dict[str, float]:
+    """Predicted time in us of a legal config (``total``), with the terms it comes from."""
     m, n, k = problem.m, problem.n, problem.k
+    assert m is not None
+    kernel = _traits(_signature(problem), config)
     size = problem.traits.operand_bytes
-    tiles_m, tiles_n = -(-m // config.tile_m), -(-n // config.tile_n)
-    clusters_m, clusters_n = -(-tiles_m // config.cluster_m), -(-tiles_n // config.cluster_n)
+
+    # How the tiles fall on the chip.
+    clusters = -(-m // (config.tile_m * config.cluster_m)) * -(-n // (config.tile_n * config.cluster_n))
     per_cluster = config.cluster_m * config.cluster_n * config.split_k
-    ctas = clusters_m * clusters_n * per_cluster
-    blocks_per_sm = shape.blocks_per_sm
-    slots = max(per_cluster, _resident(device.num_sms, config, blocks_per_sm) // per_cluster * per_cluster)
+    ctas = clusters * per_cluster
+    slots = _resident(device.num_sms, per_cluster, kernel.blocks_per_sm)
     rounds = -(-ctas // slots)  # tiles that the busiest CTA computes
-    active = min(ctas, -(-ctas // rounds))
+    active = -(-ctas // rounds)
     sms = min(device.num_sms, active)
     sharing = -(-active // device.num_sms)  # CTAs on one SM
     stages = -(-(-(-k // config.tile_k)) // config.split_k)
 
-    # One stage of one CTA, cycles.
-    mma_rate = (device.mma_fp8_flops_per_clock_per_sm if size == 1 else device.mma_bf16_flops_per_clock_per_sm) / (
-        8192 / size
-    )
-    columns = shape.mma_n
-    operand_fixed, operand_divisor = sm90a.MMA_OPERAND_CYCLES
-    mma = max(columns / 2, operand_fixed + columns / operand_divisor) / mma_rate
-    per_wave = sm90a.MMAS_PER_STAGE * mma
-    tensor = shape.math_warpgroups * shape.waves * per_wave * sharing
-    if problem.promotes:
-        # A warpgroup waits for its MMAs, then promotes; another one's MMAs run meanwhile.
-        promotion = columns / 2 * (1.0 + 0.5 * (shape.column_scale_blocks > 1) + 0.7 * (shape.n_side_scales == "row_k"))
-        chain = shape.waves * (sm90a.MMA_ISSUE_LATENCY + per_wave + promotion) + sm90a.STAGE_OVERHEAD
+    # One stage of the CTAs of one SM, cycles.
+    nominal = 8192 // size  # FLOP per clock and SM that the MMA cycles stand for
+    rate = (device.mma_fp8_flops_per_clock_per_sm if size == 1 else device.mma_bf16_flops_per_clock_per_sm) / nominal
+    mma = kernel.mma / rate
+    if not problem.promotes:
+        exposed, serial = 0.0, kernel.waves * mma
+    elif kernel.chained:
+        exposed = sm90a.PROMOTION_EXPOSED[1] * kernel.warpgroups * kernel.promotion
+        serial = max(mma, kernel.promotion)
     else:
-        chain = shape.waves * per_wave + sm90a.STAGE_OVERHEAD / 2
-    m_shared = config.cluster_m if config.swap_ab else config.cluster_n
-    n_shared = config.cluster_n if config.swap_ab else config.cluster_m
-    stage_bytes = shape.mma_m * 128 / m_shared + shape.n_side_rows * 128 / n_shared
-    l2_rate = device.l2_bytes_per_s / device.clock_hz_memory_bound / sms
-    ingress = stage_bytes * sharing / min(sm90a.SM_BYTES_PER_CLOCK, l2_rate / sm90a.L2_SHARED_DISCOUNT)
-    stage = max(tensor, chain, ingress)
+        exposed = sm90a.PROMOTION_EXPOSED[0] * kernel.waves * kernel.promotion
+        serial = kernel.waves * (mma + kernel.promotion) + sm90a.STAGE_OVERHEAD_CYCLES
+    tensor = sharing * kernel.warpgroups * kernel.waves * mma
+    smem = sharing * kernel.smem + sm90a.PROMOTION_EXPOSED_SMEM * exposed
+    ingress = sharing * kernel.ingress
+    stage = max(tensor + exposed, smem, serial, ingress)
 
-    bound_by_tensor = tensor >= 0.8 * stage
-    clock = device.clock_hz if bound_by_tensor else device.clock_hz_memory_bound
-    epilogue = shape.waves * (sm90a.EPILOGUE_FIXED + sm90a.EPILOGUE_PER_COLUMN * columns * shape.d_bytes / 2)
-    exposed = epilogue * (1.0 if rounds == 1 else rounds)
-    main = rounds * stages * stage / clock
-    tail = exposed / clock
-    reduction = 0.0
-    if config.split_k > 1:
-        fixed, per_column = sm90a.CLUSTER_REDUCTION_S
-        reduction = rounds * (fixed + per_column * columns * shape.math_warpgroups * shape.waves)
-    unique = (m * k + n * k) * size + m * n * shape.d_bytes
-    in_flight = min(1.0, sms * min(config.stages, stages) * shape.stage_bytes * blocks_per_sm_used(sharing) / (132 * 48e3))
-    hbm = unique / (device.hbm_bytes_per_s * max(0.25, in_flight))
-    total = sm90a.LAUNCH_S + sm90a.RAMP_S + max(main, hbm) + tail + reduction
-    scale = 1e6
+    throttled = tensor > sm90a.TENSOR_BOUND * stage and rounds * stages * stage > sm90a.THROTTLED_CYCLES
+    cycles_per_us = (device.clock_hz if throttled else device.clock_hz_memory_bound) / 1e6
+    loop = rounds * stages / cycles_per_us
+    in_flight = sharing * sms * min(config.stages, stages) * kernel.stage_bytes
+    saturation = min(1.0, max(0.2, in_flight / (device.num_sms * sm90a.BYTES_IN_FLIGHT)))
+    unique = (m * k + n * k) * size + m * n * (2 if problem.d_dtype == "bf16" else 4)
+    hbm = unique / (device.hbm_bytes_per_s * sm90a.HBM_UTILIZATION * saturation) * 1e6
+    epilogue = rounds * kernel.epilogue / cycles_per_us
+    # Loading and computing overlap, but not perfectly where they take equally long.
+    main = float(((loop * stage) ** 4 + hbm**4) ** 0.25)
     return {
-        "total": total * scale,
-        "tensor": rounds * stages * tensor / clock * scale,
-        "chain": rounds * stages * chain / clock * scale,
-        "ingress": rounds * stages * ingress / clock * scale,
-        "hbm": hbm * scale,
-        "epilogue": tail * scale,
-        "reduction": reduction * scale,
+        "total": sm90a.LAUNCH_US + main + epilogue + kernel.reduction,
+        "tensor": loop * tensor,
+        "exposed": loop * exposed,
+        "serial": loop * serial,
+        "smem": loop * smem,
+        "ingress": loop * ingress,
+        "hbm": hbm,
+        "epilogue": epilogue,
+        "reduction": kernel.reduction,
     }
 
 
-def blocks_per_sm_used(sharing: int) -> int:
-    """CTAs that load at the same time on one SM."""
-    return max(1, sharing)
-
-
-def _resident(num_sms: int, config: GemmConfig, blocks_per_sm: int) -> int:
+def _resident(num_sms: int, cluster_size: int, blocks_per_sm: int) -> int:
     """CTAs resident at once. Clusters of more than 2 leave SMs of unevenly fused GPCs idle (measured on an H200)."""
-    fill = {1: 1.0, 2: 1.0, 4: 120 / 132, 8: 120 / 132}
-    size = config.cluster_m * config.cluster_n * config.split_k
-    return int(num_sms * blocks_per_sm * fill[size])
+    fill = 1.0 if cluster_size <= 2 else 120 / 132
+    return max(cluster_size, int(num_sms * blocks_per_sm * fill) // cluster_size * cluster_size)
 
 
 # -- Choice.
@@ -277,7 +364,7 @@ def _anchor_winner(problem: GemmProblem, m: int, device: Device, overrides: Over
     at = problem.with_m(m)
     best: tuple[float, GemmConfig] | None = None
     reasons: dict[str, int] = {}
-    for config in generate(at, overrides):
+    for config in candidates(at, overrides):
         reason = illegal(at, config, device)
         if reason is not None:
             reasons[reason] = reasons.get(reason, 0) + 1
