@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 from jitgemm import settings
 from jitgemm.device import SM90A, Architecture, Device
 from jitgemm.errors import ConfigError
-from jitgemm.families.gemm import FAMILY, MMA_M, STAGE_ROW_BYTES, GemmConfig, GemmProblem, KernelShape
 from jitgemm.families.base import KernelSpec
+from jitgemm.families.gemm import FAMILY, MMA_M, STAGE_ROW_BYTES, GemmConfig, GemmProblem, KernelShape
 from jitgemm.heuristics import sm90a
 
 ANCHORS = (1, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 16384)
@@ -88,7 +88,9 @@ def explain(problem: GemmProblem, device: Device) -> Explanation:
     offered = [assess(problem, config, device) for config in candidates(problem, overrides)]
     others = [assess(problem, config, device) for config in generate(problem, overrides)]
     illegal_only = [other for other in others if other.reason is not None]
-    return Explanation([*offered, *(other for other in illegal_only if other.config not in candidates(problem, overrides))], winner)
+    return Explanation(
+        [*offered, *(other for other in illegal_only if other.config not in candidates(problem, overrides))], winner
+    )
 
 
 def assess(problem: GemmProblem, config: GemmConfig, device: Device) -> Candidate:
@@ -137,7 +139,10 @@ def _parse(entry: str, tile_k: int) -> GemmConfig:
 def _fitting(problem: GemmProblem, config: GemmConfig) -> GemmConfig:
     """The config with as many of its stages as shared memory has room for: scales and FP32 outputs take some."""
     stages = config.stages
-    while stages > 2 and KernelShape(problem, dataclasses.replace(config, stages=stages)).smem_bytes > SM90A.smem_per_block:
+    while (
+        stages > 2
+        and KernelShape(problem, dataclasses.replace(config, stages=stages)).smem_bytes > SM90A.smem_per_block
+    ):
         stages -= 1
     return dataclasses.replace(config, stages=stages)
 
@@ -213,7 +218,7 @@ def _illegal_kernel(problem: GemmProblem, config: GemmConfig, arch: Architecture
         return f"split_k must be one of {', '.join(map(str, _SPLITS))}"
     rows_shared = config.cluster_m if config.swap_ab else config.cluster_n
     columns_shared = config.cluster_n if config.swap_ab else config.cluster_m
-    if shape.n_side_major == "k" and shape.mma_n % (8 * columns_shared) or shape.mma_m % (8 * rows_shared):
+    if (shape.n_side_major == "k" and shape.mma_n % (8 * columns_shared)) or shape.mma_m % (8 * rows_shared):
         return "a shared tile must divide into equal multiples of 8 rows"
     if shape.n_side_major == "mn" and shape.mma_n % 64 and shape.mma_n > 64:
         return "an MN-major operand on the MMA's N side comes in slabs of 64"
@@ -293,7 +298,8 @@ def predict(problem: GemmProblem, config: GemmConfig, device: Device) -> dict[st
     active = -(-ctas // rounds)
     sms = min(device.num_sms, active)
     sharing = -(-active // device.num_sms)  # CTAs on one SM
-    stages = -(-(-(-k // config.tile_k)) // config.split_k)
+    k_blocks = -(-k // config.tile_k)
+    stages = -(-k_blocks // config.split_k)
 
     # One stage of the CTAs of one SM, cycles.
     nominal = 8192 // size  # FLOP per clock and SM that the MMA cycles stand for

@@ -136,8 +136,14 @@ def version_text(version: Version) -> str:
 
 def compile_options(arch: str) -> tuple[str, ...]:
     """NVRTC's options for one architecture; part of the cache key."""
-    # 177: a constant that this variant of a kernel does not use.
-    return (f"--gpu-architecture={arch}", "--std=c++20", "-default-device", "--ptxas-options=-v", "-diag-suppress=177")
+    return (
+        f"--gpu-architecture={arch}",
+        "--std=c++20",
+        "-default-device",
+        "--ptxas-options=-v",
+        "--no-cache",  # ours is the cache; NVRTC's own would answer without the resource use that -v prints
+        "-diag-suppress=177",  # a constant that this variant of a kernel does not use
+    )
 
 
 # Discovery

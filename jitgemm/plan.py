@@ -101,7 +101,7 @@ def on_device(device: int, function: Callable[..., None], *arguments: Any) -> No
         function(*arguments)
 
 
-BOUND_LAUNCHES = 256
+BOUND_LAUNCHES = 1024
 """Launches with packed arguments that one plan keeps, one for each set of addresses."""
 
 __all__ = [

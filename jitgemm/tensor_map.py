@@ -12,7 +12,7 @@ ALIGNMENT = 16  # bytes, of base addresses and strides
 _TYPES = {"uint8": (0, 1), "bf16": (9, 2), "fp32": (7, 4)}  # CUtensorMapDataType, bytes of an element
 _SWIZZLES = {16: 0, 32: 1, 64: 2, 128: 3}  # CUtensorMapSwizzle by the bytes of a box row
 _L2_PROMOTION_128B = 2  # as fast as 256 or faster: the boxes are 128 bytes wide
-_ADDRESSES = 256  # encoded maps kept per operand
+_ADDRESSES = 1024  # encoded maps kept per operand
 
 
 class OperandMap:

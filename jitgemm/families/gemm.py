@@ -88,7 +88,7 @@ class GemmProblem:
     fast_accum: bool = False
 
     def __post_init__(self) -> None:
-        if self.recipe not in RECIPES:
+        if not isinstance(self.recipe, str) or self.recipe not in RECIPES:
             raise ProblemError(f"recipe is {self.recipe!r}; accepted are {', '.join(RECIPES)}")
         for name, low in (("n", 1), ("k", 1), ("m", 0)):
             value = getattr(self, name)
@@ -106,7 +106,9 @@ class GemmProblem:
         if not isinstance(self.fast_accum, bool):
             raise ProblemError(f"fast_accum is {self.fast_accum!r}; accepted is a boolean")
         if self.fast_accum and recipe.a_scales not in ("row", "tensor"):
-            raise ProblemError(f"fast_accum is True; recipe {self.recipe} does not allow it (fp8_rowwise and fp8_tensorwise do)")
+            raise ProblemError(
+                f"fast_accum is True; recipe {self.recipe} does not allow it (fp8_rowwise and fp8_tensorwise do)"
+            )
 
     @property
     def traits(self) -> Recipe:

@@ -49,7 +49,8 @@ class TransposeScales:
 
 FAMILY = TransposeScales()
 
-# The template's `Params`: input, output, stride_group, stride_mn, stride_k, output_stride_group, mn, mn_aligned, k_blocks.
+# The template's `Params`: input, output, stride_group, stride_mn, stride_k, output_stride_group, mn, mn_aligned,
+# k_blocks, padding.
 _PARAMS = struct.Struct("<QQqqqqiiii")
 
 
@@ -73,7 +74,18 @@ def bind(shape: Sequence[int], strides: Sequence[int], source: int, destination:
     kernel = load(FAMILY.spec(device_facts(device)[0].arch.name), device)
     block = ctypes.create_string_buffer(
         _PARAMS.pack(
-            *(source, destination, stride_group, stride_mn, stride_k, mn_aligned * k_blocks, mn, mn_aligned, k_blocks, 0)
+            *(
+                source,
+                destination,
+                stride_group,
+                stride_mn,
+                stride_k,
+                mn_aligned * k_blocks,
+                mn,
+                mn_aligned,
+                k_blocks,
+                0,
+            )
         )
     )
     grid = (-(-mn // TILE), -(-k_blocks // TILE), groups)

@@ -186,9 +186,7 @@ def run_gemm(
 class _GemmPlan:
     """A checked problem with its kernel and geometry."""
 
-    def __init__(
-        self, operands: _Operands, geometry: GemmGeometry, transposes: tuple[bool, bool], device: int
-    ) -> None:
+    def __init__(self, operands: _Operands, geometry: GemmGeometry, transposes: tuple[bool, bool], device: int) -> None:
         self._operands, self._geometry, self._device = operands, geometry, device
         self._transpose_a, self._transpose_b = transposes
         self._bound: Table[tuple[int, ...], Launch] = Table(BOUND_LAUNCHES)
@@ -278,7 +276,8 @@ class _Operands:
         m, k, n = a_rows.mn, a_rows.k, b_rows.mn
         if b_rows.k != k:
             raise ProblemError(
-                f"a {tuple(a.shape)} and b {tuple(b.shape)} in layout {layout} have k {k} and {b_rows.k}; they must agree"
+                f"a {tuple(a.shape)} and b {tuple(b.shape)} in layout {layout} have k {k} and {b_rows.k};"
+                " they must agree"
             )
         self.a, self.b = a_rows, b_rows
         self.problem = GemmProblem(
