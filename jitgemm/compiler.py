@@ -274,9 +274,13 @@ class _Nvrtc:
             self._library.nvrtcGetErrorString.restype = ctypes.c_char_p
             major, minor = ctypes.c_int(), ctypes.c_int()
             self.call("nvrtcVersion", ctypes.byref(major), ctypes.byref(minor))
+            self.version: Version = (major.value, minor.value)
+            builtins = Path(path).resolve().with_name(f"libnvrtc-builtins.so.{version_text(self.version)}")
+            if Path(path).is_absolute() and builtins.exists():
+                # Version 13.0 does not look beside itself for them, but by name, which a loaded library answers to.
+                ctypes.CDLL(str(builtins))
         except (OSError, AttributeError) as error:
             raise CompileError(f"{path} is not a usable NVRTC library: {error}") from error
-        self.version: Version = (major.value, minor.value)
 
     def call(self, function: str, *arguments: Any) -> None:
         status = getattr(self._library, function)(*arguments)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import ctypes
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,24 @@ def _library(folder: Path, major: str, version: str) -> Path:
 
 def _set_driver(monkeypatch: pytest.MonkeyPatch, version: Version | None) -> None:
     monkeypatch.setattr(compiler, "driver_version", lambda: version)
+
+
+def test_a_library_comes_with_its_builtins(installed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = []
+
+    class Library:
+        def __init__(self, path: str) -> None:
+            loaded.append(Path(path).name)
+            self.nvrtcGetErrorString = lambda status: b""
+
+        @staticmethod
+        def nvrtcVersion(major: Any, minor: Any) -> int:  # noqa: N802
+            major._obj.value, minor._obj.value = 13, 5
+            return 0
+
+    monkeypatch.setattr(ctypes, "CDLL", Library)
+    assert compiler._Nvrtc(str(installed / "nvidia/cu13/lib/libnvrtc.so.13")).version == (13, 5)
+    assert loaded == ["libnvrtc.so.13", "libnvrtc-builtins.so.13.5"]
 
 
 @pytest.mark.parametrize(
