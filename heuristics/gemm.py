@@ -19,7 +19,15 @@ from jitgemm import settings
 from jitgemm.device import SM90A, Architecture, Device
 from jitgemm.errors import ConfigError
 from jitgemm.families.base import KernelSpec
-from jitgemm.families.gemm import FAMILY, MMA_M, STAGE_ROW_BYTES, GemmConfig, GemmProblem, KernelShape
+from jitgemm.families.gemm import (
+    FAMILY,
+    FEW_BOUNDARIES_STEP,
+    MMA_M,
+    STAGE_ROW_BYTES,
+    GemmConfig,
+    GemmProblem,
+    KernelShape,
+)
 from jitgemm.heuristics import sm90a
 
 ANCHORS = (1, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 16384)
@@ -256,14 +264,17 @@ def _traits(problem: GemmProblem, config: GemmConfig) -> _Traits:
     fixed, divisor = sm90a.MMA_OPERAND_CYCLES
     promotion = 0.0
     if problem.promotes:
-        single, straddling, scaled = sm90a.PROMOTION_CYCLES
-        per_register = single + straddling * (shape.column_scale_blocks > 1) + scaled * (shape.n_side_scales == "row_k")
+        per_register = sm90a.PROMOTION_CYCLES
+        if shape.column_scale_blocks > 1:
+            few = shape.column_boundary_step >= FEW_BOUNDARIES_STEP
+            per_register += sm90a.PROMOTION_BRANCH_CYCLES if few else sm90a.PROMOTION_SELECT_CYCLES
+        if shape.n_side_scales == "row_k":
+            per_register += sm90a.PROMOTION_SCALE_CYCLES
         promotion = columns / 2 * per_register
     waves = shape.math_warpgroups * shape.waves
     reads = waves * sm90a.MMAS_PER_STAGE * (MMA_M + columns) * 32
     m_shared = config.cluster_m if config.swap_ab else config.cluster_n
     n_shared = config.cluster_n if config.swap_ab else config.cluster_m
-    fixed_epilogue, per_column, per_slice = sm90a.EPILOGUE_CYCLES
     slices = columns // shape.store_columns
     fixed_reduction, reduction_per_column = sm90a.REDUCTION_US
     return _Traits(
@@ -277,7 +288,9 @@ def _traits(problem: GemmProblem, config: GemmConfig) -> _Traits:
         smem=(reads + (rows + shape.n_side_rows) * 128) / sm90a.SMEM_BYTES_PER_CYCLE,
         ingress=(rows / m_shared + shape.n_side_rows / n_shared) * 128 / sm90a.INGRESS_BYTES_PER_CYCLE,
         stage_bytes=shape.stage_bytes,
-        epilogue=fixed_epilogue + per_column * columns * shape.waves * shape.d_bytes / 2 + per_slice * (slices - 1),
+        epilogue=sm90a.EPILOGUE_CYCLES
+        + sm90a.EPILOGUE_COLUMN_CYCLES * columns * shape.waves * shape.d_bytes / 2
+        + sm90a.EPILOGUE_SLICE_CYCLES * (slices - 1),
         reduction=fixed_reduction + reduction_per_column * columns * waves if config.split_k > 1 else 0.0,
     )
 
@@ -305,18 +318,21 @@ def predict(problem: GemmProblem, config: GemmConfig, device: Device) -> dict[st
     nominal = 8192 // size  # FLOP per clock and SM that the MMA cycles stand for
     rate = (device.mma_fp8_flops_per_clock_per_sm if size == 1 else device.mma_bf16_flops_per_clock_per_sm) / nominal
     mma = kernel.mma / rate
+    overhead, latency = sm90a.STAGE_OVERHEAD_CYCLES, sm90a.MMA_LATENCY_CYCLES
     if not problem.promotes:
-        exposed, serial = 0.0, kernel.waves * mma
+        exposed, serial = 0.0, kernel.waves * mma + sm90a.OVERLAPPED_OVERHEAD * overhead
     elif kernel.chained:
-        exposed = sm90a.PROMOTION_EXPOSED[1] * kernel.warpgroups * kernel.promotion
-        serial = max(mma, kernel.promotion)
+        exposed = sm90a.PROMOTION_EXPOSED_IN_CHAIN * kernel.warpgroups * kernel.promotion
+        serial = max(mma, kernel.promotion) + sm90a.OVERLAPPED_OVERHEAD * (overhead + latency)
     else:
-        exposed = sm90a.PROMOTION_EXPOSED[0] * kernel.waves * kernel.promotion
-        serial = kernel.waves * (mma + kernel.promotion) + sm90a.STAGE_OVERHEAD_CYCLES
+        exposed = sm90a.PROMOTION_EXPOSED * kernel.waves * (kernel.promotion + latency)
+        serial = kernel.waves * (mma + latency + kernel.promotion) + overhead
     tensor = sharing * kernel.warpgroups * kernel.waves * mma
     smem = sharing * kernel.smem + sm90a.PROMOTION_EXPOSED_SMEM * exposed
     ingress = sharing * kernel.ingress
     stage = max(tensor + exposed, smem, serial, ingress)
+    if config.cluster_m * config.cluster_n > 1:
+        stage += sm90a.MULTICAST_CYCLES
 
     throttled = tensor > sm90a.TENSOR_BOUND * stage and rounds * stages * stage > sm90a.THROTTLED_CYCLES
     cycles_per_us = (device.clock_hz if throttled else device.clock_hz_memory_bound) / 1e6
@@ -326,10 +342,13 @@ def predict(problem: GemmProblem, config: GemmConfig, device: Device) -> dict[st
     unique = (m * k + n * k) * size + m * n * (2 if problem.d_dtype == "bf16" else 4)
     hbm = unique / (device.hbm_bytes_per_s * sm90a.HBM_UTILIZATION * saturation) * 1e6
     epilogue = rounds * kernel.epilogue / cycles_per_us
+    reduction = 0.0
+    if config.split_k > 1:
+        reduction = rounds * kernel.reduction + (rounds - 1) * sm90a.RELAUNCH_US
     # Loading and computing overlap, but not perfectly where they take equally long.
     main = float(((loop * stage) ** 4 + hbm**4) ** 0.25)
     return {
-        "total": sm90a.LAUNCH_US + main + epilogue + kernel.reduction,
+        "total": sm90a.LAUNCH_US + main + epilogue + reduction,
         "tensor": loop * tensor,
         "exposed": loop * exposed,
         "serial": loop * serial,
@@ -337,7 +356,7 @@ def predict(problem: GemmProblem, config: GemmConfig, device: Device) -> dict[st
         "ingress": loop * ingress,
         "hbm": hbm,
         "epilogue": epilogue,
-        "reduction": kernel.reduction,
+        "reduction": reduction,
     }
 
 
@@ -356,28 +375,33 @@ def _overrides() -> Overrides:
     return tuple(settings.current().tuning().items())
 
 
+def _rank(problem: GemmProblem, config: GemmConfig, device: Device) -> tuple[float, int, GemmConfig]:
+    """Cheapest first; of configs that the model can't tell apart, the one with the deeper ring."""
+    return predict(problem, config, device)["total"], -config.stages, config
+
+
 @functools.lru_cache(maxsize=65536)
 def _choose(problem: GemmProblem, device: Device, overrides: Overrides) -> GemmConfig:
     assert problem.m is not None
     middle = bisect.bisect_left(ANCHORS, problem.m)
     near = ANCHORS[max(0, middle - _NEIGHBOURS) : middle + _NEIGHBOURS]
     winners = sorted({_anchor_winner(problem.without_m(), m, device, overrides) for m in near})
-    return min(winners, key=lambda config: (predict(problem, config, device)["total"], config))
+    return min(winners, key=lambda config: _rank(problem, config, device))
 
 
 @functools.lru_cache(maxsize=65536)
 def _anchor_winner(problem: GemmProblem, m: int, device: Device, overrides: Overrides) -> GemmConfig:
     at = problem.with_m(m)
-    best: tuple[float, GemmConfig] | None = None
+    best: tuple[float, int, GemmConfig] | None = None
     reasons: dict[str, int] = {}
     for config in candidates(at, overrides):
         reason = illegal(at, config, device)
         if reason is not None:
             reasons[reason] = reasons.get(reason, 0) + 1
             continue
-        cost = (predict(at, config, device)["total"], config)
+        cost = _rank(at, config, device)
         best = cost if best is None else min(best, cost)
     if best is None:
         named = ", ".join(f"{settings.PREFIX}{name.upper()}={value}" for name, value in overrides) or "no overrides"
         raise ConfigError(f"no legal config with {named}: " + "; ".join(sorted(reasons, key=lambda r: -reasons[r])))
-    return best[1]
+    return best[-1]

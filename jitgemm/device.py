@@ -66,8 +66,8 @@ H200 = Device(
     l2_bytes=60 << 20,
     hbm_bytes_per_s=4.3e12,
     l2_bytes_per_s=9.4e12,
-    clock_hz=1.65e9,
-    clock_hz_memory_bound=1.98e9,
+    clock_hz=1.70e9,
+    clock_hz_memory_bound=1.90e9,
     mma_fp8_flops_per_clock_per_sm=8192,
     mma_bf16_flops_per_clock_per_sm=4096,
 )

@@ -25,6 +25,7 @@ MMA_M = 64  # rows of one warpgroup-wide MMA
 STAGE_ROW_BYTES = 128  # bytes of K of one operand row in one stage: the widest TMA swizzle
 SMEM_ALIGNMENT = 1024  # bytes: repeat of the 128-byte swizzle
 CHAIN_REGISTERS = 192  # that sums and two partial sums may take for MMAs to overlap with promotion
+FEW_BOUNDARIES_STEP = 32  # tile columns that are multiples of it meet scale blocks at 4 places at most
 _STAGING_END = SM90A.smem_per_block - 2 * SMEM_ALIGNMENT  # slack for alignment, and the barriers
 
 
@@ -347,8 +348,13 @@ class KernelShape:
         """128-wide scale blocks that a tile's N-side rows can touch, wherever the tile starts."""
         if self.n_side_scales != "block_k":
             return 1
-        largest_offset = SCALE_GROUP - math.gcd(self.mma_n, SCALE_GROUP)
+        largest_offset = SCALE_GROUP - self.column_boundary_step
         return (largest_offset + self.mma_n - 1) // SCALE_GROUP + 1
+
+    @property
+    def column_boundary_step(self) -> int:
+        """Scale blocks begin at a multiple of it from a tile's first column, wherever the tile starts."""
+        return math.gcd(self.mma_n, SCALE_GROUP)
 
     @property
     def chain(self) -> int:
@@ -424,6 +430,7 @@ class Gemm:
             "staging_offset",
             "staging_wave_bytes",
             "column_scale_blocks",
+            "column_boundary_step",
             "blocks_per_sm",
             "chain",
         )
@@ -433,6 +440,7 @@ class Gemm:
             **{name: getattr(shape, name) for name in derived},
             "kernel_name": self.kernel_name(spec),
             "description": self.describe(spec),
+            "few_boundaries_step": FEW_BOUNDARIES_STEP,
             "fp8": shape.problem.traits.is_fp8,
             "promotes": shape.problem.promotes,
             "cluster": config.cluster_m * config.cluster_n * config.split_k,

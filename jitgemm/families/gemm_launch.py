@@ -80,7 +80,8 @@ class GemmGeometry:
         assert problem.m is not None
         shape = KernelShape(problem, config)
         self._shape, self._kernel = shape, kernel
-        self._d_tma_stride = d.row_stride * shape.d_bytes % ALIGNMENT == 0
+        # A store clips the last columns in steps of 16 bytes: D must end on one, or what lies behind it is overwritten.
+        self._d_by_tma = d.row_stride * shape.d_bytes % ALIGNMENT == 0 and d.columns * shape.d_bytes % ALIGNMENT == 0
         self._swap = config.swap_ab
         traits, k_blocks = problem.traits, -(-problem.k // config.tile_k)
 
@@ -117,7 +118,7 @@ class GemmGeometry:
         self._scaled = traits.a_scales != "none"
 
     def _d_map(self, d: Matrix) -> OperandMap | None:
-        if not self._d_tma_stride or self._shape.config.split_k > 1:
+        if not self._d_by_tma or self._shape.config.split_k > 1:
             return None
         shape = self._shape
         width = shape.store_row_bytes
@@ -146,7 +147,7 @@ class GemmGeometry:
         for index, (operand, address) in enumerate(maps):
             if operand is not None:
                 offset = start + index * BYTES
-                block[offset : offset + BYTES] = operand.encoded(address)
+                ctypes.memmove(ctypes.addressof(block) + offset, operand.encoded(address), BYTES)
         self._pack_tail(block, start + _TAIL_OFFSET, at.d, at.c, row_scales, column_scales, store_by_tma)
         kernel = self._kernel
         return Launch(

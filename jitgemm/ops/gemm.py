@@ -23,7 +23,7 @@ Scaled = tuple[Tensor, Tensor]
 
 _D_DTYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 _ALIGNMENT = 16  # bytes: TMA's, of addresses and row strides
-_current_device = getattr(torch._C, "_cuda_getDevice", None)
+_current_device: Any = getattr(torch._C, "_cuda_getDevice", None)
 
 # The peer's (rows of A, rows of B, K) per scale.
 _PEER_RECIPES = {(1, 128, 128): "fp8_1x128_128x128", (1, 1, 128): "fp8_1x128_1x128"}
@@ -150,7 +150,7 @@ def _gemm(
     run_gemm(a, a_scales, b, b_scales, d, c, recipe, layout, fast_accum)
 
 
-_plans: Table[Any, _GemmPlan | None] = Table(4096)
+_plans: Table[Any, Any] = Table(4096)
 
 
 def run_gemm(
@@ -289,13 +289,11 @@ class _Operands:
             d_dtype=_D_DTYPES[d.dtype],
             fast_accum=fast_accum,
         )
-        for name, tensor in (("d", d), ("c", c)):
-            if tensor is None:
-                continue
-            if tuple(tensor.shape) != (m, n):
-                raise ProblemError(f"{name} has shape {tuple(tensor.shape)}; a and b make it {(m, n)}")
-            if tensor.stride(1) != 1 and n > 1:
-                raise ProblemError(f"{name} has strides {tensor.stride()}; accepted is stride 1 along n")
+        for name, output in (("d", d),) if c is None else (("d", d), ("c", c)):
+            if tuple(output.shape) != (m, n):
+                raise ProblemError(f"{name} has shape {tuple(output.shape)}; a and b make it {(m, n)}")
+            if output.stride(1) != 1 and n > 1:
+                raise ProblemError(f"{name} has strides {output.stride()}; accepted is stride 1 along n")
         if c is not None and c.dtype != d.dtype:
             raise ProblemError(f"c has dtype {c.dtype} and d {d.dtype}; they must agree")
         if m > 1 and d.stride(0) < n:
