@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from jitgemm import builder, settings
+from jitgemm.errors import ProblemError
 
 
 @pytest.fixture
@@ -24,3 +25,26 @@ def cache_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
     yield directory
     monkeypatch.undo()
     settings.reload()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip the tests marked ``gpu`` where none of the GPUs that have kernels is there."""
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    reason = _no_gpu() if marked else None
+    if reason:
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def _no_gpu() -> str | None:
+    import torch
+
+    from jitgemm.plan import device_facts
+
+    if not torch.cuda.is_available():
+        return "no GPU here"
+    try:
+        device_facts(torch.cuda.current_device())
+    except ProblemError as error:
+        return str(error)
+    return None
