@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -36,6 +37,7 @@ def check(problems: Sequence[NamedProblem]) -> int:
 
     Compiling is forbidden meanwhile: the prewarmed set must be enough.
     """
+    warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # torch works without, and so does jitgemm
     import torch
 
     if torch.cuda.is_available():
