@@ -52,7 +52,8 @@ def examine() -> Diagnosis:
         nvrtc=_nvrtc(problems),
         cache=_cache(problems),
         settings=[
-            {"name": name, "value": _as_written(value), "source": source} for name, value, source in settings.in_force()
+            {"name": name, "value": None if value is None else settings.as_written(value), "source": source}
+            for name, value, source in settings.in_force()
         ],
         problems=problems,
     )
@@ -76,15 +77,6 @@ def print_diagnosis(diagnosis: Diagnosis) -> None:
         print(printable(f"problem: {problem}"))
     if not diagnosis.problems:
         print("OK")
-
-
-def _as_written(value: Any) -> str | None:
-    """A setting's value as its variable would hold it."""
-    if isinstance(value, bool):
-        return str(int(value))
-    if isinstance(value, tuple):
-        return "x".join(map(str, value))
-    return None if value is None else str(value)
 
 
 def _versions(problems: list[str]) -> Iterator[tuple[str, str | None]]:

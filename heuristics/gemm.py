@@ -8,6 +8,7 @@ can get are the anchors' winners: finite, and enumerable without knowing m.
 from __future__ import annotations
 
 import bisect
+import collections
 import dataclasses
 import functools
 import itertools
@@ -33,7 +34,7 @@ from jitgemm.heuristics import sm90a
 ANCHORS = (1, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 16384)
 """Values of m whose winners serve every m."""
 
-_NEIGHBOURS = 2  # anchors on each side of m whose winners are considered
+_NEIGHBOURS = 1  # anchors on each side of m whose winners are considered
 
 MAX_STAGES = 12
 
@@ -392,16 +393,21 @@ def _choose(problem: GemmProblem, device: Device, overrides: Overrides) -> GemmC
 @functools.lru_cache(maxsize=65536)
 def _anchor_winner(problem: GemmProblem, m: int, device: Device, overrides: Overrides) -> GemmConfig:
     at = problem.with_m(m)
-    best: tuple[float, int, GemmConfig] | None = None
-    reasons: dict[str, int] = {}
-    for config in candidates(at, overrides):
-        reason = illegal(at, config, device)
-        if reason is not None:
-            reasons[reason] = reasons.get(reason, 0) + 1
-            continue
-        cost = _rank(at, config, device)
-        best = cost if best is None else min(best, cost)
-    if best is None:
-        named = ", ".join(f"{settings.PREFIX}{name.upper()}={value}" for name, value in overrides) or "no overrides"
-        raise ConfigError(f"no legal config with {named}: " + "; ".join(sorted(reasons, key=lambda r: -reasons[r])))
-    return best[-1]
+    return min(_legal(problem, device, overrides), key=lambda config: _rank(at, config, device))
+
+
+@functools.lru_cache(maxsize=1024)
+def _legal(problem: GemmProblem, device: Device, overrides: Overrides) -> tuple[GemmConfig, ...]:
+    """The legal candidates of a problem, whatever its m.
+
+    Raises:
+        ConfigError: there is none; names the overrides and the limits that they break.
+    """
+    assessed = [(config, illegal(problem, config, device)) for config in candidates(problem, overrides)]
+    legal = tuple(config for config, reason in assessed if reason is None)
+    if legal:
+        return legal
+    reasons = collections.Counter(reason for _, reason in assessed if reason is not None)
+    written = [f"{settings.PREFIX}{name.upper()}={settings.as_written(value)}" for name, value in overrides]
+    named = ", ".join(written) or "no overrides"
+    raise ConfigError(f"no legal config with {named}: " + "; ".join(reason for reason, _ in reasons.most_common()))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import os
 import threading
 import time
@@ -210,13 +209,22 @@ def _release(lock: filelock.BaseFileLock) -> None:
 
 
 def _finder(cache: KernelCache, key: str, in_force: Settings) -> Callable[[], Cubin | None]:
+    def find() -> Cubin | None:
+        # Which NVRTC is in use matters only where there is a choice, and looking for it takes longer than a hit.
+        choice = in_force.exact_nvrtc or len(cache.versions(key)) > 1
+        version = _nvrtc_in_use(in_force) if choice else None
+        return cache.find(key, version=version, exact=in_force.exact_nvrtc, loadable=_loadable)
+
+    return find
+
+
+def _nvrtc_in_use(in_force: Settings) -> str | None:
     try:
-        version = find_nvrtc().version_text
+        return find_nvrtc().version_text
     except CompileError:
         if in_force.exact_nvrtc:
             raise
-        version = None  # a cache that was filled elsewhere serves without any NVRTC
-    return functools.partial(cache.find, key, version=version, exact=in_force.exact_nvrtc, loadable=_loadable)
+        return None  # a cache that was filled elsewhere serves without any NVRTC
 
 
 def _loadable(version: str) -> bool:

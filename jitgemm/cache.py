@@ -93,7 +93,7 @@ class KernelCache:
             cubin = self._read_valid(self.path_of(key, version))
             if cubin is not None or exact:
                 return cubin
-        for other in self._versions(key):
+        for other in self.versions(key):
             if other != version and (loadable is None or loadable(other)):
                 cubin = self._read_valid(self.path_of(key, other))
                 if cubin is not None:
@@ -165,7 +165,7 @@ class KernelCache:
     def remove(self, key: str, version: str | None = None) -> int:
         """Remove the entries of ``key``, or the one of an NVRTC ``version``; how many there were."""
         removed = 0
-        for one in [version] if version is not None else self._versions(key):
+        for one in [version] if version is not None else self.versions(key):
             with contextlib.suppress(FileNotFoundError):
                 self.path_of(key, one).unlink()
                 removed += 1
@@ -189,7 +189,7 @@ class KernelCache:
     def _lock_path(self, key: str) -> Path:
         return self._locks / f"{key}.lock"
 
-    def _versions(self, key: str) -> list[str]:
+    def versions(self, key: str) -> list[str]:
         """NVRTC versions that ``key`` has entries of, newest first."""
         matches = (_NAME.fullmatch(name) for name in _names(self._kernels) if name.startswith(key))
         versions = [match["version"] for match in matches if match and match["key"] == key]

@@ -10,14 +10,9 @@ import ctypes
 import functools
 from typing import Any
 
+from cuda.bindings import driver
+
 from jitgemm.errors import DriverError
-
-
-@functools.cache
-def _bindings() -> Any:
-    from cuda.bindings import driver
-
-    return driver
 
 
 def check(result: tuple[Any, ...]) -> Any:
@@ -34,7 +29,6 @@ def check(result: tuple[Any, ...]) -> Any:
 
 def error_of(status: int, what: str = "") -> DriverError:
     """The exception for a CUDA status code."""
-    driver = _bindings()
     code = driver.CUresult(status)
     _, name = driver.cuGetErrorName(code)
     _, text = driver.cuGetErrorString(code)
@@ -58,7 +52,6 @@ def load_kernel(image: bytes, name: str, smem_bytes: int, device: int) -> tuple[
     Raises:
         DriverError: the driver refuses the cubin or the kernel's shared memory.
     """
-    driver = _bindings()
     relaxed = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
     before = check(driver.cuThreadExchangeStreamCaptureMode(relaxed))
     try:
@@ -72,21 +65,18 @@ def load_kernel(image: bytes, name: str, smem_bytes: int, device: int) -> tuple[
 
 def allow_smem(kernel: int, smem_bytes: int, device: int) -> None:
     """Let a kernel have ``smem_bytes`` of dynamic shared memory on a device."""
-    driver = _bindings()
     attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
     check(driver.cuKernelSetAttribute(attribute, smem_bytes, driver.CUkernel(kernel), driver.CUdevice(device)))
 
 
 def function_attribute(kernel: int, name: str, device: int) -> int:
     """An attribute of a loaded kernel, such as ``LOCAL_SIZE_BYTES`` or ``NUM_REGS``."""
-    driver = _bindings()
     attribute = getattr(driver.CUfunction_attribute, f"CU_FUNC_ATTRIBUTE_{name}")
     return int(check(driver.cuKernelGetAttribute(attribute, driver.CUkernel(kernel), driver.CUdevice(device))))
 
 
 def use_primary_context(device: int) -> None:
     """Make a device's primary context, the one torch uses, current in this thread."""
-    driver = _bindings()
     check(driver.cuCtxSetCurrent(check(driver.cuDevicePrimaryCtxRetain(driver.CUdevice(device)))))
 
 
@@ -174,7 +164,7 @@ class Launch:
         return entry
 
     def _retry(self, config: int, status: int) -> None:
-        if status == int(_bindings().CUresult.CUDA_ERROR_INVALID_CONTEXT):  # a thread's first CUDA call
+        if status == int(driver.CUresult.CUDA_ERROR_INVALID_CONTEXT):  # a thread's first CUDA call
             use_primary_context(self._device)
             status = self._function(config, self._kernel, self._arguments, None)
         if status:

@@ -242,10 +242,16 @@ def override(**values: Any) -> Iterator[Settings]:
         _context.reset(token)
 
 
+def as_written(value: Any) -> str:
+    """A value as the text that its variable would hold."""
+    if isinstance(value, bool):
+        return str(int(value))
+    return "x".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
 def _parsed(variable: Variable, value: Any) -> Any:
-    text = "x".join(map(str, value)) if isinstance(value, tuple) else str(value)
     try:
-        return variable.parse(text)
+        return variable.parse(as_written(value))
     except (ValueError, KeyError, RuntimeError):
         raise SettingsError(f"override: {variable.field} is {value!r}; accepted is {variable.accepts}") from None
 
