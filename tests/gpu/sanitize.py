@@ -1,0 +1,146 @@
+"""Every feature of the kernels once, on small problems, for the tools that watch memory. Not collected by pytest. ::
+
+    compute-sanitizer --tool memcheck --error-exitcode 1 python tests/gpu/sanitize.py
+    compute-sanitizer --tool racecheck --error-exitcode 1 python tests/gpu/sanitize.py
+
+Operands are made, and results checked, on the CPU, so that little else runs under the tool; torch's allocator does not
+cache, so that what lies beside a tensor is nobody's. Exit code 1 if a result is wrong.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch
+from torch import Tensor
+
+import jitgemm
+from benchmarks.operands import quantize, random_matrix
+from jitgemm import settings
+from jitgemm.reference.gemm import D_DTYPES, check_close
+
+DEEPSEEK, GROUPS, ROWWISE, TENSORWISE = "fp8_1x128_128x128", "fp8_1x128_1x128", "fp8_rowwise", "fp8_tensorwise"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call; ``tile`` is tile_m x tile_n, the rest as the settings are called."""
+
+    recipe: str
+    tile: tuple[int, int]
+    layout: str = "nt"
+    d_dtype: str = "bf16"
+    cluster: tuple[int, int] = (1, 1)
+    split_k: int = 1
+    swap_ab: bool = False
+    fast_accum: bool = False
+    c: str = "none"
+    d_padding: int = 0  # elements after each row of D; odd ones keep TMA from storing it
+    m: int = 200
+    n: int = 232
+    k: int = 400
+
+
+CASES = [
+    Case(DEEPSEEK, (128, 64)),  # MMAs overlap with promotion
+    Case(DEEPSEEK, (128, 64), k=1100, m=100),
+    Case(DEEPSEEK, (128, 192), c="given"),  # they do not
+    Case(DEEPSEEK, (128, 72), d_padding=1),  # columns straddle scale blocks
+    Case(DEEPSEEK, (256, 64), d_dtype="fp32", c="in_place"),  # two waves
+    Case(DEEPSEEK, (64, 32)),  # one math warpgroup
+    Case(DEEPSEEK, (128, 64), cluster=(2, 1), m=256),
+    Case(DEEPSEEK, (128, 64), cluster=(1, 2), n=120),  # a block without a tile
+    Case(DEEPSEEK, (128, 64), split_k=2, c="given"),
+    Case(DEEPSEEK, (64, 64), split_k=4, d_dtype="fp32", k=512),
+    Case(DEEPSEEK, (64, 128), split_k=8, k=1024, m=64, n=128),
+    Case(DEEPSEEK, (32, 64), swap_ab=True, m=33),
+    Case(DEEPSEEK, (16, 128), swap_ab=True, cluster=(1, 2), m=30, d_padding=3, c="given"),
+    Case(DEEPSEEK, (32, 64), swap_ab=True, cluster=(2, 1), m=60),
+    Case(DEEPSEEK, (8, 64), swap_ab=True, split_k=2, m=7, d_dtype="fp32"),
+    Case(GROUPS, (128, 64)),
+    Case(GROUPS, (64, 128), swap_ab=True, n=130, k=130),
+    Case(ROWWISE, (128, 64), c="in_place"),
+    Case(ROWWISE, (128, 128), fast_accum=True, n=201),
+    Case(TENSORWISE, (16, 64), swap_ab=True, m=5),
+    Case("bf16", (128, 128), c="given"),
+    Case("bf16", (128, 64), d_dtype="fp32", cluster=(2, 1)),
+    Case("bf16", (128, 64), layout="nn", cluster=(1, 2)),
+    Case("bf16", (128, 64), layout="tn", cluster=(2, 1)),
+    Case("bf16", (64, 40), layout="tt", split_k=2),
+    Case("bf16", (256, 64), layout="tn", d_padding=1),
+    Case("bf16", (32, 64), layout="tt", swap_ab=True),
+]
+
+
+def run(case: Case) -> None:
+    """Call and compare.
+
+    Raises:
+        AssertionError: the result is wrong.
+    """
+    generator = torch.Generator().manual_seed(0)
+    m, n, k = case.m, case.n, case.k
+    x = quantize(case.recipe, random_matrix(m, k, generator), random_matrix(n, k, generator))
+    dtype = D_DTYPES[case.d_dtype]
+    c = None if case.c == "none" else torch.randn((m, n), generator=generator).to(dtype)
+    expected = x.product(case.d_dtype, c=c)
+
+    d = torch.full((m, n + case.d_padding), float("nan"), dtype=dtype).cuda()[:, :n]
+    c_on_gpu = None if c is None else c.cuda()
+    if case.c == "in_place":
+        d, c_on_gpu = c_on_gpu, c_on_gpu
+    assert d is not None
+    a, b = stored(x.a, case.layout[0] == "t"), stored(x.b, case.layout[1] == "n")
+    forced = {"tile_m": case.tile[0], "tile_n": case.tile[1], "cluster": case.cluster, "split_k": case.split_k}
+    with settings.override(**forced, swap_ab=case.swap_ab):
+        if x.a_scales is None or x.b_scales is None:
+            getattr(jitgemm, f"bf16_gemm_{case.layout}")(a, b, d, c_on_gpu)
+        else:
+            scaled = (a, x.a_scales.cuda()), (b, x.b_scales.cuda())
+            jitgemm.fp8_gemm_nt(*scaled, d, c_on_gpu, recipe=case.recipe, fast_accum=case.fast_accum)
+    torch.cuda.synchronize()
+    check_close(d.cpu(), expected, recipe=case.recipe, d_dtype=case.d_dtype, fast_accum=case.fast_accum)
+
+
+def stored(x: Tensor, transposed: bool) -> Tensor:
+    """A matrix on the GPU, its rows padded to 16 bytes and no further."""
+    x = x.t() if transposed else x
+    unit = 16 // x.element_size()
+    width = -(-x.shape[1] // unit) * unit
+    padded = torch.zeros((x.shape[0], width * x.element_size()), dtype=torch.uint8).view(x.dtype)
+    padded[:, : x.shape[1]].view(torch.uint8).copy_(x.contiguous().view(torch.uint8))
+    return padded.cuda()[:, : x.shape[1]]
+
+
+def main() -> int:
+    """Run all cases; the exit code."""
+    if not torch.cuda.is_available():
+        print("no GPU", file=sys.stderr)
+        return 3
+    failed = 0
+    for index, case in enumerate(CASES):
+        start = time.perf_counter()
+        try:
+            run(case)
+            outcome = "ok"
+        except Exception as error:
+            outcome, failed = f"FAILED: {error}", failed + 1
+        print(f"{index + 1:2d}/{len(CASES)} {time.perf_counter() - start:6.2f} s  {case}  {outcome}", flush=True)
+    for shape in ((1, 1), (33, 31), (3, 65, 5)):
+        sf = torch.randn(shape)
+        same = torch.equal(jitgemm.get_mn_major_tma_aligned_tensor(sf.cuda()).cpu(), sf)
+        failed += not same
+        print(f"transpose_scales {shape}  {'ok' if same else 'FAILED'}", flush=True)
+    print(f"{failed} failed")
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
