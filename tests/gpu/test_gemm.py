@@ -282,6 +282,30 @@ def test_scales_in_every_layout_give_the_same_bits(recipe: str, m: int) -> None:
     assert same_bits(d, first)
 
 
+@pytest.mark.parametrize("first_row", [0, 1, 4])
+@pytest.mark.parametrize("m", [1, 40, 130])
+def test_rows_of_longer_prepared_scales(m: int, first_row: int) -> None:
+    """A slice of MN-major scales keeps its step along K, whether it starts at an aligned address or not."""
+    x = operands("fp8_1x128_1x128", 200, 264, 1000)
+    assert x.a_scales is not None and x.b_scales is not None
+    rows = slice(first_row, first_row + m)
+    part = Operands(x.recipe, x.a[rows].clone(), x.a_scales[rows].clone(), x.b, x.b_scales)
+    a_scales, b_scales = (jitgemm.get_mn_major_tma_aligned_tensor(s) for s in (x.a_scales, x.b_scales))
+    wide = torch.full((8, 300), float("nan"), device=DEVICE).t()[first_row : first_row + 264].copy_(b_scales)
+    for _ in range(2):
+        d = output(part)
+        jitgemm.fp8_gemm_nt((part.a, a_scales[rows]), (x.b, wide), d, recipe=x.recipe)
+        right(part, d)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_one_row_of_c_for_all(recipe: str) -> None:
+    x = operands(recipe, 100, 264, 512)
+    bias, d = torch.randn(1, 264, device=DEVICE).bfloat16() * 20, output(x)
+    call(x, d, bias.expand(100, -1))
+    right(x, d, c=bias.expand(100, -1))
+
+
 @pytest.mark.parametrize("recipe", ["fp8_1x128_128x128", "fp8_rowwise", "bf16"])
 def test_new_data_at_the_same_addresses(recipe: str) -> None:
     """Nothing of the data is remembered with the launch."""
