@@ -8,6 +8,7 @@ product, so that B's rows take the MMA's M side (64 rows an instruction) and A's
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,7 +25,10 @@ WARPGROUP = 128  # threads
 MMA_M = 64  # rows of one warpgroup-wide MMA
 STAGE_ROW_BYTES = 128  # bytes of K of one operand row in one stage: the widest TMA swizzle
 SMEM_ALIGNMENT = 1024  # bytes: repeat of the 128-byte swizzle
-CHAIN_REGISTERS = 192  # that sums and two partial sums may take for MMAs to overlap with promotion
+CHAIN_REGISTERS = {
+    "bf16": 192,
+    "fp32": 176,
+}  # that sums and two partial sums may take for MMAs to overlap with promotion
 FEW_BOUNDARIES_STEP = 32  # tile columns that are multiples of it meet scale blocks at 4 places at most
 _STAGING_END = SM90A.smem_per_block - 2 * SMEM_ALIGNMENT  # slack for alignment, and the barriers
 
@@ -268,12 +272,12 @@ class KernelShape:
         """Rows of the N-side operand that a stage holds; MN-major boxes come in whole 64s."""
         return -(-self.mma_n // 64) * 64 if self.n_side_major == "mn" else self.mma_n
 
-    @property
+    @functools.cached_property
     def n_side_bytes(self) -> int:
         """Bytes of the N-side operand in one stage, padded so that every stage starts a swizzle repeat."""
         return -(-self.n_side_rows * STAGE_ROW_BYTES // SMEM_ALIGNMENT) * SMEM_ALIGNMENT
 
-    @property
+    @functools.cached_property
     def scale_bytes(self) -> int:
         """Bytes of per-row scales in one stage (each part padded to TMA's 128-byte alignment)."""
         rows = [
@@ -283,7 +287,7 @@ class KernelShape:
         ]
         return sum(-(-row_count * 4 // 128) * 128 for row_count in rows)
 
-    @property
+    @functools.cached_property
     def stage_bytes(self) -> int:
         """Bytes of one pipeline stage."""
         return self.m_side_bytes + self.n_side_bytes + self.scale_bytes
@@ -293,7 +297,7 @@ class KernelShape:
         """Bytes of one element of D."""
         return D_DTYPES[self.problem.d_dtype]
 
-    @property
+    @functools.cached_property
     def store_columns(self) -> int:
         """MMA columns that are staged at a time on their way to D: as many as the ring leaves room for."""
         columns = self.mma_n
@@ -306,7 +310,7 @@ class KernelShape:
         per_wave = -(-MMA_M * columns * self.d_bytes // SMEM_ALIGNMENT) * SMEM_ALIGNMENT
         return self.math_warpgroups * self.waves * per_wave
 
-    @property
+    @functools.cached_property
     def staging_bytes(self) -> int:
         """Bytes in which all math warpgroups stage D."""
         return self._staging(self.store_columns)
@@ -327,7 +331,7 @@ class KernelShape:
         barriers = self.config.stages * 16  # full and empty, 8 bytes each
         return SMEM_ALIGNMENT + self.staging_offset + self.staging_bytes + barriers
 
-    @property
+    @functools.cached_property
     def staging_offset(self) -> int:
         """Offset of the staging area: after the ring, on a swizzle repeat."""
         ring = max(self.config.stages * self.stage_bytes, self.partial_bytes)
@@ -356,10 +360,11 @@ class KernelShape:
         """Scale blocks begin at a multiple of it from a tile's first column, wherever the tile starts."""
         return math.gcd(self.mma_n, SCALE_GROUP)
 
-    @property
+    @functools.cached_property
     def chain(self) -> int:
         """k-blocks of a chain in which MMAs overlap with promotion; 1 where a second partial sum does not fit."""
-        return 4 if self.problem.promotes and self.waves == 1 and self.mma_n // 2 * 3 <= CHAIN_REGISTERS else 1
+        fits = self.waves == 1 and self.mma_n // 2 * 3 <= CHAIN_REGISTERS[self.problem.d_dtype]
+        return 4 if self.problem.promotes and fits else 1
 
     @property
     def accumulator_registers(self) -> int:

@@ -14,7 +14,7 @@ from jitgemm.tensor_map import ALIGNMENT, BYTES, OperandMap
 # The template's `Params`: five tensor maps, then d_plain, c, row_scale_matrix, column_scale_matrix, raster,
 # m, n, k_blocks, store_by_tma.
 _MAPS = ("rows", "columns", "row_scales", "column_scales", "d")
-_TAIL = struct.Struct("<Qq Qq Qqqii Qqqii iii iiii")
+_TAIL = struct.Struct("<Qq Qq Qiiii Qiiii iii iiii")
 _TAIL_OFFSET = len(_MAPS) * BYTES
 PARAMS_BYTES = -(-(_TAIL_OFFSET + _TAIL.size) // BYTES) * BYTES
 

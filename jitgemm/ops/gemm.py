@@ -108,20 +108,24 @@ def bf16_gemm_tt(a: Tensor, b: Tensor, d: Tensor, c: Tensor | None = None, compi
     _gemm(a, None, b, None, d, c, "bf16", "tt", False)
 
 
-def _recipe_name(recipe: Any, recipe_a: Any, recipe_b: Any) -> str:
+def _recipe_name(recipe: object, recipe_a: object, recipe_b: object) -> str:
     if recipe is None:
         if recipe_a is None and recipe_b is None:
             return "fp8_1x128_128x128"
-        recipe = (*(recipe_a or (1, 128))[:1], *(recipe_b or (128, 128)))
-    if isinstance(recipe, str):
-        if recipe in RECIPES and RECIPES[recipe].is_fp8:
-            return recipe
-    else:
-        name = _PEER_RECIPES.get(tuple(recipe))
-        if name is not None:
+        for name, given, accepted in (
+            ("recipe_a", recipe_a, ((1, 128),)),
+            ("recipe_b", recipe_b, ((128, 128), (1, 128))),
+        ):
+            if given is not None and given not in accepted:
+                raise ProblemError(f"{name} is {given!r}; accepted are {', '.join(map(str, accepted))}")
+        return "fp8_1x128_1x128" if recipe_b == (1, 128) else "fp8_1x128_128x128"
+    if isinstance(recipe, str) and recipe in RECIPES and RECIPES[recipe].is_fp8:
+        return recipe
+    for peer_recipe, name in _PEER_RECIPES.items():
+        if recipe == peer_recipe or recipe == list(peer_recipe):
             return name
-    accepted = ", ".join(name for name, facts in RECIPES.items() if facts.is_fp8)
-    raise ProblemError(f"recipe is {recipe!r}; accepted are {accepted}, (1, 128, 128) and (1, 1, 128)")
+    names = ", ".join(name for name, facts in RECIPES.items() if facts.is_fp8)
+    raise ProblemError(f"recipe is {recipe!r}; accepted are {names}, (1, 128, 128) and (1, 1, 128)")
 
 
 def _pair(name: str, operand: Any) -> Scaled:
@@ -142,6 +146,7 @@ def _gemm(
     fast_accum: bool,
 ) -> None:
     if needs_dispatch(a, a_scales, b, b_scales, d, c):
+        _check_tensors(a=a, a_scales=a_scales, b=b, b_scales=b_scales, d=d, c=c)
         in_place = c is d
         torch.ops.jitgemm.gemm(
             a, a_scales, b, b_scales, d, None if in_place else c, in_place, recipe, layout, fast_accum
@@ -299,7 +304,7 @@ class _Operands:
         if m > 1 and d.stride(0) < n:
             raise ProblemError(f"d has strides {d.stride()}; its rows of {n} elements overlap")
         self.d_row_stride = d.stride(0) if m > 1 else max(n, d.stride(0))
-        self.c_row_stride = 0 if c is None else c.stride(0)
+        self.c_row_stride = 0 if c is None else c.stride(0) if m > 1 else self.d_row_stride
         self.device = d.device
 
         k_blocks = -(-k // SCALE_GROUP)
@@ -420,6 +425,8 @@ def _check_scales(
         raise ProblemError(f"{name} has dtype {scales.dtype}; accepted is torch.float32")
     if scales.device != d.device:
         raise ProblemError(f"{name} is on {scales.device} and d on {d.device}; accepted is one device for all")
+    if _extent(scales) >= 2**31:
+        raise ProblemError(f"{name} spans {_extent(scales)} elements; accepted are less than 2**31")
     shape = tuple(scales.shape)
     if granularity == "tensor":
         if scales.numel() != 1:

@@ -75,20 +75,18 @@ __device__ __forceinline__ void stage_tile(uint32_t staging, const float* values
   } else {
     const uint32_t row = 16 * warp + lane / 4, pair = lane % 4;
 #pragma unroll
-    for (int j = 0; j < COLUMNS / 8; ++j) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const float x = values[4 * j + 2 * half], y = values[4 * j + 2 * half + 1];
-        if constexpr (TRANSPOSED) {
-          const uint32_t column = row + 8 * half, token = 8 * j + 2 * pair;
-          const uint32_t slab = staging + column / 32 * (COLUMNS * 128) + column % 4 * 4;
-          asm volatile("st.shared.f32 [%0], %1;" ::"r"(slab + swizzled<128>(token, column % 32 / 4)), "f"(x) : "memory");
-          asm volatile("st.shared.f32 [%0], %1;" ::"r"(slab + swizzled<128>(token + 1, column % 32 / 4)), "f"(y) : "memory");
-        } else {
-          const uint32_t chunk = 2 * j + pair / 2;
-          const uint32_t address = staging + chunk / CHUNKS * (64 * ROW_BYTES) + swizzled<ROW_BYTES>(row + 8 * half, chunk % CHUNKS) + pair % 2 * 8;
-          asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(x), "f"(y) : "memory");
-        }
+    for (int i = 0; i < COLUMNS / 2; i += 2) {
+      const uint32_t j = i / 4, half = i / 2 % 2;
+      if constexpr (TRANSPOSED) {
+        const uint32_t column = row + 8 * half, token = 8 * j + 2 * pair;
+        const uint32_t slab = staging + column / 32 * (COLUMNS * 128) + column % 4 * 4;
+        asm volatile("st.shared.f32 [%0], %1;" ::"r"(slab + swizzled<128>(token, column % 32 / 4)), "f"(values[i]) : "memory");
+        asm volatile("st.shared.f32 [%0], %1;" ::"r"(slab + swizzled<128>(token + 1, column % 32 / 4)), "f"(values[i + 1]) : "memory");
+      } else {
+        const uint32_t chunk = 2 * j + pair / 2;
+        // Rows 8 apart are swizzled alike.
+        const uint32_t address = staging + chunk / CHUNKS * (64 * ROW_BYTES) + swizzled<ROW_BYTES>(row, chunk % CHUNKS) + pair % 2 * 8;
+        asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address + half * 8 * ROW_BYTES), "f"(values[i]), "f"(values[i + 1]) : "memory");
       }
     }
   }

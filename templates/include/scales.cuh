@@ -8,7 +8,7 @@ constexpr int SCALE_GROUP = 128;
 
 struct ScaleMatrix {
   const float* pointer;
-  int64_t stride_mn, stride_k;  // elements; 0 where one scale serves all
+  int32_t stride_mn, stride_k;  // elements (2^31 at most in all); 0 where one scale serves all
   int32_t blocks;               // of 128 rows, where one scale covers 128 x 128
   int32_t padding;
 };
@@ -16,7 +16,7 @@ struct ScaleMatrix {
 // Scales of one 128-row block along K, a warp's worth at a time: lane i holds that of the i-th k-block of `current`.
 struct BlockScales {
   const float* pointer;  // null outside the matrix
-  int64_t stride_k;
+  int32_t stride_k;
   float current, ahead;
 
   __device__ __forceinline__ void begin(const ScaleMatrix& scales, int block) {
@@ -31,7 +31,9 @@ struct BlockScales {
   __device__ __forceinline__ float at(int index) const { return __shfl_sync(0xffffffff, current, index); }
 };
 
-// The scale of row `index`, or of the whole operand (stride 0).
+// The scale of row `index`, or of the whole operand (stride 0). Volatile: loads of many columns at once would spill.
 __device__ __forceinline__ float outer_scale(const ScaleMatrix& scales, int index, int end) {
-  return index < end ? __ldg(scales.pointer + index * scales.stride_mn) : 0.f;
+  float value = 0.f;
+  if (index < end) asm volatile("ld.global.nc.f32 %0, [%1];" : "=f"(value) : "l"(scales.pointer + index * scales.stride_mn));
+  return value;
 }

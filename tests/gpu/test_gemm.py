@@ -266,7 +266,7 @@ def test_shapes_that_alternate() -> None:
 @pytest.mark.parametrize("recipe", ["fp8_1x128_128x128", "fp8_1x128_1x128"])
 @pytest.mark.parametrize("m", [1, 3, 130])
 def test_scales_in_every_layout_give_the_same_bits(recipe: str, m: int) -> None:
-    x = operands(recipe, m, 264, 1000)
+    x = operands(recipe, m, 264, 1008)
     assert x.a_scales is not None and x.b_scales is not None
     first = output(x)
     call(x, first)
@@ -286,7 +286,7 @@ def test_scales_in_every_layout_give_the_same_bits(recipe: str, m: int) -> None:
 @pytest.mark.parametrize("m", [1, 40, 130])
 def test_rows_of_longer_prepared_scales(m: int, first_row: int) -> None:
     """A slice of MN-major scales keeps its step along K, whether it starts at an aligned address or not."""
-    x = operands("fp8_1x128_1x128", 200, 264, 1000)
+    x = operands("fp8_1x128_1x128", 200, 264, 1008)
     assert x.a_scales is not None and x.b_scales is not None
     rows = slice(first_row, first_row + m)
     part = Operands(x.recipe, x.a[rows].clone(), x.a_scales[rows].clone(), x.b, x.b_scales)
@@ -335,7 +335,7 @@ def bad_value(x: Tensor, row: int, column: int, value: float) -> None:
 @pytest.mark.parametrize("name", [None, "chain", "split 4", "swap", "two waves", "swap split 8"])
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_nan_and_inf_reach_what_depends_on_them(recipe: str, name: str | None, place: str, value: float) -> None:
-    m, n, k = 150, 300, 1100
+    m, n, k = 150, 300, 1104
     x = operands(recipe, m, n, k)
     c = torch.randn(m, n, device=DEVICE).bfloat16()
     expected = torch.ones(m, n, dtype=torch.bool)
