@@ -75,6 +75,12 @@ def function_attribute(kernel: int, name: str, device: int) -> int:
     return int(check(driver.cuKernelGetAttribute(attribute, driver.CUkernel(kernel), driver.CUdevice(device))))
 
 
+def ensure_context(device: int) -> None:
+    """Give a thread that has made no CUDA call yet the context that torch uses on a device."""
+    if int(check(driver.cuCtxGetCurrent())) == 0:
+        use_primary_context(device)
+
+
 def use_primary_context(device: int) -> None:
     """Make a device's primary context, the one torch uses, current in this thread."""
     check(driver.cuCtxSetCurrent(check(driver.cuDevicePrimaryCtxRetain(driver.CUdevice(device)))))

@@ -6,7 +6,7 @@ import ctypes
 import struct
 from dataclasses import dataclass
 
-from jitgemm.driver import Launch
+from jitgemm.driver import Launch, ensure_context
 from jitgemm.families.gemm import MMA_M, SCALE_GROUP, GemmConfig, GemmProblem, KernelShape
 from jitgemm.kernel import Kernel
 from jitgemm.tensor_map import ALIGNMENT, BYTES, OperandMap
@@ -132,6 +132,7 @@ class GemmGeometry:
         Raises:
             DriverError: the driver refuses a tensor map.
         """
+        ensure_context(self._kernel.device)  # encoding a tensor map needs one
         block = ctypes.create_string_buffer(PARAMS_BYTES + BYTES)
         start = -ctypes.addressof(block) % BYTES
         rows, columns = (at.b, at.a) if self._swap else (at.a, at.b)

@@ -175,8 +175,8 @@ def run_gemm(
             recipe, layout, fast_accum, settings.current().generation, num_sms_limit(),
             a.shape, a.stride(), a.dtype, a.device, b.shape, b.stride(), b.dtype, b.device,
             d.shape, d.stride(), d.dtype, d.device,
-            None if a_scales is None else (a_scales.shape, a_scales.stride(), a_scales.dtype, a_scales.device),
-            None if b_scales is None else (b_scales.shape, b_scales.stride(), b_scales.dtype, b_scales.device),
+            None if a_scales is None else _scales_key(a_scales),
+            None if b_scales is None else _scales_key(b_scales),
             None if c is None else (c.shape, c.stride(), c.dtype, c.device),
         )  # fmt: skip
     except AttributeError:
@@ -186,6 +186,11 @@ def run_gemm(
     if plan is None:
         plan = _plans.put(key, _make_plan(a, a_scales, b, b_scales, d, c, recipe, layout, fast_accum))
     plan(a, a_scales, b, b_scales, d, c)
+
+
+def _scales_key(scales: Tensor) -> tuple[object, ...]:
+    # Its alignment decides whether TMA reads the tensor in place or a copy with other strides.
+    return scales.shape, scales.stride(), scales.dtype, scales.device, scales.data_ptr() % _ALIGNMENT
 
 
 class _GemmPlan:
@@ -202,10 +207,10 @@ class _GemmPlan:
         if _current_device() != self._device:
             with torch.cuda.device(self._device):
                 return self(a, a_scales, b, b_scales, d, c)
-        if self._transpose_a or (a_scales is not None and self._operands.scales_by_tma[0] and a_scales.data_ptr() % 16):
+        if self._transpose_a:
             assert a_scales is not None
             a_scales = copy_to_mn_major(a_scales)
-        if self._transpose_b or (b_scales is not None and self._operands.scales_by_tma[1] and b_scales.data_ptr() % 16):
+        if self._transpose_b:
             assert b_scales is not None
             b_scales = copy_to_mn_major(b_scales)
         at = (
@@ -486,10 +491,11 @@ def _make_plan(
     strides, transposes = [operands.a_scales, operands.b_scales], [False, False]
     k_blocks = -(-problem.k // SCALE_GROUP)
     for index, mn in enumerate((problem.m, problem.n)):
-        if not operands.scales_by_tma[index]:
+        scales = (a_scales, b_scales)[index]
+        if scales is None or not operands.scales_by_tma[index]:
             continue
-        if not _loads_in_place(strides[index], mn, k_blocks):
-            transposes[index] = True
+        aligned = scales.data_ptr() % _ALIGNMENT == 0
+        transposes[index] = not (aligned and _loads_in_place(strides[index], mn, k_blocks))
         if transposes[index] or k_blocks == 1:
             strides[index] = ScaleStrides(1, get_tma_aligned_size(mn, 4))
     geometry = GemmGeometry(
