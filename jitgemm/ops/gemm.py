@@ -338,6 +338,10 @@ class _Operands:
         if self.problem.traits.is_fp8 and self.problem.layout != "nt":
             raise ProblemError("a and b must have stride 1 along k: FP8 operands are K-major")
 
+    def copies(self, name: str) -> None:
+        """Each call makes a copy of this input, which can't overlap anything."""
+        self._lengths[name] = 0
+
     def check_addresses(self, a: int, a_scales: int, b: int, b_scales: int, d: int, c: int) -> None:
         """Check alignment and overlap.
 
@@ -496,6 +500,8 @@ def _make_plan(
             continue
         aligned = scales.data_ptr() % _ALIGNMENT == 0
         transposes[index] = not (aligned and _loads_in_place(strides[index], mn, k_blocks))
+        if transposes[index]:
+            operands.copies(("a_scales", "b_scales")[index])
         if transposes[index] or k_blocks == 1:
             strides[index] = ScaleStrides(1, get_tma_aligned_size(mn, 4))
     geometry = GemmGeometry(
