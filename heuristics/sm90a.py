@@ -16,7 +16,9 @@ MMAS_PER_STAGE = 4
 MMA_OPERAND_CYCLES = (16, 4)
 MMA_LATENCY_CYCLES = 50  # from the last MMA of a wave to its result (fitted; 58 measured)
 PROMOTION_CYCLES = 1.62  # per promoted register (fitted) ...
-PROMOTION_BRANCH_CYCLES = 0.33  # ... more where columns meet scale blocks at a few places (fitted) ...
+PROMOTION_BRANCH_CYCLES = (
+    0.55  # ... more where columns meet scale blocks at a few places (refitted later, to the choices) ...
+)
 PROMOTION_SELECT_CYCLES = 0.68  # ... or at many (fitted) ...
 PROMOTION_SCALE_CYCLES = 1.0  # ... or have a scale each (estimated)
 PROMOTION_EXPOSED = 0.87  # part of latency and promotion that delays the tensor cores (fitted) ...
@@ -47,7 +49,7 @@ FP8_MENU = """
     16x64 s10 swap, 16x64 s12 k2 swap, 16x64 s12 k4 swap, 16x64 s12 k8 swap,
     24x64 s12 k2 swap, 24x64 s9 k4 swap, 32x64 s8 swap, 32x64 s8 k2 swap, 32x64 s8 k4 swap,
     64x32 s12, 64x32 s12 k2, 64x40 s8 k4, 64x64 s12, 64x72 s12, 64x128 s8,
-    128x32 s10 k2, 128x40 s10 k2, 128x48 s9 k2, 128x64 s8, 128x72 s8, 128x96 s7, 128x144 s6, 128x192 s4,
+    128x32 s10 k2, 128x40 s10 k2, 128x48 s9 k2, 128x64 s8, 128x72 s8, 128x96 s7, 128x160 s5, 128x192 s4,
     128x128 s5, 256x64 s5, 256x128 s3, 256x128 s3 c1x2
 """
 BF16_MENU = """

@@ -29,7 +29,9 @@ CHAIN_REGISTERS = {
     "bf16": 192,
     "fp32": 176,
 }  # that sums and two partial sums may take for MMAs to overlap with promotion
-FEW_BOUNDARIES_STEP = 32  # tile columns that are multiples of it meet scale blocks at 4 places at most
+FEW_BOUNDARIES_STEP = (
+    32  # tile columns that are multiples of it meet scale blocks at 4 places at most; 8 cost more than selects
+)
 _STAGING_END = SM90A.smem_per_block - 2 * SMEM_ALIGNMENT  # slack for alignment, and the barriers
 
 
