@@ -365,7 +365,8 @@ class KernelShape:
     @functools.cached_property
     def chain(self) -> int:
         """k-blocks of a chain in which MMAs overlap with promotion; 1 where a second partial sum does not fit."""
-        fits = self.waves == 1 and self.mma_n // 2 * 3 <= CHAIN_REGISTERS[self.problem.d_dtype]
+        limit = CHAIN_REGISTERS[self.problem.d_dtype if self.mma_n % 64 == 0 else "fp32"]
+        fits = self.waves == 1 and self.mma_n // 2 * 3 <= limit
         return 4 if self.problem.promotes and fits else 1
 
     @property

@@ -207,37 +207,47 @@ class _GemmPlan:
         if _current_device() != self._device:
             with torch.cuda.device(self._device):
                 return self(a, a_scales, b, b_scales, d, c)
-        if self._transpose_a:
-            assert a_scales is not None
-            a_scales = copy_to_mn_major(a_scales)
-        if self._transpose_b:
-            assert b_scales is not None
-            b_scales = copy_to_mn_major(b_scales)
-        at = (
-            a.data_ptr(),
-            0 if a_scales is None else a_scales.data_ptr(),
-            b.data_ptr(),
-            0 if b_scales is None else b_scales.data_ptr(),
-            d.data_ptr(),
-            0 if c is None else c.data_ptr(),
-        )
+        if self._transpose_a or self._transpose_b:
+            self._operands.check_overlap(*_addresses(a, a_scales, b, b_scales, d, c))
+            if self._transpose_a:
+                a_scales = copy_to_mn_major(a_scales)  # type: ignore[arg-type]
+            if self._transpose_b:
+                b_scales = copy_to_mn_major(b_scales)  # type: ignore[arg-type]
+        at = _addresses(a, a_scales, b, b_scales, d, c)
         launch = self._bound.get(at)
         if launch is None:
-            self._operands.check_addresses(*at)
+            self._operands.check_alignment(at[0], at[2])
+            if not (self._transpose_a or self._transpose_b):
+                self._operands.check_overlap(*at)
             launch = self._bound.put(at, self._geometry.bind(Addresses(*at)))
         launch(raw_stream(self._device))
         return None
 
 
+def _addresses(
+    a: Tensor, a_scales: Tensor | None, b: Tensor, b_scales: Tensor | None, d: Tensor, c: Tensor | None
+) -> tuple[int, int, int, int, int, int]:
+    return (
+        a.data_ptr(),
+        0 if a_scales is None else a_scales.data_ptr(),
+        b.data_ptr(),
+        0 if b_scales is None else b_scales.data_ptr(),
+        d.data_ptr(),
+        0 if c is None else c.data_ptr(),
+    )
+
+
 class _ReferencePlan:
     """The same on the CPU: the reference computes."""
 
-    def __init__(self, recipe: str, layout: str, d_dtype: str) -> None:
+    def __init__(self, operands: _Operands, recipe: str, layout: str, d_dtype: str) -> None:
+        self._operands = operands
         self._arguments = {"recipe": recipe, "layout": layout, "d_dtype": d_dtype}
 
     def __call__(
         self, a: Tensor, a_scales: Tensor | None, b: Tensor, b_scales: Tensor | None, d: Tensor, c: Tensor | None
     ) -> None:
+        self._operands.check_overlap(*_addresses(a, a_scales, b, b_scales, d, c))
         d.copy_(reference.gemm(a, b, c, a_scales=a_scales, b_scales=b_scales, **self._arguments))
 
 
@@ -338,21 +348,24 @@ class _Operands:
         if self.problem.traits.is_fp8 and self.problem.layout != "nt":
             raise ProblemError("a and b must have stride 1 along k: FP8 operands are K-major")
 
-    def copies(self, name: str) -> None:
-        """Each call makes a copy of this input, which can't overlap anything."""
-        self._lengths[name] = 0
-
-    def check_addresses(self, a: int, a_scales: int, b: int, b_scales: int, d: int, c: int) -> None:
-        """Check alignment and overlap.
+    def check_alignment(self, a: int, b: int) -> None:
+        """Check that TMA can start at the operands' addresses.
 
         Raises:
-            ProblemError: an operand is not aligned to 16 bytes, or d overlaps an input.
+            ProblemError: it can't.
         """
         for name, address in (("a", a), ("b", b)):
             if address % _ALIGNMENT:
                 raise ProblemError(
                     f"{name} starts at address {address:#x}; accepted is a multiple of {_ALIGNMENT} bytes (TMA)"
                 )
+
+    def check_overlap(self, a: int, a_scales: int, b: int, b_scales: int, d: int, c: int) -> None:
+        """Check that the output lies apart from the inputs; 0 stands for an input that is not there.
+
+        Raises:
+            ProblemError: d overlaps an input, and is not c itself.
+        """
         inputs = {"a": a, "a_scales": a_scales, "b": b, "b_scales": b_scales, "c": c}
         for name, address in inputs.items():
             if not address or (name == "c" and c == d and self.c_row_stride == self.d_row_stride):
@@ -478,8 +491,7 @@ def _make_plan(
     operands = _Operands(a, a_scales, b, b_scales, d, c, recipe, layout, fast_accum)
     problem = operands.problem
     if d.device.type == "cpu":
-        operands.check_addresses(0, 0, 0, 0, 0, 0)
-        return _ReferencePlan(recipe, layout, problem.d_dtype)
+        return _ReferencePlan(operands, recipe, layout, problem.d_dtype)
     if d.device.type != "cuda":
         raise ProblemError(f"d is on {d.device}; accepted are CUDA and CPU tensors")
     operands.check_for_tma()
@@ -500,8 +512,6 @@ def _make_plan(
             continue
         aligned = scales.data_ptr() % _ALIGNMENT == 0
         transposes[index] = not (aligned and _loads_in_place(strides[index], mn, k_blocks))
-        if transposes[index]:
-            operands.copies(("a_scales", "b_scales")[index])
         if transposes[index] or k_blocks == 1:
             strides[index] = ScaleStrides(1, get_tma_aligned_size(mn, 4))
     geometry = GemmGeometry(
@@ -546,7 +556,9 @@ def _gemm_fake(
     layout: str,
     fast_accum: bool,
 ) -> None:
-    return None
+    for name, tensor in (("a", a), ("b", b), ("d", d)) if c is None else (("a", a), ("b", b), ("d", d), ("c", c)):
+        if tensor.dim() != 2:
+            raise ProblemError(f"{name} has {tensor.dim()} dimensions; accepted is 2")
 
 
 torch.library.custom_op(
