@@ -147,15 +147,18 @@ def _parse(entry: str, tile_k: int) -> GemmConfig:
 
 def _fitting(problem: GemmProblem, config: GemmConfig) -> GemmConfig:
     """The config with as many of its stages as shared memory has room for: scales and FP32 outputs take some."""
-    stages = config.stages
-    while (
-        stages > 2
-        and KernelShape(problem, dataclasses.replace(config, stages=stages)).smem_bytes > SM90A.smem_per_block
-    ):
-        stages -= 1
-    return dataclasses.replace(config, stages=stages)
+    while config.stages > 2 and _shape(problem, config).smem_bytes > SM90A.smem_per_block:
+        config = dataclasses.replace(config, stages=config.stages - 1)
+    return config
 
 
+@functools.lru_cache(maxsize=4096)
+def _shape(problem: GemmProblem, config: GemmConfig) -> KernelShape:
+    """The kernel's derived facts, computed once for all that asks."""
+    return KernelShape(problem, config)
+
+
+@functools.lru_cache(maxsize=1024)
 def _signature(problem: GemmProblem) -> GemmProblem:
     """The problem without its sizes."""
     return dataclasses.replace(problem, m=None, n=1, k=1)
@@ -207,7 +210,7 @@ def illegal(problem: GemmProblem, config: GemmConfig, device: Device) -> str | N
 
 @functools.lru_cache(maxsize=65536)
 def _illegal_kernel(problem: GemmProblem, config: GemmConfig, arch: Architecture) -> str | None:
-    shape = KernelShape(problem, config)
+    shape = _shape(problem, config)
     if config.tile_k != 128 // problem.traits.operand_bytes:
         return f"tile_k must be {128 // problem.traits.operand_bytes}: one stage holds 128 bytes of a row"
     if shape.mma_m not in (64, 128, 256):
@@ -262,7 +265,7 @@ class _Traits(NamedTuple):
 
 @functools.lru_cache(maxsize=4096)
 def _traits(problem: GemmProblem, config: GemmConfig) -> _Traits:
-    shape = KernelShape(problem, config)
+    shape = _shape(problem, config)
     columns, rows = shape.mma_n, shape.mma_m
     fixed, divisor = sm90a.MMA_OPERAND_CYCLES
     promotion = 0.0
