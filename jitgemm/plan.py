@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Hashable
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import torch
 
 from jitgemm.device import ARCHITECTURES, Device, nearest_preset
-from jitgemm.driver import Launch
 from jitgemm.errors import ProblemError
 
 Key = TypeVar("Key", bound=Hashable)
@@ -95,23 +94,5 @@ def raw_stream(device: int) -> int:
     return stream
 
 
-def on_device(device: int, function: Callable[..., None], *arguments: Any) -> None:
-    """Call ``function`` with ``device`` as torch's current one."""
-    with torch.cuda.device(device):
-        function(*arguments)
-
-
 BOUND_LAUNCHES = 1024
 """Launches with packed arguments that one plan keeps, one for each set of addresses."""
-
-__all__ = [
-    "BOUND_LAUNCHES",
-    "Launch",
-    "Table",
-    "device_facts",
-    "get_num_sms",
-    "num_sms_limit",
-    "on_device",
-    "raw_stream",
-    "set_num_sms",
-]

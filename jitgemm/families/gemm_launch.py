@@ -83,7 +83,7 @@ class GemmGeometry:
         # A store clips the last columns in steps of 16 bytes: D must end on one, or what lies behind it is overwritten.
         self._d_by_tma = d.row_stride * shape.d_bytes % ALIGNMENT == 0 and d.columns * shape.d_bytes % ALIGNMENT == 0
         self._swap = config.swap_ab
-        traits, k_blocks = problem.traits, -(-problem.k // config.tile_k)
+        k_blocks = -(-problem.k // config.tile_k)
 
         rows_shared = config.cluster_m if config.swap_ab else config.cluster_n
         columns_shared = config.cluster_n if config.swap_ab else config.cluster_m
@@ -115,7 +115,6 @@ class GemmGeometry:
             raster=(clusters_m, clusters_n, raster_group(problem, config, num_sms)),
             sizes=(problem.m, problem.n, k_blocks),
         )
-        self._scaled = traits.a_scales != "none"
 
     def _d_map(self, d: Matrix) -> OperandMap | None:
         if not self._d_by_tma or self._shape.config.split_k > 1:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from jitgemm import settings
+from jitgemm.driver import Launch
 from jitgemm.errors import ProblemError
 from jitgemm.families.gemm import FAMILY, RECIPES, SCALE_GROUP, GemmConfig, GemmProblem
 from jitgemm.families.gemm_launch import Addresses, GemmGeometry, Matrix, ScaleStrides
@@ -15,7 +16,7 @@ from jitgemm.heuristics import choose_config
 from jitgemm.kernel import load
 from jitgemm.ops.dispatch import needs_dispatch
 from jitgemm.ops.layout import copy_to_mn_major
-from jitgemm.plan import BOUND_LAUNCHES, Launch, Table, device_facts, num_sms_limit, raw_stream
+from jitgemm.plan import BOUND_LAUNCHES, Table, device_facts, num_sms_limit, raw_stream
 from jitgemm.reference import gemm as reference
 from jitgemm.reference.layout import get_tma_aligned_size
 
