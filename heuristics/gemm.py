@@ -166,7 +166,7 @@ def _signature(problem: GemmProblem) -> GemmProblem:
 
 _TILE_NS = (16, 24, 32, 40, 48, 56, 64, 72, 80, 88, 96, 104, 112, 120, 128, 136, 144, 160, 176, 192, 208, 224, 240, 256)
 _TOKEN_TILES = (8, 16, 24, 32, 40, 48, 64, 80, 96, 128)
-_SPLITS = (1, 2, 4, 8)
+_SPLITS = (1, 2, 3, 4, 5, 6, 7, 8)
 
 
 def generate(problem: GemmProblem, overrides: Overrides = ()) -> Iterator[GemmConfig]:
@@ -176,7 +176,7 @@ def generate(problem: GemmProblem, overrides: Overrides = ()) -> Iterator[GemmCo
     clusters = [given["cluster"]] if "cluster" in given else [(1, 1), (2, 1), (1, 2)]
     splits = [given["split_k"]] if "split_k" in given else _SPLITS
     for swap_ab in [given["swap_ab"]] if "swap_ab" in given else (False, True):
-        tiles_m = (given["tile_m"],) if "tile_m" in given else _TOKEN_TILES if swap_ab else (64, 128, 256)
+        tiles_m = (given["tile_m"],) if "tile_m" in given else _TOKEN_TILES if swap_ab else (64, 128, 192, 256)
         tiles_n = (given["tile_n"],) if "tile_n" in given else (64, 128) if swap_ab else _TILE_NS
         for tile_m, tile_n, (cluster_m, cluster_n), split_k in itertools.product(tiles_m, tiles_n, clusters, splits):
             base = GemmConfig(tile_m, tile_n, given.get("tile_k", tile_k), 0, cluster_m, cluster_n, split_k, swap_ab)
@@ -213,13 +213,15 @@ def _illegal_kernel(problem: GemmProblem, config: GemmConfig, arch: Architecture
     shape = _shape(problem, config)
     if config.tile_k != 128 // problem.traits.operand_bytes:
         return f"tile_k must be {128 // problem.traits.operand_bytes}: one stage holds 128 bytes of a row"
-    if shape.mma_m not in (64, 128, 256):
+    if shape.mma_m not in (64, 128, 192, 256):
         side = "tile_n" if config.swap_ab else "tile_m"
-        return f"{side} must be 64, 128 or 256: it takes the MMA's M side"
+        return f"{side} must be 64, 128, 192 or 256: it takes the MMA's M side"
     if shape.mma_n % 8 or not 8 <= shape.mma_n <= 256:
         side = "tile_m" if config.swap_ab else "tile_n"
         return f"{side} must be a multiple of 8 from 8 to 256: it takes the MMA's N side"
     budget = (192 if problem.promotes else 128) if shape.math_warpgroups == 2 else 208 if problem.promotes else 128
+    if shape.math_warpgroups == 3:
+        budget = 136
     if shape.accumulator_registers > budget:
         return f"sums take {'more than'} {budget} registers a thread"
     if problem.promotes and shape.waves > 1 and config.split_k > 1 and shape.accumulator_registers > 160:

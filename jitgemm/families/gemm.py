@@ -23,6 +23,7 @@ SCALE_GROUP = 128
 
 WARPGROUP = 128  # threads
 MMA_M = 64  # rows of one warpgroup-wide MMA
+ROWS_STORED = 16  # of D by one warp at a time: those that it holds of an MMA's rows
 STAGE_ROW_BYTES = 128  # bytes of K of one operand row in one stage: the widest TMA swizzle
 SMEM_ALIGNMENT = 1024  # bytes: repeat of the 128-byte swizzle
 CHAIN_REGISTERS = {
@@ -252,7 +253,7 @@ class KernelShape:
     @property
     def math_warpgroups(self) -> int:
         """Warpgroups that issue MMAs: one for each 64 rows up to two."""
-        return min(2, self.mma_m // MMA_M)
+        return 3 if self.mma_m == 192 else min(2, self.mma_m // MMA_M)
 
     @property
     def waves(self) -> int:
@@ -366,8 +367,15 @@ class KernelShape:
     def chain(self) -> int:
         """k-blocks of a chain in which MMAs overlap with promotion; 1 where a second partial sum does not fit."""
         limit = CHAIN_REGISTERS[self.problem.d_dtype if self.mma_n % 64 == 0 else "fp32"]
-        fits = self.waves == 1 and self.mma_n // 2 * 3 <= limit
+        fits = self.waves == 1 and self.math_warpgroups < 3 and self.mma_n // 2 * 3 <= limit
         return 4 if self.problem.promotes and fits else 1
+
+    @property
+    def unroll(self) -> int:
+        """k-blocks in the main loop's body where promotion follows every wave: a k-block's first steps then overlap with the
+        promotion of the one before. Waves are unrolled as well.
+        """
+        return 4 // self.waves if self.chain == 1 else 1
 
     @property
     def accumulator_registers(self) -> int:
@@ -441,6 +449,7 @@ class Gemm:
             "column_boundary_step",
             "blocks_per_sm",
             "chain",
+            "unroll",
         )
         config = shape.config
         return {

@@ -7,14 +7,14 @@ import struct
 from dataclasses import dataclass
 
 from jitgemm.driver import Launch, ensure_context
-from jitgemm.families.gemm import MMA_M, SCALE_GROUP, GemmConfig, GemmProblem, KernelShape
+from jitgemm.families.gemm import ROWS_STORED, SCALE_GROUP, GemmConfig, GemmProblem, KernelShape
 from jitgemm.kernel import Kernel
 from jitgemm.tensor_map import ALIGNMENT, BYTES, OperandMap
 
 # The template's `Params`: five tensor maps, then d_plain, c, row_scale_matrix, column_scale_matrix, raster,
 # m, n, k_blocks, store_by_tma.
 _MAPS = ("rows", "columns", "row_scales", "column_scales", "d")
-_TAIL = struct.Struct("<Qq Qq Qiiii Qiiii iii iiii")
+_TAIL = struct.Struct("<Qq Qq Qiiii Qiiii iiii IIIIII iiii ii")
 _TAIL_OFFSET = len(_MAPS) * BYTES
 PARAMS_BYTES = -(-(_TAIL_OFFSET + _TAIL.size) // BYTES) * BYTES
 
@@ -112,7 +112,7 @@ class GemmGeometry:
             c_row_stride=c_row_stride,
             row_scales=_scale_fields(shape.m_side_scales, m_scales, m_length),
             column_scales=_scale_fields(shape.n_side_scales, n_scales, n_length),
-            raster=(clusters_m, clusters_n, raster_group(problem, config, num_sms)),
+            raster=_raster(clusters_m, clusters_n, raster_group(problem, config, num_sms)),
             sizes=(problem.m, problem.n, k_blocks),
         )
 
@@ -121,7 +121,7 @@ class GemmGeometry:
             return None
         shape = self._shape
         width = shape.store_row_bytes
-        height = shape.store_columns if shape.config.swap_ab else MMA_M
+        height = shape.store_columns if shape.config.swap_ab else ROWS_STORED
         dtype = shape.problem.d_dtype
         return OperandMap(dtype, d.columns, d.rows, d.row_stride, width // shape.d_bytes, height, width)
 
@@ -169,7 +169,7 @@ class _TailPacker:
     c_row_stride: int
     row_scales: tuple[int, int, int]  # stride along rows, stride along K, 128-row blocks
     column_scales: tuple[int, int, int]
-    raster: tuple[int, int, int]
+    raster: tuple[int, ...]
     sizes: tuple[int, int, int]
 
     def __call__(
@@ -184,6 +184,7 @@ class _TailPacker:
             *self.raster,
             *self.sizes,
             tma,
+            *(0, 0),
         )
 
 
@@ -198,6 +199,19 @@ def raster_group(problem: GemmProblem, config: GemmConfig, num_sms: int) -> int:
     height, width = config.tile_m * config.cluster_m, config.tile_n * config.cluster_n
     candidates = [group for group in (1, 2, 4, 8, 16, 32) if group < clusters_m] + [clusters_m]
     return min(candidates, key=lambda group: group * height + -(-in_flight // group) * width)
+
+
+def _raster(clusters_m: int, clusters_n: int, group: int) -> tuple[int, ...]:
+    """The template's ``TileRaster``."""
+    last_group = clusters_m % group or group
+    divisors = (_divisor(group * clusters_n), _divisor(group), _divisor(last_group))
+    return (clusters_m, clusters_n, group, last_group, *(number for pair in divisors for number in pair))
+
+
+def _divisor(number: int) -> tuple[int, int]:
+    """The template's ``Divisor``: dividends below 2^31 times the first, shifted by 31 and the second, are the quotients."""
+    shift = (number - 1).bit_length()
+    return -(-(1 << (31 + shift)) // number), shift
 
 
 def _operand(shape: KernelShape, matrix: Matrix, major: str, tile_rows: int, shared_by: int) -> OperandMap:

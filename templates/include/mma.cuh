@@ -2,13 +2,19 @@
 #pragma once
 #include "common.cuh"
 
-// Matrix descriptor: start address, leading and stride byte offsets in 16-byte units, swizzle mode 1 = 128 bytes.
-// Advances along K touch the low word only. In a cluster a shared address has the CTA's rank above its 18 bits.
-__device__ __forceinline__ uint64_t mma_descriptor(uint32_t address, uint32_t leading_bytes, uint32_t stride_bytes) {
-  const uint32_t low = ((address & 0x3ffff) >> 4) | ((leading_bytes >> 4) << 16);
-  const uint32_t high = (stride_bytes >> 4) | (1u << 30);
-  return (uint64_t(high) << 32) | low;
-}
+// Matrix descriptor of an operand in shared memory with the 128-byte swizzle (mode 1): start address, leading and stride byte
+// offsets in units of 16 bytes. All advances touch the low word only, and none carries out of the address.
+constexpr uint32_t DESCRIPTOR_UNIT = 16;
+
+struct MmaOperand {
+  uint32_t low, high;
+
+  // In a cluster a shared address has the CTA's rank above its 18 bits. Same in all lanes: descriptors live in uniform registers.
+  __device__ __forceinline__ MmaOperand(uint32_t address, uint32_t leading_bytes, uint32_t stride_bytes)
+      : low(__shfl_sync(0xffffffff, (address & 0x3ffff) / DESCRIPTOR_UNIT | (leading_bytes / DESCRIPTOR_UNIT) << 16, 0)), high((stride_bytes / DESCRIPTOR_UNIT) | (1u << 30)) {}
+
+  __device__ __forceinline__ uint64_t at(uint32_t offset) const { return (uint64_t(high) << 32) | (low + offset); }
+};
 
 __device__ __forceinline__ void mma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void mma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }

@@ -3,19 +3,29 @@
 #pragma once
 #include "common.cuh"
 
+// Division by a number that the host knows: a product and a shift, exact for dividends of 31 bits. The hardware has no integer
+// division; what the compiler makes of one takes some 200 cycles.
+struct Divisor {
+  uint32_t multiplier, shift;  // ceil(2^(31 + shift) / divisor), ceil(log2(divisor))
+
+  __device__ __forceinline__ int divide(int dividend) const { return __umulhi(2 * dividend, multiplier) >> shift; }
+};
+
 struct TileRaster {
   int clusters_m;  // clusters that cover m
   int clusters_n;
   int group;       // clusters along m that are walked before n advances
+  int last_group;  // the same in the last group
+  Divisor per_group, by_group, by_last_group;  // clusters of one group; group; last_group
 
   __device__ __forceinline__ int count() const { return clusters_m * clusters_n; }
 
   __device__ __forceinline__ void locate(int index, int& cluster_m, int& cluster_n) const {
-    const int per_group = group * clusters_n;
-    const int first_m = index / per_group * group;
-    const int rows = min_of(group, clusters_m - first_m);
-    const int in_group = index % per_group;
-    cluster_m = first_m + in_group % rows;
-    cluster_n = in_group / rows;
+    const int which = per_group.divide(index);
+    const int first_m = which * group, first = first_m * clusters_n;
+    const int in_group = index - first;
+    const bool last = first_m + group > clusters_m;
+    cluster_n = (last ? by_last_group : by_group).divide(in_group);
+    cluster_m = first_m + in_group - cluster_n * (last ? last_group : group);
   }
 };

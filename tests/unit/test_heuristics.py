@@ -165,8 +165,8 @@ def test_overrides_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     ("forced", "named"),
     [
         ({"tile_k": 64}, "tile_k must be 128"),
-        ({"tile_m": 100, "swap_ab": False}, "tile_m must be 64, 128 or 256"),
-        ({"tile_n": 100, "swap_ab": True}, "tile_n must be 64, 128 or 256"),
+        ({"tile_m": 100, "swap_ab": False}, "tile_m must be 64, 128, 192 or 256"),
+        ({"tile_n": 100, "swap_ab": True}, "tile_n must be 64, 128, 192 or 256"),
         ({"tile_n": 12, "swap_ab": False}, "tile_n must be a multiple of 8 from 8 to 256"),
         ({"tile_m": 264, "swap_ab": True}, "tile_m must be a multiple of 8 from 8 to 256"),
         ({"tile_m": 256, "tile_n": 256, "swap_ab": False}, "registers a thread"),
