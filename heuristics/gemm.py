@@ -1,8 +1,8 @@
 """Dense GEMM: candidates, limits, cost model and choice.
 
-A choice has two steps. The winner of each *anchor* m (a fixed ladder) is found over the candidates; a call's
-m is then served by whichever of the winners around it costs least at that very m. So all configs that any m
-can get are the anchors' winners: finite, and enumerable without knowing m.
+A choice has two steps. The winner of each *anchor* m (a fixed ladder) is found over the candidates, and at most
+``MAX_KERNELS`` different winners are kept; a call's m is then served by whichever of the winners around it costs
+least at that very m. So all configs that any m can get are the anchors' winners: few, and enumerable without knowing m.
 """
 
 from __future__ import annotations
@@ -30,9 +30,13 @@ from jitgemm.families.gemm import (
     KernelShape,
 )
 from jitgemm.heuristics import sm90a
+from jitgemm.heuristics.pruning import assign
 
 ANCHORS = (1, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 16384)
 """Values of m whose winners serve every m."""
+
+MAX_KERNELS = 12
+"""Different winners that a problem may have, all m together; what each buys is in docs/performance.md."""
 
 _NEIGHBOURS = 1  # anchors on each side of m whose winners are considered
 
@@ -52,20 +56,19 @@ class Candidate:
     reason: str | None = None
 
 
-def choose_config(problem: GemmProblem, device: Device) -> GemmConfig:
-    """The config for a problem with its m.
+def choose_config(problem: GemmProblem, device: Device, limit: int = MAX_KERNELS) -> GemmConfig:
+    """The config for a problem with its m, where all m together may have ``limit`` different ones.
 
     Raises:
         ConfigError: no legal config meets the overrides in force.
     """
     assert problem.m is not None
-    return _choose(problem, device, _overrides())
+    return _choose(problem, device, _overrides(), limit)
 
 
-def enumerate_configs(problem: GemmProblem, device: Device) -> tuple[GemmConfig, ...]:
-    """Every config that ``choose_config`` can return for the problem, whatever its m."""
-    overrides = _overrides()
-    return tuple(sorted({_anchor_winner(problem.without_m(), m, device, overrides) for m in ANCHORS}))
+def enumerate_configs(problem: GemmProblem, device: Device, limit: int = MAX_KERNELS) -> tuple[GemmConfig, ...]:
+    """Every config that ``choose_config`` can return for the problem, whatever its m; at most ``limit``."""
+    return tuple(sorted(set(_winners(problem.without_m(), device, _overrides(), limit))))
 
 
 def enumerate_specs(problem: GemmProblem, device: Device) -> tuple[KernelSpec, ...]:
@@ -387,18 +390,20 @@ def _rank(problem: GemmProblem, config: GemmConfig, device: Device) -> tuple[flo
 
 
 @functools.lru_cache(maxsize=65536)
-def _choose(problem: GemmProblem, device: Device, overrides: Overrides) -> GemmConfig:
+def _choose(problem: GemmProblem, device: Device, overrides: Overrides, limit: int) -> GemmConfig:
     assert problem.m is not None
     middle = bisect.bisect_left(ANCHORS, problem.m)
-    near = ANCHORS[max(0, middle - _NEIGHBOURS) : middle + _NEIGHBOURS]
-    winners = sorted({_anchor_winner(problem.without_m(), m, device, overrides) for m in near})
-    return min(winners, key=lambda config: _rank(problem, config, device))
+    winners = _winners(problem.without_m(), device, overrides, limit)
+    near = sorted(set(winners[max(0, middle - _NEIGHBOURS) : middle + _NEIGHBOURS]))
+    return min(near, key=lambda config: _rank(problem, config, device))
 
 
-@functools.lru_cache(maxsize=65536)
-def _anchor_winner(problem: GemmProblem, m: int, device: Device, overrides: Overrides) -> GemmConfig:
-    at = problem.with_m(m)
-    return min(_legal(problem, device, overrides), key=lambda config: _rank(at, config, device))
+@functools.lru_cache(maxsize=1024)
+def _winners(problem: GemmProblem, device: Device, overrides: Overrides, limit: int) -> tuple[GemmConfig, ...]:
+    """The config of each anchor."""
+    legal = sorted(_legal(problem, device, overrides), key=lambda config: (-config.stages, config))  # as _rank has ties
+    costs = [[predict(at, config, device)["total"] for config in legal] for at in map(problem.with_m, ANCHORS)]
+    return tuple(legal[index] for index in assign(costs, limit))
 
 
 @functools.lru_cache(maxsize=1024)

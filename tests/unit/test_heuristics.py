@@ -15,10 +15,10 @@ from test_gemm_problem import kinds
 from jitgemm import settings
 from jitgemm.device import H20, H100, H200, PRESETS, Device, nearest_preset, presets_of
 from jitgemm.errors import ConfigError, SettingsError
-from jitgemm.families.gemm import FAMILY, GemmProblem
+from jitgemm.families.gemm import FAMILY, RECIPES, GemmProblem
 from jitgemm.families.transpose_scales import FAMILY as TRANSPOSE_SCALES
 from jitgemm.heuristics import choose_config, enumerate_configs, enumerate_specs, explain
-from jitgemm.heuristics.gemm import ANCHORS, assess, candidates, illegal, predict
+from jitgemm.heuristics.gemm import ANCHORS, MAX_KERNELS, assess, candidates, illegal, predict
 
 PROBLEM = GemmProblem(4096, 7168, "fp8_1x128_128x128", m=300)
 DEVICES = st.sampled_from(sorted(PRESETS.values(), key=lambda device: device.name))
@@ -49,7 +49,7 @@ def test_every_choice_is_legal_and_enumerated(asked: tuple[GemmProblem, Device],
     problem, device = asked
     enumerated = enumerate_configs(problem, device)
     assert enumerated == tuple(sorted(set(enumerated)))
-    assert 0 < len(enumerated) <= len(ANCHORS)
+    assert 0 < len(enumerated) <= MAX_KERNELS == 12
     specs = {FAMILY.spec(problem, config, device.arch.name) for config in enumerated}
     assert specs <= set(enumerate_specs(problem, device))
     for config in enumerated:
@@ -77,6 +77,25 @@ def test_every_m_of_a_layer(device: str) -> None:
     enumerated = set(enumerate_configs(problem, PRESETS[device]))
     chosen = {choose_config(problem.with_m(m), PRESETS[device]) for m in [*range(1, 600), *range(600, 9000, 37)]}
     assert chosen <= enumerated
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("device", PRESETS)
+def test_a_layer_needs_few_kernels(device: str, recipe: str) -> None:
+    """The limit that prewarm promises, where it binds (576 columns) and where it does not."""
+    for n, k in ((576, 7168), (7168, 16384), (2880, 2880)):
+        problem = GemmProblem(n, k, recipe)
+        unlimited = enumerate_configs(problem, PRESETS[device], limit=len(ANCHORS))
+        limited = enumerate_configs(problem, PRESETS[device])
+        assert len(limited) == min(MAX_KERNELS, len(unlimited))
+        assert set(limited) <= set(unlimited)
+
+
+def test_a_lower_limit_is_kept_for_every_m() -> None:
+    problem = GemmProblem(576, 7168, "bf16")
+    few = enumerate_configs(problem, H200, limit=3)
+    assert len(few) == 3
+    assert {choose_config(problem.with_m(m), H200, limit=3) for m in (1, 7, 100, 777, 5000, 20000)} <= set(few)
 
 
 def test_enumeration_does_not_depend_on_m() -> None:
