@@ -1,0 +1,117 @@
+"""How calls on a GPU are timed, by the tuner and by the benchmarks.
+
+A timed call has the L2 flushed before it, by reading (dirty lines of a flush by writing would be written back in
+the timed region), then a kernel that sleeps until the host has enqueued everything, then an event, the call, an
+event. Calls that are compared take turns.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+
+Call = Callable[[], object]
+
+FLUSH_BYTES = 512 << 20
+_ATTEMPTS = 8
+_MAX_SLEEP_CYCLES = 4_000_000  # 2 ms
+
+
+class Timer(Protocol):
+    """Times one call on the GPU, in microseconds."""
+
+    def __call__(self, call: Call) -> float:
+        """The time of one call."""
+
+    def empty(self) -> None:
+        """Launch a kernel that does nothing."""
+
+    def check(self) -> None:
+        """Raise what the GPU has failed with, if anything."""
+
+
+class CudaTimer:
+    """Times one call on the current GPU and stream, from a clean L2 and with the host's time hidden."""
+
+    def __init__(self) -> None:
+        self._buffer = torch.ones(FLUSH_BYTES // 4, dtype=torch.int32, device="cuda")
+        self._sink = torch.empty((), dtype=torch.int32, device="cuda")
+        self._sleep_cycles = 120_000  # 60 us; grows where it does not suffice
+        self.exposed = 0  # samples that include host time, for all that was tried
+        self._start, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin = time.monotonic()
+        while time.monotonic() - begin < 0.5:  # until the clocks are up
+            self._flush()
+            torch.cuda.synchronize()
+
+    def __call__(self, call: Call) -> float:
+        """The time of one call."""
+        for attempt in range(_ATTEMPTS):
+            self._flush()
+            torch.cuda._sleep(self._sleep_cycles)
+            self._start.record()
+            call()
+            self._end.record()
+            hidden = not self._start.query()  # the GPU has not got there: nothing that follows waited for the host
+            self._end.synchronize()
+            if hidden:
+                break
+            if attempt:  # once may be a hiccup of the host
+                self._sleep_cycles = min(2 * self._sleep_cycles, _MAX_SLEEP_CYCLES)
+        else:
+            self.exposed += 1
+        return float(self._start.elapsed_time(self._end)) * 1e3
+
+    def empty(self) -> None:
+        """Launch a kernel that does nothing."""
+        torch.cuda._sleep(0)
+
+    def check(self) -> None:
+        """Raise what the GPU has failed with, if anything."""
+        torch.cuda.synchronize()
+
+    def _flush(self) -> None:
+        torch.amax(self._buffer, 0, out=self._sink)
+
+
+def interleave(running: dict[str, Call], count: int, timer: Timer, errors: dict[str, str]) -> dict[str, list[float]]:
+    """Time calls in turn (A B A B), ``count`` times each.
+
+    Args:
+        running: calls by name; one that raises is removed.
+        count: rounds.
+        timer: the clock.
+        errors: gets the error's text of each that raised.
+
+    Returns:
+        Times in microseconds by name, of those that never raised.
+
+    Raises:
+        RuntimeError: the GPU failed, and can't go on in this process.
+    """
+    times: dict[str, list[float]] = {name: [] for name in running}
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        for _ in range(count):
+            for name, call in list(running.items()):
+                try:
+                    times[name].append(timer(call))
+                except Exception as error:
+                    timer.check()
+                    errors[name] = error_text(error)
+                    del running[name], times[name]
+    finally:
+        if collecting:
+            gc.enable()
+    return times
+
+
+def error_text(error: BaseException) -> str:
+    """One line on an exception."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"[:300]
