@@ -2,10 +2,10 @@
 
     python -m benchmarks.regret sweep.csv --by-shape
 
-Factors above 1 are losses, of measured times: *choice*, of what calls get, against the best of all measured; it is the
-product of *menu* (best of the menu against best of all), *model* (its choice among the menu, without a limit on
-kernels, against the best of the menu) and *limit* (with the limit against without). Problems whose choice was not
-measured are counted and left out. The last table says what each extra kernel buys. Needs no GPU.
+Factors above 1 are losses, of measured times: *choice*, of the cost model's choice (without tuned tables) against the
+best of all measured; it is the product of *menu* (best of the menu against best of all), *model* (its choice among the
+menu, without a limit on kernels, against the best of the menu) and *limit* (with the limit against without). Problems
+whose choice was not measured are counted and left out. The last table says what each extra kernel buys. Needs no GPU.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks import harness, sweep
+from jitgemm import settings
 from jitgemm.device import PRESETS, Device
 from jitgemm.families.gemm import GemmConfig, GemmProblem
 from jitgemm.heuristics import choose_config
@@ -53,7 +54,8 @@ def regret(
     problem: GemmProblem, measured: Mapping[GemmConfig, float], device: Device, limit: int = MAX_KERNELS
 ) -> Regret | None:
     """The losses of a problem; None where what is chosen was not measured."""
-    chosen, free = (choose_config(problem, device, most) for most in (limit, len(ANCHORS)))
+    with settings.override(tuned=False):
+        chosen, free = (choose_config(problem, device, most) for most in (limit, len(ANCHORS)))
     if chosen not in measured or free not in measured:
         return None
     best = min(measured, key=lambda config: (measured[config], config))

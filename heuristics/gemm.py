@@ -3,6 +3,9 @@
 A choice has two steps. The winner of each *anchor* m (a fixed ladder) is found over the candidates, and at most
 ``MAX_KERNELS`` different winners are kept; a call's m is then served by whichever of the winners around it costs
 least at that very m. So all configs that any m can get are the anchors' winners: few, and enumerable without knowing m.
+
+An entry of a tuned table stands for the cost of its config at its anchor: it makes it the winner there, by the measured
+margin, before the number of winners is limited, and scales the predictions for it at the values of m around.
 """
 
 from __future__ import annotations
@@ -12,8 +15,10 @@ import collections
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from jitgemm import settings
@@ -29,7 +34,7 @@ from jitgemm.families.gemm import (
     GemmProblem,
     KernelShape,
 )
-from jitgemm.heuristics import sm90a
+from jitgemm.heuristics import sm90a, tuned
 from jitgemm.heuristics.pruning import assign
 
 ANCHORS = (1, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 16384)
@@ -63,12 +68,12 @@ def choose_config(problem: GemmProblem, device: Device, limit: int = MAX_KERNELS
         ConfigError: no legal config meets the overrides in force.
     """
     assert problem.m is not None
-    return _choose(problem, device, _overrides(), limit)
+    return _serving(problem, device, _rules(device), limit).config
 
 
 def enumerate_configs(problem: GemmProblem, device: Device, limit: int = MAX_KERNELS) -> tuple[GemmConfig, ...]:
     """Every config that ``choose_config`` can return for the problem, whatever its m; at most ``limit``."""
-    return tuple(sorted(set(_winners(problem.without_m(), device, _overrides(), limit))))
+    return tuple(sorted({winner.config for winner in _winners(problem.without_m(), device, _rules(device), limit)}))
 
 
 def enumerate_specs(problem: GemmProblem, device: Device) -> tuple[KernelSpec, ...]:
@@ -87,6 +92,8 @@ class Explanation:
 
     candidates: list[Candidate]
     winner: GemmConfig
+    entry: tuned.Entry | None = None  # why it is the winner, if that was measured ...
+    table: Path | None = None  # ... and where that stands
 
 
 def explain(problem: GemmProblem, device: Device) -> Explanation:
@@ -95,14 +102,13 @@ def explain(problem: GemmProblem, device: Device) -> Explanation:
     Raises:
         ConfigError: no legal config meets the overrides in force.
     """
-    winner = choose_config(problem, device)
-    overrides = _overrides()
-    offered = [assess(problem, config, device) for config in candidates(problem, overrides)]
-    others = [assess(problem, config, device) for config in generate(problem, overrides)]
-    illegal_only = [other for other in others if other.reason is not None]
-    return Explanation(
-        [*offered, *(other for other in illegal_only if other.config not in candidates(problem, overrides))], winner
-    )
+    rules = _rules(device)
+    served = _serving(problem, device, rules, MAX_KERNELS)
+    menu = candidates(problem, rules.overrides)
+    offered = [assess(problem, config, device) for config in dict.fromkeys((*menu, served.config))]
+    others = [assess(problem, config, device) for config in generate(problem, rules.overrides)]
+    illegal_only = [other for other in others if other.reason is not None and other.config not in menu]
+    return Explanation([*offered, *illegal_only], served.config, served.entry, served.table)
 
 
 def assess(problem: GemmProblem, config: GemmConfig, device: Device) -> Candidate:
@@ -380,30 +386,98 @@ def _resident(num_sms: int, cluster_size: int, blocks_per_sm: int) -> int:
 Overrides = tuple[tuple[str, Any], ...]
 
 
-def _overrides() -> Overrides:
-    return tuple(settings.current().tuning().items())
+class _Rules(NamedTuple):
+    """What is in force beside the model."""
+
+    overrides: Overrides
+    batch_invariant: bool
+    tables: tuned.Tables
 
 
-def _rank(problem: GemmProblem, config: GemmConfig, device: Device) -> tuple[float, int, GemmConfig]:
+def _rules(device: Device) -> _Rules:
+    current = settings.current()
+    overrides = tuple(current.tuning().items())
+    measured = not overrides and not current.batch_invariant
+    return _Rules(overrides, current.batch_invariant, tuned.tables(device) if measured else tuned.NONE)
+
+
+class _Winner(NamedTuple):
+    """What serves an anchor."""
+
+    config: GemmConfig
+    correction: float = 1.0  # of predictions for it around the anchor
+    entry: tuned.Entry | None = None
+    table: Path | None = None
+
+
+def _rank(config: GemmConfig, cost: float) -> tuple[float, int, GemmConfig]:
     """Cheapest first; of configs that the model can't tell apart, the one with the deeper ring."""
-    return predict(problem, config, device)["total"], -config.stages, config
+    return cost, -config.stages, config
 
 
 @functools.lru_cache(maxsize=65536)
-def _choose(problem: GemmProblem, device: Device, overrides: Overrides, limit: int) -> GemmConfig:
-    assert problem.m is not None
-    middle = bisect.bisect_left(ANCHORS, problem.m)
-    winners = _winners(problem.without_m(), device, overrides, limit)
-    near = sorted(set(winners[max(0, middle - _NEIGHBOURS) : middle + _NEIGHBOURS]))
-    return min(near, key=lambda config: _rank(problem, config, device))
+def _serving(problem: GemmProblem, device: Device, rules: _Rules, limit: int) -> _Winner:
+    m = problem.m
+    assert m is not None
+    winners = _winners(problem.without_m(), device, rules, limit)
+    middle = bisect.bisect_left(ANCHORS, m)
+    if m in ANCHORS:
+        return winners[middle]
+
+    def cost(winner: _Winner) -> float:
+        return winner.correction * predict(problem, winner.config, device)["total"]
+
+    near = winners[max(0, middle - _NEIGHBOURS) : middle + _NEIGHBOURS]
+    return min(near, key=lambda winner: _rank(winner.config, cost(winner)))
 
 
 @functools.lru_cache(maxsize=1024)
-def _winners(problem: GemmProblem, device: Device, overrides: Overrides, limit: int) -> tuple[GemmConfig, ...]:
-    """The config of each anchor."""
-    legal = sorted(_legal(problem, device, overrides), key=lambda config: (-config.stages, config))  # as _rank has ties
-    costs = [[predict(at, config, device)["total"] for config in legal] for at in map(problem.with_m, ANCHORS)]
-    return tuple(legal[index] for index in assign(costs, limit))
+def _winners(problem: GemmProblem, device: Device, rules: _Rules, limit: int) -> tuple[_Winner, ...]:
+    """What serves each anchor."""
+    legal = sorted(_legal(problem, device, rules.overrides), key=lambda config: _rank(config, 0.0))
+    measured = _measured(problem, device, rules.tables)
+    configs = list(dict.fromkeys((*legal, *(entry.config for entry, _ in measured.values()))))
+    predicted = [[predict(at, config, device)["total"] for config in configs] for at in map(problem.with_m, ANCHORS)]
+    if rules.batch_invariant:
+        split_k = _best_split(configs, predicted)
+        columns = [index for index, config in enumerate(configs) if config.split_k == split_k]
+        configs, predicted = [configs[i] for i in columns], [[row[i] for i in columns] for row in predicted]
+    costs = [list(row) for row in predicted]
+    for m, (entry, _) in measured.items():
+        row = costs[ANCHORS.index(m)]
+        row[configs.index(entry.config)] = (1 - 1e-9) * min(row) / entry.margin  # wins where the margin is 1, too
+    winners = []
+    for m, index, cost, prediction in zip(ANCHORS, assign(costs, limit), costs, predicted, strict=True):
+        entry, table = measured.get(m, (None, None))
+        if entry is None or entry.config != configs[index]:
+            entry, table = None, None
+        winners.append(_Winner(configs[index], cost[index] / prediction[index], entry, table))
+    return tuple(winners)
+
+
+def _measured(problem: GemmProblem, device: Device, tables: tuned.Tables) -> dict[int, tuple[tuned.Entry, Path]]:
+    """The entries of tuned tables that can be used, by anchor."""
+    found = {}
+    for m, (entry, path) in tables.entries(problem).items():
+        reason = illegal(problem, entry.config, device) if m in ANCHORS else "m is no anchor of this version"
+        if reason is None:
+            found[m] = entry, path
+        else:
+            what = f"{entry.config} for m = {m} of {problem.n} x {problem.k}, {problem.recipe}"
+            tuned.warn(path, f"{what} cannot be used: {reason}")
+    return found
+
+
+def _best_split(configs: Sequence[GemmConfig], costs: Sequence[Sequence[float]]) -> int:
+    """The split of K with which all anchors together cost least, as a geometric mean of what each costs at best.
+
+    An element of D has the same bits in all configs with the same split: K is summed up in the same order, and
+    products don't depend on the order of their factors.
+    """
+    splits: dict[int, list[int]] = {}
+    for index, config in enumerate(configs):
+        splits.setdefault(config.split_k, []).append(index)
+    return min(sorted(splits), key=lambda split: sum(math.log(min(row[i] for i in splits[split])) for row in costs))
 
 
 @functools.lru_cache(maxsize=1024)

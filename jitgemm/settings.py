@@ -143,6 +143,27 @@ VARIABLES: tuple[Variable, ...] = (
     _variable("cluster", (_cluster, "MxN, such as 2x1"), "Thread-block cluster that shares operands by multicast."),
     _variable("split_k", _integer(1, 64), "CTAs of a cluster that share one tile, each with a part of K."),
     _variable("swap_ab", (_boolean, "0 or 1"), "Whether B's rows take the M side of the MMA."),
+    _variable(
+        "tuned",
+        (_boolean, "0 or 1"),
+        "Whether tuned tables win over the cost model.",
+        default=True,
+        default_text="1",
+    ),
+    _variable(
+        "autotune",
+        (_boolean, "0 or 1"),
+        "Whether the first use of a problem measures candidates on the GPU and adds the best to the user's table.",
+        default=False,
+        default_text="0",
+    ),
+    _variable(
+        "batch_invariant",
+        (_boolean, "0 or 1"),
+        "Whether a row of D has the same bits whatever m is.",
+        default=False,
+        default_text="0",
+    ),
 )
 _BY_FIELD = {variable.field: variable for variable in VARIABLES}
 
@@ -166,6 +187,9 @@ class Settings:
     cluster: tuple[int, int] | None = None
     split_k: int | None = None
     swap_ab: bool | None = None
+    tuned: bool = True
+    autotune: bool = False
+    batch_invariant: bool = False
     generation: int = dataclasses.field(default=0, compare=False)
 
     def tuning(self) -> dict[str, Any]:
