@@ -17,8 +17,7 @@ import csv
 import dataclasses
 import math
 import random
-import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks import harness
@@ -28,15 +27,13 @@ from jitgemm.device import PRESETS, Device
 from jitgemm.families.gemm import FAMILY, GemmConfig, GemmProblem
 from jitgemm.heuristics import choose_config
 from jitgemm.heuristics.gemm import candidates, generate, illegal
-from jitgemm.timing import Call, CudaTimer, Timer, error_text, interleave
+from jitgemm.timing import Call, CudaTimer, Timer, error_text, measure
 from jitgemm.tuning import Workload
 
 RECIPES = {"fp8": "fp8_1x128_128x128", "bf16": "bf16"}
 COLUMNS = ("recipe", "m", "n", "k", "config", "us", "samples")
 LIMIT = 500
 FINALISTS, FINAL_SAMPLES = 5, 200
-_PILOTS, _HOPELESS = 2, 3.0
-_SHORT_US, _SHORT_SAMPLES, _SAMPLES = 50.0, 10, 5
 _MAX_M, _MAX_N, _MAX_K, _MAX_WEIGHTS, _MAX_PRODUCTS = 8192, 32768, 18432, 2**28, 2**40
 
 
@@ -77,30 +74,6 @@ def offered(problem: GemmProblem, device: Device, limit: int = LIMIT) -> list[Ge
     room = min(len(others), max(0, limit - len(first)))
     kept = [*first, *(others[index * len(others) // room] for index in range(room))]
     return [config for config in kept if illegal(problem, config, device) is None]
-
-
-def measure(calls: Mapping[str, Call], timer: Timer, keep: Sequence[str]) -> dict[str, tuple[float, int]]:
-    """Median us and samples of each call, by name; those that fail are reported and left out.
-
-    Args:
-        calls: by name.
-        timer: the clock.
-        keep: calls that are timed again with the best.
-    """
-    errors: dict[str, str] = {}
-    running = dict(calls)
-    times = interleave(running, _PILOTS, timer, errors)
-    best = min(min(taken) for taken in times.values())
-    running = {name: call for name, call in running.items() if min(times[name]) <= _HOPELESS * best}
-    more = interleave(running, _SHORT_SAMPLES if best < _SHORT_US else _SAMPLES, timer, errors)
-    times.update(more)  # without the pilots, which load the kernel
-    medians = {name: statistics.median(taken) for name, taken in times.items() if name not in errors}
-    finalists = sorted(running, key=lambda name: (medians[name], name))[:FINALISTS]
-    finalists += [name for name in keep if name in running and name not in finalists]
-    times.update(interleave({name: running[name] for name in finalists}, FINAL_SAMPLES, timer, errors))
-    for name, text in errors.items():
-        say(f"  {name}: {text}")
-    return {name: (statistics.median(taken), len(taken)) for name, taken in times.items() if name not in errors}
 
 
 def read(path: Path) -> dict[GemmProblem, dict[GemmConfig, float]]:
@@ -196,14 +169,18 @@ def run_problem(
             timer.check()
             say(f"  {config}: {error_text(error)}")
     chosen = str(choose_config(problem, device))
-    measured = measure(calls, timer, keep=[chosen])
-    if out is not None:
+    measured, errors = measure(calls, timer, keep=[chosen], finalists=FINALISTS, samples=FINAL_SAMPLES)
+    for name, text in errors.items():
+        say(f"  {name}: {text}")
+    if out is not None and measured:
         key = (problem.recipe, problem.m, problem.n, problem.k)
         _append(out, [(*key, name, f"{us:.3f}", samples) for name, (us, samples) in measured.items()])
-    best = min(measured, key=lambda name: measured[name][0])
-    against = f"x{measured[chosen][0] / measured[best][0]:.3f}" if chosen in measured else "failed"
+    if not measured:
+        return f"{problem}: nothing could be timed"
+    best = min(measured, key=lambda name: measured[name].us)
+    against = f"x{measured[chosen].us / measured[best].us:.3f}" if chosen in measured else "failed"
     sizes = f"{problem.m}x{problem.n}x{problem.k}"
-    return f"{problem.recipe} {sizes}: best {best} {measured[best][0]:.2f} us, choice {chosen} {against}"
+    return f"{problem.recipe} {sizes}: best {best} {measured[best].us:.2f} us, choice {chosen} {against}"
 
 
 def _append(path: Path, rows: Sequence[Sequence[object]]) -> None:

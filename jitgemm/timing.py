@@ -8,9 +8,10 @@ event. Calls that are compared take turns.
 from __future__ import annotations
 
 import gc
+import statistics
 import time
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -19,6 +20,8 @@ Call = Callable[[], object]
 FLUSH_BYTES = 512 << 20
 _ATTEMPTS = 8
 _MAX_SLEEP_CYCLES = 4_000_000  # 2 ms
+_PILOTS, _HOPELESS = 2, 3.0
+_SHORT_US, _SHORT_SAMPLES, _SAMPLES = 50.0, 10, 5
 
 
 class Timer(Protocol):
@@ -109,6 +112,46 @@ def interleave(running: dict[str, Call], count: int, timer: Timer, errors: dict[
         if collecting:
             gc.enable()
     return times
+
+
+class Measured(NamedTuple):
+    """The median time of a call, of so many."""
+
+    us: float
+    samples: int
+
+
+def measure(
+    calls: Mapping[str, Call], timer: Timer, *, keep: Sequence[str], finalists: int, samples: int
+) -> tuple[dict[str, Measured], dict[str, str]]:
+    """Find the fastest of many calls: all are timed a few times in turn, the best again, more often.
+
+    Those that take three times as long as the best drop out after two rounds.
+
+    Args:
+        calls: by name.
+        timer: the clock.
+        keep: calls that are timed with the best at the end, unless they dropped out.
+        finalists: how many are timed again beside these.
+        samples: times that each of them is timed again.
+
+    Returns:
+        Times by name, and the error's text of each call that failed.
+
+    Raises:
+        RuntimeError: the GPU failed, and can't go on in this process.
+    """
+    errors: dict[str, str] = {}
+    running = dict(calls)
+    times = interleave(running, _PILOTS, timer, errors)
+    best = min((min(taken) for taken in times.values()), default=0.0)
+    running = {name: call for name, call in running.items() if min(times[name]) <= _HOPELESS * best}
+    times.update(interleave(running, _SHORT_SAMPLES if best < _SHORT_US else _SAMPLES, timer, errors))
+    medians = {name: statistics.median(taken) for name, taken in times.items()}
+    again = sorted(running, key=lambda name: (medians[name], name))[:finalists]
+    again += [name for name in keep if name in running and name not in again]
+    times.update(interleave({name: running[name] for name in again}, samples, timer, errors))
+    return {n: Measured(statistics.median(t), len(t)) for n, t in times.items() if n not in errors}, errors
 
 
 def error_text(error: BaseException) -> str:
