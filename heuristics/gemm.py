@@ -43,8 +43,6 @@ ANCHORS = (1, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 153
 MAX_KERNELS = 12
 """Different winners that a problem may have, all m together; what each buys is in docs/performance.md."""
 
-_NEIGHBOURS = 1  # anchors on each side of m whose winners are considered
-
 MAX_STAGES = 12
 
 
@@ -84,6 +82,24 @@ def enumerate_specs(problem: GemmProblem, device: Device) -> tuple[KernelSpec, .
     if "row_k" in (problem.traits.a_scales, problem.traits.b_scales):
         specs.append(TRANSPOSE_SCALES.spec(device.arch.name))
     return tuple(specs)
+
+
+def serving_anchors(m: int) -> tuple[int, ...]:
+    """The anchors whose winners an m can get: itself, or its neighbours."""
+    after = bisect.bisect_left(ANCHORS, m)
+    return (m,) if m in ANCHORS else ANCHORS[max(0, after - 1) : after + 1]
+
+
+def rank_candidates(problem: GemmProblem, device: Device) -> list[GemmConfig]:
+    """All legal configs for a problem with its m, on the menu or off it, by predicted time."""
+    legal = [config for config in _everything(_signature(problem)) if illegal(problem, config, device) is None]
+    costs = {config: predict(problem, config, device)["total"] for config in legal}
+    return sorted(costs, key=lambda config: _rank(config, costs[config]))
+
+
+@functools.lru_cache(maxsize=64)
+def _everything(problem: GemmProblem) -> tuple[GemmConfig, ...]:
+    return tuple(dict.fromkeys((*candidates(problem, ()), *generate(problem))))
 
 
 @dataclass(frozen=True)
@@ -420,14 +436,13 @@ def _serving(problem: GemmProblem, device: Device, rules: _Rules, limit: int) ->
     m = problem.m
     assert m is not None
     winners = _winners(problem.without_m(), device, rules, limit)
-    middle = bisect.bisect_left(ANCHORS, m)
-    if m in ANCHORS:
-        return winners[middle]
+    near = [winners[ANCHORS.index(anchor)] for anchor in serving_anchors(m)]
+    if len(near) == 1:
+        return near[0]
 
     def cost(winner: _Winner) -> float:
         return winner.correction * predict(problem, winner.config, device)["total"]
 
-    near = winners[max(0, middle - _NEIGHBOURS) : middle + _NEIGHBOURS]
     return min(near, key=lambda winner: _rank(winner.config, cost(winner)))
 
 
@@ -445,13 +460,13 @@ def _winners(problem: GemmProblem, device: Device, rules: _Rules, limit: int) ->
     costs = [list(row) for row in predicted]
     for m, (entry, _) in measured.items():
         row = costs[ANCHORS.index(m)]
-        row[configs.index(entry.config)] = (1 - 1e-9) * min(row) / entry.margin  # wins where the margin is 1, too
+        row[configs.index(entry.config)] = (1 - 1e-9) * min(row) / max(1, entry.margin)  # wins at any margin
     winners = []
     for m, index, cost, prediction in zip(ANCHORS, assign(costs, limit), costs, predicted, strict=True):
-        entry, table = measured.get(m, (None, None))
-        if entry is None or entry.config != configs[index]:
-            entry, table = None, None
-        winners.append(_Winner(configs[index], cost[index] / prediction[index], entry, table))
+        winner = _Winner(configs[index], cost[index] / prediction[index])
+        if m in measured and measured[m][0].config == winner.config:
+            winner = winner._replace(entry=measured[m][0], table=measured[m][1])
+        winners.append(winner)
     return tuple(winners)
 
 

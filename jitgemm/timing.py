@@ -11,11 +11,13 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
 Call = Callable[[], object]
+
+_cuda: Any = torch.cuda  # whose stubs lack types
 
 FLUSH_BYTES = 512 << 20
 _ATTEMPTS = 8
@@ -45,7 +47,7 @@ class CudaTimer:
         self._sink = torch.empty((), dtype=torch.int32, device="cuda")
         self._sleep_cycles = 120_000  # 60 us; grows where it does not suffice
         self.exposed = 0  # samples that include host time, for all that was tried
-        self._start, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self._start, self._end = (_cuda.Event(enable_timing=True) for _ in range(2))
         begin = time.monotonic()
         while time.monotonic() - begin < 0.5:  # until the clocks are up
             self._flush()
@@ -55,7 +57,7 @@ class CudaTimer:
         """The time of one call."""
         for attempt in range(_ATTEMPTS):
             self._flush()
-            torch.cuda._sleep(self._sleep_cycles)
+            _cuda._sleep(self._sleep_cycles)
             self._start.record()
             call()
             self._end.record()
@@ -71,7 +73,7 @@ class CudaTimer:
 
     def empty(self) -> None:
         """Launch a kernel that does nothing."""
-        torch.cuda._sleep(0)
+        _cuda._sleep(0)
 
     def check(self) -> None:
         """Raise what the GPU has failed with, if anything."""

@@ -81,7 +81,7 @@ class Entry:
 
     @property
     def margin(self) -> float:
-        """Time of the model's choice over that of the config; at least 1."""
+        """Time of the model's choice over that of the config; below 1 where the limit on kernels took the best."""
         return self.model_us / self.us
 
 
@@ -95,7 +95,7 @@ Problems = dict[GemmProblem, dict[int, Entry]]
 def encode(device: Device, problems: Problems) -> bytes:
     """The bytes of a table."""
     entries = [entry for of_problem in problems.values() for entry in of_problem.values()]
-    runs = list(dict.fromkeys(entry.run for entry in entries))
+    runs = sorted({entry.run for entry in entries}, key=lambda run: (run.date, dataclasses.astuple(run)))
     lines: list[Mapping[str, Any]] = [
         {
             "jitgemm_tuned": SCHEMA,
@@ -115,9 +115,9 @@ def _to_dict(entry: Entry, runs: list[Run]) -> dict[str, Any]:
     return {
         "m": entry.m,
         "config": str(entry.config),
-        "us": round(entry.us, 3),
+        "us": entry.us,
         "model_config": str(entry.model_config),
-        "model_us": round(entry.model_us, 3),
+        "model_us": entry.model_us,
         "run": runs.index(entry.run),
     }
 
@@ -188,7 +188,7 @@ class Table:
         configs = GemmConfig.from_text(fields["config"]), GemmConfig.from_text(fields["model_config"])
         if type(m) is not int or m < 1 or type(run) is not int or not 0 <= run < len(self._runs):
             raise ValueError(f"m {m!r}, run {run!r}")
-        if not 0 < us <= model_us < 1e9:  # also refuses nan
+        if not (0 < us < 1e9 and 0 < model_us < 1e9):  # also refuses nan
             raise ValueError(f"times {us!r} and {model_us!r}")
         return Entry(m, configs[0], float(us), configs[1], float(model_us), self._runs[run])
 
