@@ -154,6 +154,17 @@ def _menu(problem: GemmProblem) -> tuple[GemmConfig, ...]:
     return tuple(dict.fromkeys(_fitting(problem, config) for config in configs))
 
 
+@functools.lru_cache(maxsize=256)
+def _with_every_split(problem: GemmProblem) -> tuple[GemmConfig, ...]:
+    """The menu's tiles with every split of K: the menu splits K for few rows only, and here one split serves all m."""
+    split = [
+        _fitting(problem, dataclasses.replace(config, cluster_m=1, cluster_n=1, split_k=split_k))
+        for config in _menu(problem)
+        for split_k in _SPLITS
+    ]
+    return tuple(dict.fromkeys((*_menu(problem), *split)))
+
+
 def _parse(entry: str, tile_k: int) -> GemmConfig:
     """A line of a menu, such as ``64x48 s12 c2x1``."""
     tile, stages, *rest = entry.split()
@@ -449,7 +460,7 @@ def _serving(problem: GemmProblem, device: Device, rules: _Rules, limit: int) ->
 @functools.lru_cache(maxsize=1024)
 def _winners(problem: GemmProblem, device: Device, rules: _Rules, limit: int) -> tuple[_Winner, ...]:
     """What serves each anchor."""
-    legal = sorted(_legal(problem, device, rules.overrides), key=lambda config: _rank(config, 0.0))
+    legal = sorted(_legal(problem, device, rules), key=lambda config: _rank(config, 0.0))
     measured = _measured(problem, device, rules.tables)
     configs = list(dict.fromkeys((*legal, *(entry.config for entry, _ in measured.values()))))
     predicted = [[predict(at, config, device)["total"] for config in configs] for at in map(problem.with_m, ANCHORS)]
@@ -496,13 +507,17 @@ def _best_split(configs: Sequence[GemmConfig], costs: Sequence[Sequence[float]])
 
 
 @functools.lru_cache(maxsize=1024)
-def _legal(problem: GemmProblem, device: Device, overrides: Overrides) -> tuple[GemmConfig, ...]:
+def _legal(problem: GemmProblem, device: Device, rules: _Rules) -> tuple[GemmConfig, ...]:
     """The legal candidates of a problem, whatever its m.
 
     Raises:
         ConfigError: there is none; names the overrides and the limits that they break.
     """
-    assessed = [(config, illegal(problem, config, device)) for config in candidates(problem, overrides)]
+    overrides = rules.overrides
+    offered = candidates(problem, overrides)
+    if rules.batch_invariant and not overrides:
+        offered = _with_every_split(_signature(problem))
+    assessed = [(config, illegal(problem, config, device)) for config in offered]
     legal = tuple(config for config, reason in assessed if reason is None)
     if legal:
         return legal

@@ -111,6 +111,36 @@ def test_specs_include_the_transform_where_scales_go_through_the_ring(recipe: st
     assert len(specs) == len(enumerate_configs(problem, H200)) + recipe.startswith("fp8_1x128")
 
 
+# -- The batch-invariant mode.
+
+
+@given(asked(), st.lists(MS, min_size=1, max_size=6))
+@hypothesis_settings(deadline=None, max_examples=40)
+def test_batch_invariant_choices_share_one_split(asked: tuple[GemmProblem, Device], ms: list[int]) -> None:
+    problem, device = asked
+    with settings.override(batch_invariant=True):
+        enumerated = enumerate_configs(problem, device)
+        chosen = {choose_config(problem.with_m(m), device) for m in [*ms, 1, 2**20]}
+        assert explain(problem.with_m(ms[0]), device).winner in enumerated
+    assert len({config.split_k for config in enumerated}) == 1
+    assert chosen <= set(enumerated)
+    assert len(enumerated) <= MAX_KERNELS
+    assert all(illegal(problem, config, device) is None for config in enumerated)
+
+
+def test_the_split_serves_all_m() -> None:
+    """Few columns and a long K want a split for few rows, and large tiles with that split for many."""
+    problem = GemmProblem(256, 7168, "bf16")
+    with settings.override(batch_invariant=True):
+        few, many = (choose_config(problem.with_m(m), H200) for m in (1, 8192))
+        assert few.split_k == many.split_k > 1
+        assert many.tile_m * many.tile_n >= 8 * few.tile_m * few.tile_n
+        with settings.override(split_k=8):
+            assert {config.split_k for config in enumerate_configs(problem, H200)} == {8}
+        assert choose_config(GemmProblem(24576, 1536, "bf16", m=64), H200).split_k == 1
+    assert choose_config(problem.with_m(8192), H200).split_k == 1
+
+
 # -- Explanations.
 
 

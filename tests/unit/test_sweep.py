@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from test_gemm_problem import kinds
 
-from benchmarks import sweep
+from benchmarks import batch_invariant, sweep
 from jitgemm.device import H200
 from jitgemm.families.gemm import RECIPES, GemmConfig, GemmProblem
 from jitgemm.heuristics.gemm import candidates, generate, illegal
@@ -101,6 +101,25 @@ def test_workloads_of_every_kind_compute(kind: dict[str, object]) -> None:
     work.d.fill_(float("nan"))
     work.call(GemmConfig(64, 64, 128, 2))()
     assert bool(torch.isfinite(work.d).all())
+
+
+def test_the_cost_of_the_batch_invariant_mode() -> None:
+    split = GemmProblem(256, 7168, "fp8_1x128_128x128", m=2)
+    same = GemmProblem(512, 256, "fp8_1x128_128x128", m=2)
+    rows = [
+        batch_invariant.run_shape(split, H200, Turns(3.0, 4.0, 5.0), Workload(split, "cpu")),
+        batch_invariant.run_shape(same, H200, Turns(3.0, 7.0), Workload(same, "cpu")),
+    ]
+    assert [(row["us"], row["invariant_us"], row["cost"]) for row in rows] == [(4.0, 5.0, 1.25), (7.0, 7.0, 1.0)]
+    assert rows[0]["config"] != rows[0]["invariant_config"]
+    assert rows[1]["config"] == rows[1]["invariant_config"]
+    lines = batch_invariant.summary(rows).splitlines()[2:]
+    assert [line.split()[-5:] for line in lines] == [
+        ["1.118", "1.250", "(m", "=", "2)"],
+        ["1.250", "1.250", "(m", "=", "2)"],
+        ["1.000", "1.000", "(m", "=", "2)"],
+    ]
+    assert batch_invariant.parse([]).m == [1, 16, 64, 128, 512, 2048, 4096, 8192]
 
 
 def test_listing_needs_no_gpu(capsys: pytest.CaptureFixture[str]) -> None:
