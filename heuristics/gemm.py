@@ -43,6 +43,8 @@ ANCHORS = (1, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 153
 MAX_KERNELS = 12
 """Different winners that a problem may have, all m together; what each buys is in docs/performance.md."""
 
+_SERVED = 65536  # values of m that are kept of one problem
+
 MAX_STAGES = 12
 
 
@@ -66,12 +68,17 @@ def choose_config(problem: GemmProblem, device: Device, limit: int = MAX_KERNELS
         ConfigError: no legal config meets the overrides in force.
     """
     assert problem.m is not None
-    return _serving(problem, device, _rules(device), limit).config
+    return chooser(problem, device, limit)(problem.m)
+
+
+def chooser(problem: GemmProblem, device: Device, limit: int = MAX_KERNELS) -> Chooser:
+    """``choose_config`` for a problem with any m, under the settings and tables in force."""
+    return _chooser(problem.without_m(), device, _rules(device), limit)
 
 
 def enumerate_configs(problem: GemmProblem, device: Device, limit: int = MAX_KERNELS) -> tuple[GemmConfig, ...]:
     """Every config that ``choose_config`` can return for the problem, whatever its m; at most ``limit``."""
-    return tuple(sorted({winner.config for winner in _winners(problem.without_m(), device, _rules(device), limit)}))
+    return tuple(sorted({winner.config for winner in chooser(problem, device, limit).winners}))
 
 
 def enumerate_specs(problem: GemmProblem, device: Device) -> tuple[KernelSpec, ...]:
@@ -118,8 +125,9 @@ def explain(problem: GemmProblem, device: Device) -> Explanation:
     Raises:
         ConfigError: no legal config meets the overrides in force.
     """
+    assert problem.m is not None
     rules = _rules(device)
-    served = _serving(problem, device, rules, MAX_KERNELS)
+    served = chooser(problem, device).serving(problem.m)
     menu = candidates(problem, rules.overrides)
     offered = [assess(problem, config, device) for config in dict.fromkeys((*menu, served.config))]
     others = [assess(problem, config, device) for config in generate(problem, rules.overrides)]
@@ -166,19 +174,9 @@ def _with_every_split(problem: GemmProblem) -> tuple[GemmConfig, ...]:
 
 
 def _parse(entry: str, tile_k: int) -> GemmConfig:
-    """A line of a menu, such as ``64x48 s12 c2x1``."""
-    tile, stages, *rest = entry.split()
-    tile_m, tile_n = map(int, tile.split("x"))
-    config = GemmConfig(tile_m, tile_n, tile_k, int(stages[1:]))
-    for word in rest:
-        if word == "swap":
-            config = dataclasses.replace(config, swap_ab=True)
-        elif word[0] == "k":
-            config = dataclasses.replace(config, split_k=int(word[1:]))
-        else:
-            cluster_m, cluster_n = map(int, word[1:].split("x"))
-            config = dataclasses.replace(config, cluster_m=cluster_m, cluster_n=cluster_n)
-    return config
+    """An entry of a menu, such as ``64x48 s12 c2x1``: the text of a config without its tile k."""
+    tile, _, rest = entry.strip().partition(" ")
+    return GemmConfig.from_text(f"{tile}x{tile_k} {rest}")
 
 
 def _fitting(problem: GemmProblem, config: GemmConfig) -> GemmConfig:
@@ -208,6 +206,12 @@ _SPLITS = (1, 2, 4, 8)
 def generate(problem: GemmProblem, overrides: Overrides = ()) -> Iterator[GemmConfig]:
     """Every config worth thinking of, legal or not; overrides replace the values that they name."""
     given = dict(overrides)
+    if "config" in given:
+        config = GemmConfig.from_text(given.pop("config"))
+        have = {**config.to_dict(), "cluster": (config.cluster_m, config.cluster_n)}
+        if all(have[name] == value for name, value in given.items()):
+            yield config
+        return
     tile_k = 128 // problem.traits.operand_bytes
     clusters = [given["cluster"]] if "cluster" in given else [(1, 1), (2, 1), (1, 2)]
     splits = [given["split_k"]] if "split_k" in given else _SPLITS
@@ -442,22 +446,39 @@ def _rank(config: GemmConfig, cost: float) -> tuple[float, int, GemmConfig]:
     return cost, -config.stages, config
 
 
-@functools.lru_cache(maxsize=65536)
-def _serving(problem: GemmProblem, device: Device, rules: _Rules, limit: int) -> _Winner:
-    m = problem.m
-    assert m is not None
-    winners = _winners(problem.without_m(), device, rules, limit)
-    near = [winners[ANCHORS.index(anchor)] for anchor in serving_anchors(m)]
-    if len(near) == 1:
-        return near[0]
+class Chooser:
+    """The table from m to config of one problem. Its winners are found at once; other m are added as they are asked."""
 
-    def cost(winner: _Winner) -> float:
-        return winner.correction * predict(problem, winner.config, device)["total"]
+    def __init__(self, problem: GemmProblem, device: Device, rules: _Rules, limit: int) -> None:
+        self._problem, self._device = problem, device
+        self.winners = _winners(problem, device, rules, limit)
+        self._served = dict(zip(ANCHORS, self.winners, strict=True))
 
-    return min(near, key=lambda winner: _rank(winner.config, cost(winner)))
+    def __call__(self, m: int) -> GemmConfig:
+        """The config for an m."""
+        return self.serving(m).config
+
+    def serving(self, m: int) -> _Winner:
+        """The winner that an m gets."""
+        winner = self._served.get(m)
+        if winner is None:
+            at = self._problem.with_m(m)
+
+            def cost(winner: _Winner) -> float:
+                return winner.correction * predict(at, winner.config, self._device)["total"]
+
+            near = [self._served[anchor] for anchor in serving_anchors(m)]
+            alike = near[0].config == near[-1].config
+            winner = near[0] if alike else min(near, key=lambda winner: _rank(winner.config, cost(winner)))
+            if len(self._served) >= _SERVED:
+                self._served = dict(zip(ANCHORS, self.winners, strict=True))
+            self._served[m] = winner
+        return winner
 
 
-@functools.lru_cache(maxsize=1024)
+_chooser = functools.lru_cache(maxsize=1024)(Chooser)
+
+
 def _winners(problem: GemmProblem, device: Device, rules: _Rules, limit: int) -> tuple[_Winner, ...]:
     """What serves each anchor."""
     legal = sorted(_legal(problem, device, rules), key=lambda config: _rank(config, 0.0))
@@ -524,4 +545,5 @@ def _legal(problem: GemmProblem, device: Device, rules: _Rules) -> tuple[GemmCon
     reasons = collections.Counter(reason for _, reason in assessed if reason is not None)
     written = [f"{settings.PREFIX}{name.upper()}={settings.as_written(value)}" for name, value in overrides]
     named = ", ".join(written) or "no overrides"
-    raise ConfigError(f"no legal config with {named}: " + "; ".join(reason for reason, _ in reasons.most_common()))
+    why = "; ".join(reason for reason, _ in reasons.most_common()) or "they contradict each other"
+    raise ConfigError(f"no legal config with {named}: {why}")

@@ -343,21 +343,20 @@ class Workload:
         Raises:
             JitGemmError: the config can't be built or launched.
         """
-        forced = config.to_dict()
-        forced["cluster"] = forced.pop("cluster_m"), forced.pop("cluster_n")
+        forced = str(config)
         problem, d = self._problem, self.d
         if self._a_scales is None or self._b_scales is None:
             a, b = self._a, self._b
             function = getattr(ops, f"bf16_gemm_{problem.layout}")
 
             def call() -> None:
-                with settings.override(**forced):
+                with settings.override(config=forced):
                     function(a, b, d)
         else:
             scaled_a, scaled_b = (self._a, self._a_scales), (self._b, self._b_scales)
 
             def call() -> None:
-                with settings.override(**forced):
+                with settings.override(config=forced):
                     ops.fp8_gemm_nt(scaled_a, scaled_b, d, recipe=problem.recipe, fast_accum=problem.fast_accum)
 
         call()

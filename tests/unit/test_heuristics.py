@@ -182,11 +182,13 @@ FORCED: list[dict[str, Any]] = [
     {"swap_ab": True},
     {"swap_ab": False},
     {"tile_m": 16, "tile_n": 128, "swap_ab": True, "split_k": 2, "stages": 4},
+    {"config": "64x56x128 s7 c1x2"},
+    {"config": "16x64x128 s9 k4 swap", "split_k": 4},
 ]
 
 
 def meets(config: Any, forced: dict[str, Any]) -> bool:
-    have = {**config.to_dict(), "cluster": (config.cluster_m, config.cluster_n)}
+    have = {**config.to_dict(), "cluster": (config.cluster_m, config.cluster_n), "config": str(config)}
     return all(have[name] == value for name, value in forced.items())
 
 
@@ -226,6 +228,8 @@ def test_overrides_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"tile_n": 24, "cluster": (2, 1), "swap_ab": False}, "equal multiples of 8 rows"),
         ({"stages": 60}, "shared memory exceeds 232448 bytes"),
         ({"stages": 1}, "fewer than 2 stages"),
+        ({"config": "256x256x128 s3"}, "registers a thread"),
+        ({"config": "64x64x128 s3", "stages": 4}, "they contradict each other"),
     ],
     ids=str,
 )
