@@ -78,7 +78,8 @@ def rows(sweep: Sweep, device: Device) -> list[Row]:
         heaviest = sorted(weights, key=lambda config: (-weights[config], config))[:ROWS]
         total = sum(weights[config] for config in heaviest)
         chosen += [(problem, config, measured[config], weights[config] / total) for config in heaviest]
-    return chosen
+    # Those that differ in m alone share most of the work of a prediction.
+    return sorted(chosen, key=lambda row: (str(row[0].without_m()), row[1]))
 
 
 def error(data: Sequence[Row], device: Device) -> float:

@@ -16,7 +16,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -100,7 +100,9 @@ def serving_anchors(m: int) -> tuple[int, ...]:
 def rank_candidates(problem: GemmProblem, device: Device) -> list[GemmConfig]:
     """All legal configs for a problem with its m, on the menu or off it, by predicted time."""
     legal = [config for config in _everything(_signature(problem)) if illegal(problem, config, device) is None]
-    costs = {config: predict(problem, config, device)["total"] for config in legal}
+    key, m = problem.without_m(), problem.m
+    assert m is not None
+    costs = {config: _predictor(key, config, device)(m)[0] for config in legal}
     return sorted(costs, key=lambda config: _rank(config, costs[config]))
 
 
@@ -341,22 +343,28 @@ def _traits(problem: GemmProblem, config: GemmConfig) -> _Traits:
     )
 
 
+TERMS = ("total", "tensor", "exposed", "serial", "smem", "ingress", "hbm", "epilogue", "reduction")
+
+
 def predict(problem: GemmProblem, config: GemmConfig, device: Device) -> dict[str, float]:
     """Predicted time in us of a legal config (``total``), with the terms it comes from."""
-    m, n, k = problem.m, problem.n, problem.k
-    assert m is not None
+    assert problem.m is not None
+    return dict(zip(TERMS, _predictor(_any_m(problem), config, device)(problem.m), strict=True))
+
+
+_any_m = functools.lru_cache(maxsize=4096)(GemmProblem.without_m)
+
+
+@functools.lru_cache(maxsize=4096)
+def _predictor(problem: GemmProblem, config: GemmConfig, device: Device) -> Callable[[int], tuple[float, ...]]:
+    """``predict`` for any m, ``TERMS`` in their order; all that does not depend on m is computed once."""
+    n, k = problem.n, problem.k
     kernel = _traits(_signature(problem), config)
     size = problem.traits.operand_bytes
-
-    # How the tiles fall on the chip.
-    clusters = -(-m // (config.tile_m * config.cluster_m)) * -(-n // (config.tile_n * config.cluster_n))
+    num_sms = device.num_sms
+    rows, clusters_n = config.tile_m * config.cluster_m, -(-n // (config.tile_n * config.cluster_n))
     per_cluster = config.cluster_m * config.cluster_n * config.split_k
-    ctas = clusters * per_cluster
-    slots = _resident(device.num_sms, per_cluster, kernel.blocks_per_sm)
-    rounds = -(-ctas // slots)  # tiles that the busiest CTA computes
-    active = -(-ctas // rounds)
-    sms = min(device.num_sms, active)
-    sharing = -(-active // device.num_sms)  # CTAs on one SM
+    slots = _resident(num_sms, per_cluster, kernel.blocks_per_sm)
     k_blocks = -(-k // config.tile_k)
     stages = -(-k_blocks // config.split_k)
 
@@ -373,37 +381,50 @@ def predict(problem: GemmProblem, config: GemmConfig, device: Device) -> dict[st
     else:
         exposed = sm90a.PROMOTION_EXPOSED * kernel.waves * (kernel.promotion + latency)
         serial = kernel.waves * (mma + latency + kernel.promotion) + overhead
-    tensor = sharing * kernel.warpgroups * kernel.waves * mma
-    smem = sharing * kernel.smem + sm90a.PROMOTION_EXPOSED_SMEM * exposed
-    ingress = sharing * kernel.ingress
-    stage = max(tensor + exposed, smem, serial, ingress)
-    if config.cluster_m * config.cluster_n > 1:
-        stage += sm90a.MULTICAST_CYCLES
+    multicast = sm90a.MULTICAST_CYCLES if config.cluster_m * config.cluster_n > 1 else 0
 
-    throttled = tensor > sm90a.TENSOR_BOUND * stage and rounds * stages * stage > sm90a.THROTTLED_CYCLES
-    cycles_per_us = (device.clock_hz if throttled else device.clock_hz_memory_bound) / 1e6
-    loop = rounds * stages / cycles_per_us
-    in_flight = sharing * sms * min(config.stages, stages) * kernel.stage_bytes
-    saturation = min(1.0, max(0.2, in_flight / (device.num_sms * sm90a.BYTES_IN_FLIGHT)))
-    unique = (m * k + n * k) * size + m * n * (2 if problem.d_dtype == "bf16" else 4)
-    hbm = unique / (device.hbm_bytes_per_s * sm90a.HBM_UTILIZATION * saturation) * 1e6
-    epilogue = rounds * kernel.epilogue / cycles_per_us
-    reduction = 0.0
-    if config.split_k > 1:
-        reduction = rounds * kernel.reduction + (rounds - 1) * sm90a.RELAUNCH_US
-    # Loading and computing overlap, but not perfectly where they take equally long.
-    main = float(((loop * stage) ** 4 + hbm**4) ** 0.25)
-    return {
-        "total": sm90a.LAUNCH_US + main + epilogue + reduction,
-        "tensor": loop * tensor,
-        "exposed": loop * exposed,
-        "serial": loop * serial,
-        "smem": loop * smem,
-        "ingress": loop * ingress,
-        "hbm": hbm,
-        "epilogue": epilogue,
-        "reduction": reduction,
-    }
+    def stage_of(sharing: int) -> tuple[float, float, float, float]:
+        """Cycles of a stage, and what its tensor cores, shared memory and copies take of them."""
+        tensor = sharing * kernel.warpgroups * kernel.waves * mma
+        smem = sharing * kernel.smem + sm90a.PROMOTION_EXPOSED_SMEM * exposed
+        ingress = sharing * kernel.ingress
+        return max(tensor + exposed, smem, serial, ingress) + multicast, tensor, smem, ingress
+
+    stages_of = [stage_of(sharing) for sharing in range(1, -(-slots // num_sms) + 1)]  # by CTAs of an SM, less one
+    clock, full_clock = device.clock_hz / 1e6, device.clock_hz_memory_bound / 1e6  # cycles per us
+    flight_bytes = min(config.stages, stages) * kernel.stage_bytes
+    saturating = num_sms * sm90a.BYTES_IN_FLIGHT
+    bytes_per_m, bytes_of_b = k * size + n * (2 if problem.d_dtype == "bf16" else 4), n * k * size
+    bytes_per_us = device.hbm_bytes_per_s * sm90a.HBM_UTILIZATION / 1e6
+    launch, throttled_cycles, relaunch = sm90a.LAUNCH_US, sm90a.THROTTLED_CYCLES, sm90a.RELAUNCH_US
+    tensor_bound = [tensor > sm90a.TENSOR_BOUND * stage for stage, tensor, *_ in stages_of]
+    kernel_epilogue, kernel_reduction, split = kernel.epilogue, kernel.reduction, config.split_k > 1
+
+    def terms(m: int) -> tuple[float, ...]:
+        # How the tiles fall on the chip.
+        ctas = -(-m // rows) * clusters_n * per_cluster
+        rounds = -(-ctas // slots)  # tiles that the busiest CTA computes
+        active = -(-ctas // rounds)
+        others = (active - 1) // num_sms  # CTAs beside one on an SM
+        stage, tensor, smem, ingress = stages_of[others]
+        iterations = rounds * stages
+        throttled = tensor_bound[others] and iterations * stage > throttled_cycles
+        cycles_per_us = clock if throttled else full_clock
+        loop = iterations / cycles_per_us
+        saturation = ((others + 1) * num_sms if others else active) * flight_bytes / saturating
+        if not 0.2 <= saturation <= 1:
+            saturation = 0.2 if saturation < 0.2 else 1.0
+        hbm = (m * bytes_per_m + bytes_of_b) / (bytes_per_us * saturation)
+        epilogue = rounds * kernel_epilogue / cycles_per_us
+        reduction = rounds * kernel_reduction + (rounds - 1) * relaunch if split else 0.0
+        # Loading and computing overlap, but not perfectly where they take equally long.
+        main = float(((loop * stage) ** 4 + hbm**4) ** 0.25)
+        return (
+            *(launch + main + epilogue + reduction, loop * tensor, loop * exposed, loop * serial),
+            *(loop * smem, loop * ingress, hbm, epilogue, reduction),
+        )
+
+    return terms
 
 
 def _resident(num_sms: int, cluster_size: int, blocks_per_sm: int) -> int:
@@ -462,10 +483,9 @@ class Chooser:
         """The winner that an m gets."""
         winner = self._served.get(m)
         if winner is None:
-            at = self._problem.with_m(m)
 
             def cost(winner: _Winner) -> float:
-                return winner.correction * predict(at, winner.config, self._device)["total"]
+                return winner.correction * _predictor(self._problem, winner.config, self._device)(m)[0]
 
             near = [self._served[anchor] for anchor in serving_anchors(m)]
             alike = near[0].config == near[-1].config
@@ -484,7 +504,8 @@ def _winners(problem: GemmProblem, device: Device, rules: _Rules, limit: int) ->
     legal = sorted(_legal(problem, device, rules), key=lambda config: _rank(config, 0.0))
     measured = _measured(problem, device, rules.tables)
     configs = list(dict.fromkeys((*legal, *(entry.config for entry, _ in measured.values()))))
-    predicted = [[predict(at, config, device)["total"] for config in configs] for at in map(problem.with_m, ANCHORS)]
+    predictors = [_predictor(problem, config, device) for config in configs]
+    predicted = [[predictor(m)[0] for predictor in predictors] for m in ANCHORS]
     if rules.batch_invariant:
         split_k = _best_split(configs, predicted)
         columns = [index for index, config in enumerate(configs) if config.split_k == split_k]
