@@ -1,16 +1,13 @@
-"""How the benchmarks measure, prewarm, print and write.
+"""How the benchmarks race, prewarm, print and write.
 
-A timed call has the L2 flushed before it, by reading (dirty lines of a flush by writing would be written back in
-the timed region), then a kernel that sleeps until the host has enqueued everything, then an event, the call, an
-event. Contenders take turns, and the median of each counts. An empty kernel takes part and is reported, not
-subtracted.
+Calls are timed as ``jitgemm.timing`` says. Contenders take turns, and the median of each counts. An empty kernel
+takes part and is reported, not subtracted.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
-import gc
 import math
 import multiprocessing
 import os
@@ -18,12 +15,12 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -32,70 +29,13 @@ from jitgemm.device import PRESETS
 from jitgemm.families import KernelSpec, family_of
 from jitgemm.families.gemm import FAMILY, GemmProblem
 from jitgemm.heuristics import choose_config, enumerate_specs
-
-Call = Callable[[], object]
+from jitgemm.timing import Call, CudaTimer, Timer, error_text, interleave
 
 EMPTY = "empty"
 """The contender that launches a kernel which does nothing."""
 
-FLUSH_BYTES = 512 << 20
 SHORT_US, SHORT_SAMPLES, SAMPLES = 20.0, 100, 30
 _PILOTS = 5
-_ATTEMPTS = 8
-_MAX_SLEEP_CYCLES = 4_000_000  # 2 ms
-
-
-class Timer(Protocol):
-    """Times one call on the GPU, in microseconds."""
-
-    def __call__(self, call: Call) -> float: ...
-
-    def empty(self) -> None: ...
-
-    def check(self) -> None: ...
-
-
-class CudaTimer:
-    """Times one call on the current GPU and stream, from a clean L2 and with the host's time hidden."""
-
-    def __init__(self) -> None:
-        self._buffer = torch.ones(FLUSH_BYTES // 4, dtype=torch.int32, device="cuda")
-        self._sink = torch.empty((), dtype=torch.int32, device="cuda")
-        self._sleep_cycles = 120_000  # 60 us; grows where it does not suffice
-        self.exposed = 0  # samples that include host time, for all that was tried
-        self._start, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin = time.monotonic()
-        while time.monotonic() - begin < 0.5:  # until the clocks are up
-            self._flush()
-            torch.cuda.synchronize()
-
-    def __call__(self, call: Call) -> float:
-        for attempt in range(_ATTEMPTS):
-            self._flush()
-            torch.cuda._sleep(self._sleep_cycles)
-            self._start.record()
-            call()
-            self._end.record()
-            hidden = not self._start.query()  # the GPU has not got there: nothing that follows waited for the host
-            self._end.synchronize()
-            if hidden:
-                break
-            if attempt:  # once may be a hiccup of the host
-                self._sleep_cycles = min(2 * self._sleep_cycles, _MAX_SLEEP_CYCLES)
-        else:
-            self.exposed += 1
-        return self._start.elapsed_time(self._end) * 1e3
-
-    def empty(self) -> None:
-        """Launch a kernel that does nothing."""
-        torch.cuda._sleep(0)
-
-    def check(self) -> None:
-        """Raise what the GPU has failed with, if anything."""
-        torch.cuda.synchronize()
-
-    def _flush(self) -> None:
-        torch.amax(self._buffer, 0, out=self._sink)
 
 
 @dataclass(frozen=True)
@@ -121,40 +61,14 @@ def race(contenders: Mapping[str, Call], samples: int | None = None, timer: Time
     timer = timer or CudaTimer()
     running = {EMPTY: timer.empty, **contenders}
     errors: dict[str, str] = {}
-    pilots = _rounds(running, _PILOTS, timer, errors)
+    pilots = interleave(running, _PILOTS, timer, errors)
     if samples is None:
         fastest = min((min(times) for name, times in pilots.items() if name != EMPTY), default=math.inf)
         samples = SHORT_SAMPLES if fastest < SHORT_US else SAMPLES
-    times = _rounds(running, samples, timer, errors)
+    times = interleave(running, samples, timer, errors)
     timings = {name: Timing(statistics.median(taken), len(taken)) for name, taken in times.items()}
     timings.update({name: Timing(None, error=error) for name, error in errors.items()})
     return {name: timings[name] for name in (EMPTY, *contenders)}
-
-
-def _rounds(running: dict[str, Call], count: int, timer: Timer, errors: dict[str, str]) -> dict[str, list[float]]:
-    """Times by name; who raises moves from ``running`` to ``errors``."""
-    times: dict[str, list[float]] = {name: [] for name in running}
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
-        for _ in range(count):
-            for name, call in list(running.items()):
-                try:
-                    times[name].append(timer(call))
-                except Exception as error:
-                    timer.check()
-                    errors[name] = error_text(error)
-                    del running[name], times[name]
-    finally:
-        if collecting:
-            gc.enable()
-    return times
-
-
-def error_text(error: BaseException) -> str:
-    """One line on an exception."""
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0]}"[:300]
 
 
 # -- Prewarm: the kernels that a benchmark needs, built in parallel before anything is timed.
@@ -185,8 +99,16 @@ def prewarm(problems: Sequence[GemmProblem], jobs: int, device_name: str | None 
         # Chunks of neighbours: those that differ in m alone share most of the work of choosing.
         listed = pool.map(kernels_of, wanted, [device_name] * len(wanted), chunksize=8)
         specs = list(dict.fromkeys(spec for specs in listed for spec in specs))
+    say(f"prewarm: {len(wanted)} problems need {len(specs)} kernels, {time.monotonic() - begin:.1f} s")
+    return build_all(specs, jobs)
+
+
+def build_all(specs: Sequence[KernelSpec], jobs: int) -> list[str]:
+    """Build kernels into the cache; says how it went and returns what failed."""
+    begin = time.monotonic()
+    with spawn_pool(jobs) as pool:
         failures = [failure for failure in pool.map(_build, specs) if failure is not None]
-    say(f"prewarm: {len(specs)} kernels, {len(failures)} failed, {time.monotonic() - begin:.1f} s")
+    say(f"build: {len(specs)} kernels, {len(failures)} failed, {time.monotonic() - begin:.1f} s")
     for failure in failures:
         say(f"  {failure}")
     return failures

@@ -1,7 +1,7 @@
 """The ``jitgemm`` command: options and exit codes; the work is in the modules beside this one.
 
 Commands import what they need when they run: ``jitgemm list`` must not pay for ``jitgemm prewarm``, and none of them
-imports torch but ``demo``.
+imports torch but ``tune`` and ``demo``.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -31,6 +31,9 @@ from jitgemm.cache_tools.console import (
 from jitgemm.device import ARCHITECTURES, PRESETS, Device, presets_of
 from jitgemm.errors import CacheError, CacheMissError, CompileError, JitGemmError, ProblemError, SettingsError
 from jitgemm.families.gemm import D_DTYPES, LAYOUTS, RECIPES, GemmProblem
+
+if TYPE_CHECKING:
+    from jitgemm.cache_tools.problems import NamedProblem
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -114,6 +117,26 @@ def _jobs_option(command: Command) -> Command:
     )(command)
 
 
+def _problem_options(command: Command) -> Command:
+    preset = click.option("--preset", metavar="NAME", help=f"A set of problems: {', '.join(presets.names())}.")
+    shapes = click.option(
+        "--shapes",
+        type=click.Path(exists=True, dir_okay=False, path_type=Path),
+        help="A file with one JSON problem a line.",
+    )
+    return preset(shapes(command))
+
+
+def _problems(command: str, preset: str | None, shapes: Path | None) -> list[NamedProblem]:
+    from jitgemm.cache_tools import problems as read
+
+    if preset is not None and shapes is None:
+        return read.from_preset(preset)
+    if shapes is not None and preset is None:
+        return read.from_shapes_file(shapes)
+    raise UsageError(f"{command}: wants one of --preset and --shapes, got {'both' if preset else 'neither'}")
+
+
 _json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 
 
@@ -121,7 +144,7 @@ _json_option = click.option("--json", "as_json", is_flag=True, help="Print one J
 @click.version_option(jitgemm.__version__, prog_name="jitgemm", message="%(prog)s %(version)s")
 @click.pass_context
 def cli(context: click.Context) -> int | None:
-    """Build, inspect and explain jitgemm's kernels. No command but demo needs a GPU or imports torch.
+    """Build, inspect and explain jitgemm's kernels. Only tune and demo use a GPU or import torch.
 
     Exit codes: 0 done, 1 something failed or is missing, 2 usage, 3 environment.
     """
@@ -132,12 +155,7 @@ def cli(context: click.Context) -> int | None:
 
 
 @cli.command()
-@click.option("--preset", metavar="NAME", help=f"A set of problems: {', '.join(presets.names())}.")
-@click.option(
-    "--shapes",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="A file with one JSON problem a line.",
-)
+@_problem_options
 @click.option("--arch", type=click.Choice(list(ARCHITECTURES)), default="sm_90a", show_default=True)
 @click.option(
     "--device",
@@ -161,14 +179,8 @@ def prewarm(
 ) -> int:
     """Build every kernel that calls of some problems can need, whatever their m. Needs no GPU."""
     from jitgemm.cache_tools import prewarm as work
-    from jitgemm.cache_tools import problems as read
 
-    if preset is not None and shapes is None:
-        problems = read.from_preset(preset)
-    elif shapes is not None and preset is None:
-        problems = read.from_shapes_file(shapes)
-    else:
-        raise UsageError(f"prewarm: wants one of --preset and --shapes, got {'both' if preset else 'neither'}")
+    problems = _problems("prewarm", preset, shapes)
     report = work.prewarm(
         problems,
         _devices(arch, device_names),
@@ -190,6 +202,44 @@ def _devices(arch: str, names: Sequence[str]) -> list[Device]:
             accepted = ", ".join(device.name for device in of_arch)
             raise UsageError(f"--device: {name!r} is {PRESETS[name].arch.name}, not {arch}; accepted are {accepted}")
     return [device for device in of_arch if not names or device.name in names]
+
+
+@cli.command()
+@_problem_options
+@click.option(
+    "--m", "ms", type=click.IntRange(1), multiple=True, help="An m to tune for; may be repeated  [default: all]"
+)
+@click.option("--candidates", type=click.IntRange(2), help="Configs to time at each anchor of m  [default: 24]")
+@click.option("--force", is_flag=True, help="Measure again what the table has.")
+@click.option(
+    "--check", "check_only", is_flag=True, help="Measure what tables have, report what is stale, change nothing."
+)
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Another table than the user's own.")
+@_jobs_option
+@_json_option
+@_cache_dir_option
+def tune(
+    preset: str | None,
+    shapes: Path | None,
+    ms: tuple[int, ...],
+    candidates: int | None,
+    force: bool,
+    check_only: bool,
+    out: Path | None,
+    jobs: int,
+    as_json: bool,
+) -> int:
+    """Measure configs on the GPU at hand; what wins over the cost model goes into a table that calls use."""
+    from jitgemm.cache_tools import tune as work
+
+    everything = check_only and preset is None and shapes is None
+    return work.run(
+        None if everything else _problems("tune", preset, shapes),
+        out=out,
+        check_only=check_only,
+        show=print_json if as_json else None,
+        **({} if check_only else {"ms": ms, "candidates": candidates, "force": force, "jobs": jobs}),
+    )
 
 
 @cli.command(name="list")
@@ -227,6 +277,7 @@ def show(key: str, source: bool, as_json: bool) -> int:
 @click.option("--device", type=click.Choice(list(PRESETS)), default="h200", show_default=True)
 @click.option("--top", type=click.IntRange(1), default=10, show_default=True, help="Candidates to print.")
 @_json_option
+@_cache_dir_option
 def explain(
     m: int,
     n: int,

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from jitgemm.cache_tools.console import print_json, print_table
+from jitgemm.cache_tools.console import print_json, print_table, printable
+from jitgemm.cache_tools.tune import entry_to_dict
 from jitgemm.device import Device
 
 if TYPE_CHECKING:
@@ -20,11 +21,13 @@ def explain(problem: GemmProblem, device: Device, *, top: int, as_json: bool) ->
     explanation = heuristics.explain(problem, device)
     legal = _by_cost(explanation)
     illegal = _by_reason(explanation)
+    entry = explanation.entry
     if as_json:
         print_json(
             problem=problem.to_dict(),
             device=device.name,
             winner=explanation.winner.to_dict(),
+            tuned=None if entry is None else {**entry_to_dict(entry), "table": str(explanation.table)},
             candidates=[_to_dict(candidate) for candidate in legal],
             illegal=[
                 {"reason": reason, "configs": [candidate.config.to_dict() for candidate in candidates]}
@@ -36,6 +39,12 @@ def explain(problem: GemmProblem, device: Device, *, top: int, as_json: bool) ->
         f"{problem.m} x {problem.n} x {problem.k}, {problem.recipe} {problem.layout}, D in {problem.d_dtype},"
         f" on {device.name} with {device.num_sms} SMs: {explanation.winner}\n"
     )
+    if entry is not None:
+        print(
+            f"tuned: at m = {entry.m} it took {entry.us:.2f} us, the model's choice {entry.model_config}"
+            f" {entry.model_us:.2f} ({entry.margin:.3f}x); {printable(entry.run.gpu)}, {printable(entry.run.date)},"
+            f" {printable(explanation.table)}\n"
+        )
     shown = [c for place, c in enumerate(legal) if place < top or c.config == explanation.winner]
     terms = [name for name in dict.fromkeys(name for c in legal for name in c.terms or {}) if name != "total"]
     print_table(

@@ -109,7 +109,7 @@ def prewarm(
 
     start = time.perf_counter()
     cache = default_cache()
-    with _progress_bar("choosing", "problems", len(problems) * len(devices), shown=progress) as advance:
+    with progress_bar("choosing", "problems", len(problems) * len(devices), shown=progress) as advance:
         kernels = _needed(problems, devices, advance)
     for kernel in kernels:
         cubin = find_cached(kernel.spec)
@@ -120,8 +120,8 @@ def prewarm(
     report = Report(problems, kernels, cache.directory, dry_run)
     missing = report.in_state(MISSING)
     if missing and not dry_run:
-        _require_tools(cache.directory)
-        with _progress_bar("building", "kernels", len(missing), shown=progress) as advance:
+        require_tools(cache.directory)
+        with progress_bar("building", "kernels", len(missing), shown=progress) as advance:
             try:
                 _build(missing, jobs, cache.directory, advance)
             except KeyboardInterrupt:
@@ -189,8 +189,13 @@ def _needed(problems: Iterable[NamedProblem], devices: Sequence[Device], advance
     return [Kernel(spec, cache_key(spec), askers) for spec, askers in users.items()]
 
 
-def _require_tools(directory: Path) -> None:
-    """Say once, before any worker starts, what all of them would fail for."""
+def require_tools(directory: Path) -> None:
+    """Say once, before any worker starts, what all of them would fail for.
+
+    Raises:
+        EnvironmentFaultError: the cache can't be written.
+        CompileError: there is no NVRTC.
+    """
     from jitgemm.compiler import find_nvrtc
 
     find_nvrtc()
@@ -213,7 +218,8 @@ def _build(kernels: Sequence[Kernel], jobs: int, directory: Path, advance: Calla
 
 
 @contextlib.contextmanager
-def _progress_bar(verb: str, unit: str, total: int, *, shown: bool) -> Iterator[Callable[[], None]]:
+def progress_bar(verb: str, unit: str, total: int, *, shown: bool) -> Iterator[Callable[[], None]]:
+    """A bar on stderr; yields what advances it by one."""
     if not shown:
         yield lambda: None
         return

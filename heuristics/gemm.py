@@ -1,8 +1,11 @@
 """Dense GEMM: candidates, limits, cost model and choice.
 
-A choice has two steps. The winner of each *anchor* m (a fixed ladder) is found over the candidates; a call's
-m is then served by whichever of the winners around it costs least at that very m. So all configs that any m
-can get are the anchors' winners: finite, and enumerable without knowing m.
+A choice has two steps. The winner of each *anchor* m (a fixed ladder) is found over the candidates, and at most
+``MAX_KERNELS`` different winners are kept; a call's m is then served by whichever of the winners around it costs
+least at that very m. So all configs that any m can get are the anchors' winners: few, and enumerable without knowing m.
+
+An entry of a tuned table stands for the cost of its config at its anchor: it makes it the winner there, by the measured
+margin, before the number of winners is limited, and scales the predictions for it at the values of m around.
 """
 
 from __future__ import annotations
@@ -12,8 +15,10 @@ import collections
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from jitgemm import settings
@@ -29,12 +34,16 @@ from jitgemm.families.gemm import (
     GemmProblem,
     KernelShape,
 )
-from jitgemm.heuristics import sm90a
+from jitgemm.heuristics import sm90a, tuned
+from jitgemm.heuristics.pruning import assign
 
 ANCHORS = (1, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 16384)
 """Values of m whose winners serve every m."""
 
-_NEIGHBOURS = 1  # anchors on each side of m whose winners are considered
+MAX_KERNELS = 12
+"""Different winners that a problem may have, all m together; what each buys is in docs/performance.md."""
+
+_SERVED = 65536  # values of m that are kept of one problem
 
 MAX_STAGES = 12
 
@@ -52,20 +61,24 @@ class Candidate:
     reason: str | None = None
 
 
-def choose_config(problem: GemmProblem, device: Device) -> GemmConfig:
-    """The config for a problem with its m.
+def choose_config(problem: GemmProblem, device: Device, limit: int = MAX_KERNELS) -> GemmConfig:
+    """The config for a problem with its m, where all m together may have ``limit`` different ones.
 
     Raises:
         ConfigError: no legal config meets the overrides in force.
     """
     assert problem.m is not None
-    return _choose(problem, device, _overrides())
+    return chooser(problem, device, limit)(problem.m)
 
 
-def enumerate_configs(problem: GemmProblem, device: Device) -> tuple[GemmConfig, ...]:
-    """Every config that ``choose_config`` can return for the problem, whatever its m."""
-    overrides = _overrides()
-    return tuple(sorted({_anchor_winner(problem.without_m(), m, device, overrides) for m in ANCHORS}))
+def chooser(problem: GemmProblem, device: Device, limit: int = MAX_KERNELS) -> Chooser:
+    """``choose_config`` for a problem with any m, under the settings and tables in force."""
+    return _chooser(problem.without_m(), device, _rules(device), limit)
+
+
+def enumerate_configs(problem: GemmProblem, device: Device, limit: int = MAX_KERNELS) -> tuple[GemmConfig, ...]:
+    """Every config that ``choose_config`` can return for the problem, whatever its m; at most ``limit``."""
+    return tuple(sorted({winner.config for winner in chooser(problem, device, limit).winners}))
 
 
 def enumerate_specs(problem: GemmProblem, device: Device) -> tuple[KernelSpec, ...]:
@@ -78,12 +91,34 @@ def enumerate_specs(problem: GemmProblem, device: Device) -> tuple[KernelSpec, .
     return tuple(specs)
 
 
+def serving_anchors(m: int) -> tuple[int, ...]:
+    """The anchors whose winners an m can get: itself, or its neighbours."""
+    after = bisect.bisect_left(ANCHORS, m)
+    return (m,) if m in ANCHORS else ANCHORS[max(0, after - 1) : after + 1]
+
+
+def rank_candidates(problem: GemmProblem, device: Device) -> list[GemmConfig]:
+    """All legal configs for a problem with its m, on the menu or off it, by predicted time."""
+    legal = [config for config in _everything(_signature(problem)) if illegal(problem, config, device) is None]
+    key, m = problem.without_m(), problem.m
+    assert m is not None
+    costs = {config: _predictor(key, config, device)(m)[0] for config in legal}
+    return sorted(costs, key=lambda config: _rank(config, costs[config]))
+
+
+@functools.lru_cache(maxsize=64)
+def _everything(problem: GemmProblem) -> tuple[GemmConfig, ...]:
+    return tuple(dict.fromkeys((*candidates(problem, ()), *generate(problem))))
+
+
 @dataclass(frozen=True)
 class Explanation:
     """All candidates of a problem, and the one that a call gets."""
 
     candidates: list[Candidate]
     winner: GemmConfig
+    entry: tuned.Entry | None = None  # why it is the winner, if that was measured ...
+    table: Path | None = None  # ... and where that stands
 
 
 def explain(problem: GemmProblem, device: Device) -> Explanation:
@@ -92,14 +127,14 @@ def explain(problem: GemmProblem, device: Device) -> Explanation:
     Raises:
         ConfigError: no legal config meets the overrides in force.
     """
-    winner = choose_config(problem, device)
-    overrides = _overrides()
-    offered = [assess(problem, config, device) for config in candidates(problem, overrides)]
-    others = [assess(problem, config, device) for config in generate(problem, overrides)]
-    illegal_only = [other for other in others if other.reason is not None]
-    return Explanation(
-        [*offered, *(other for other in illegal_only if other.config not in candidates(problem, overrides))], winner
-    )
+    assert problem.m is not None
+    rules = _rules(device)
+    served = chooser(problem, device).serving(problem.m)
+    menu = candidates(problem, rules.overrides)
+    offered = [assess(problem, config, device) for config in dict.fromkeys((*menu, served.config))]
+    others = [assess(problem, config, device) for config in generate(problem, rules.overrides)]
+    illegal_only = [other for other in others if other.reason is not None and other.config not in menu]
+    return Explanation([*offered, *illegal_only], served.config, served.entry, served.table)
 
 
 def assess(problem: GemmProblem, config: GemmConfig, device: Device) -> Candidate:
@@ -129,20 +164,21 @@ def _menu(problem: GemmProblem) -> tuple[GemmConfig, ...]:
     return tuple(dict.fromkeys(_fitting(problem, config) for config in configs))
 
 
+@functools.lru_cache(maxsize=256)
+def _with_every_split(problem: GemmProblem) -> tuple[GemmConfig, ...]:
+    """The menu's tiles with every split of K: the menu splits K for few rows only, and here one split serves all m."""
+    split = [
+        _fitting(problem, dataclasses.replace(config, cluster_m=1, cluster_n=1, split_k=split_k))
+        for config in _menu(problem)
+        for split_k in _SPLITS
+    ]
+    return tuple(dict.fromkeys((*_menu(problem), *split)))
+
+
 def _parse(entry: str, tile_k: int) -> GemmConfig:
-    """A line of a menu, such as ``64x48 s12 c2x1``."""
-    tile, stages, *rest = entry.split()
-    tile_m, tile_n = map(int, tile.split("x"))
-    config = GemmConfig(tile_m, tile_n, tile_k, int(stages[1:]))
-    for word in rest:
-        if word == "swap":
-            config = dataclasses.replace(config, swap_ab=True)
-        elif word[0] == "k":
-            config = dataclasses.replace(config, split_k=int(word[1:]))
-        else:
-            cluster_m, cluster_n = map(int, word[1:].split("x"))
-            config = dataclasses.replace(config, cluster_m=cluster_m, cluster_n=cluster_n)
-    return config
+    """An entry of a menu, such as ``64x48 s12 c2x1``: the text of a config without its tile k."""
+    tile, _, rest = entry.strip().partition(" ")
+    return GemmConfig.from_text(f"{tile}x{tile_k} {rest}")
 
 
 def _fitting(problem: GemmProblem, config: GemmConfig) -> GemmConfig:
@@ -172,6 +208,12 @@ _SPLITS = (1, 2, 3, 4, 5, 6, 7, 8)
 def generate(problem: GemmProblem, overrides: Overrides = ()) -> Iterator[GemmConfig]:
     """Every config worth thinking of, legal or not; overrides replace the values that they name."""
     given = dict(overrides)
+    if "config" in given:
+        config = GemmConfig.from_text(given.pop("config"))
+        have = {**config.to_dict(), "cluster": (config.cluster_m, config.cluster_n)}
+        if all(have[name] == value for name, value in given.items()):
+            yield config
+        return
     tile_k = 128 // problem.traits.operand_bytes
     clusters = [given["cluster"]] if "cluster" in given else [(1, 1), (2, 1), (1, 2)]
     splits = [given["split_k"]] if "split_k" in given else _SPLITS
@@ -303,22 +345,28 @@ def _traits(problem: GemmProblem, config: GemmConfig) -> _Traits:
     )
 
 
+TERMS = ("total", "tensor", "exposed", "serial", "smem", "ingress", "hbm", "epilogue", "reduction")
+
+
 def predict(problem: GemmProblem, config: GemmConfig, device: Device) -> dict[str, float]:
     """Predicted time in us of a legal config (``total``), with the terms it comes from."""
-    m, n, k = problem.m, problem.n, problem.k
-    assert m is not None
+    assert problem.m is not None
+    return dict(zip(TERMS, _predictor(_any_m(problem), config, device)(problem.m), strict=True))
+
+
+_any_m = functools.lru_cache(maxsize=4096)(GemmProblem.without_m)
+
+
+@functools.lru_cache(maxsize=4096)
+def _predictor(problem: GemmProblem, config: GemmConfig, device: Device) -> Callable[[int], tuple[float, ...]]:
+    """``predict`` for any m, ``TERMS`` in their order; all that does not depend on m is computed once."""
+    n, k = problem.n, problem.k
     kernel = _traits(_signature(problem), config)
     size = problem.traits.operand_bytes
-
-    # How the tiles fall on the chip.
-    clusters = -(-m // (config.tile_m * config.cluster_m)) * -(-n // (config.tile_n * config.cluster_n))
+    num_sms = device.num_sms
+    rows, clusters_n = config.tile_m * config.cluster_m, -(-n // (config.tile_n * config.cluster_n))
     per_cluster = config.cluster_m * config.cluster_n * config.split_k
-    ctas = clusters * per_cluster
-    slots = _resident(device.num_sms, per_cluster, kernel.blocks_per_sm)
-    rounds = -(-ctas // slots)  # tiles that the busiest CTA computes
-    active = -(-ctas // rounds)
-    sms = min(device.num_sms, active)
-    sharing = -(-active // device.num_sms)  # CTAs on one SM
+    slots = _resident(num_sms, per_cluster, kernel.blocks_per_sm)
     k_blocks = -(-k // config.tile_k)
     stages = -(-k_blocks // config.split_k)
 
@@ -335,37 +383,50 @@ def predict(problem: GemmProblem, config: GemmConfig, device: Device) -> dict[st
     else:
         exposed = sm90a.PROMOTION_EXPOSED * kernel.waves * (kernel.promotion + latency)
         serial = kernel.waves * (mma + latency + kernel.promotion) + overhead
-    tensor = sharing * kernel.warpgroups * kernel.waves * mma
-    smem = sharing * kernel.smem + sm90a.PROMOTION_EXPOSED_SMEM * exposed
-    ingress = sharing * kernel.ingress
-    stage = max(tensor + exposed, smem, serial, ingress)
-    if config.cluster_m * config.cluster_n > 1:
-        stage += sm90a.MULTICAST_CYCLES
+    multicast = sm90a.MULTICAST_CYCLES if config.cluster_m * config.cluster_n > 1 else 0
 
-    throttled = tensor > sm90a.TENSOR_BOUND * stage and rounds * stages * stage > sm90a.THROTTLED_CYCLES
-    cycles_per_us = (device.clock_hz if throttled else device.clock_hz_memory_bound) / 1e6
-    loop = rounds * stages / cycles_per_us
-    in_flight = sharing * sms * min(config.stages, stages) * kernel.stage_bytes
-    saturation = min(1.0, max(0.2, in_flight / (device.num_sms * sm90a.BYTES_IN_FLIGHT)))
-    unique = (m * k + n * k) * size + m * n * (2 if problem.d_dtype == "bf16" else 4)
-    hbm = unique / (device.hbm_bytes_per_s * sm90a.HBM_UTILIZATION * saturation) * 1e6
-    epilogue = rounds * kernel.epilogue / cycles_per_us
-    reduction = 0.0
-    if config.split_k > 1:
-        reduction = rounds * kernel.reduction + (rounds - 1) * sm90a.RELAUNCH_US
-    # Loading and computing overlap, but not perfectly where they take equally long.
-    main = float(((loop * stage) ** 4 + hbm**4) ** 0.25)
-    return {
-        "total": sm90a.LAUNCH_US + main + epilogue + reduction,
-        "tensor": loop * tensor,
-        "exposed": loop * exposed,
-        "serial": loop * serial,
-        "smem": loop * smem,
-        "ingress": loop * ingress,
-        "hbm": hbm,
-        "epilogue": epilogue,
-        "reduction": reduction,
-    }
+    def stage_of(sharing: int) -> tuple[float, float, float, float]:
+        """Cycles of a stage, and what its tensor cores, shared memory and copies take of them."""
+        tensor = sharing * kernel.warpgroups * kernel.waves * mma
+        smem = sharing * kernel.smem + sm90a.PROMOTION_EXPOSED_SMEM * exposed
+        ingress = sharing * kernel.ingress
+        return max(tensor + exposed, smem, serial, ingress) + multicast, tensor, smem, ingress
+
+    stages_of = [stage_of(sharing) for sharing in range(1, -(-slots // num_sms) + 1)]  # by CTAs of an SM, less one
+    clock, full_clock = device.clock_hz / 1e6, device.clock_hz_memory_bound / 1e6  # cycles per us
+    flight_bytes = min(config.stages, stages) * kernel.stage_bytes
+    saturating = num_sms * sm90a.BYTES_IN_FLIGHT
+    bytes_per_m, bytes_of_b = k * size + n * (2 if problem.d_dtype == "bf16" else 4), n * k * size
+    bytes_per_us = device.hbm_bytes_per_s * sm90a.HBM_UTILIZATION / 1e6
+    launch, throttled_cycles, relaunch = sm90a.LAUNCH_US, sm90a.THROTTLED_CYCLES, sm90a.RELAUNCH_US
+    tensor_bound = [tensor > sm90a.TENSOR_BOUND * stage for stage, tensor, *_ in stages_of]
+    kernel_epilogue, kernel_reduction, split = kernel.epilogue, kernel.reduction, config.split_k > 1
+
+    def terms(m: int) -> tuple[float, ...]:
+        # How the tiles fall on the chip.
+        ctas = -(-m // rows) * clusters_n * per_cluster
+        rounds = -(-ctas // slots)  # tiles that the busiest CTA computes
+        active = -(-ctas // rounds)
+        others = (active - 1) // num_sms  # CTAs beside one on an SM
+        stage, tensor, smem, ingress = stages_of[others]
+        iterations = rounds * stages
+        throttled = tensor_bound[others] and iterations * stage > throttled_cycles
+        cycles_per_us = clock if throttled else full_clock
+        loop = iterations / cycles_per_us
+        saturation = ((others + 1) * num_sms if others else active) * flight_bytes / saturating
+        if not 0.2 <= saturation <= 1:
+            saturation = 0.2 if saturation < 0.2 else 1.0
+        hbm = (m * bytes_per_m + bytes_of_b) / (bytes_per_us * saturation)
+        epilogue = rounds * kernel_epilogue / cycles_per_us
+        reduction = rounds * kernel_reduction + (rounds - 1) * relaunch if split else 0.0
+        # Loading and computing overlap, but not perfectly where they take equally long.
+        main = float(((loop * stage) ** 4 + hbm**4) ** 0.25)
+        return (
+            *(launch + main + epilogue + reduction, loop * tensor, loop * exposed, loop * serial),
+            *(loop * smem, loop * ingress, hbm, epilogue, reduction),
+        )
+
+    return terms
 
 
 def _resident(num_sms: int, cluster_size: int, blocks_per_sm: int) -> int:
@@ -379,42 +440,133 @@ def _resident(num_sms: int, cluster_size: int, blocks_per_sm: int) -> int:
 Overrides = tuple[tuple[str, Any], ...]
 
 
-def _overrides() -> Overrides:
-    return tuple(settings.current().tuning().items())
+class _Rules(NamedTuple):
+    """What is in force beside the model."""
+
+    overrides: Overrides
+    batch_invariant: bool
+    tables: tuned.Tables
 
 
-def _rank(problem: GemmProblem, config: GemmConfig, device: Device) -> tuple[float, int, GemmConfig]:
+def _rules(device: Device) -> _Rules:
+    current = settings.current()
+    overrides = tuple(current.tuning().items())
+    measured = not overrides and not current.batch_invariant
+    return _Rules(overrides, current.batch_invariant, tuned.tables(device) if measured else tuned.NONE)
+
+
+class _Winner(NamedTuple):
+    """What serves an anchor."""
+
+    config: GemmConfig
+    correction: float = 1.0  # of predictions for it around the anchor
+    entry: tuned.Entry | None = None
+    table: Path | None = None
+
+
+def _rank(config: GemmConfig, cost: float) -> tuple[float, int, GemmConfig]:
     """Cheapest first; of configs that the model can't tell apart, the one with the deeper ring."""
-    return predict(problem, config, device)["total"], -config.stages, config
+    return cost, -config.stages, config
 
 
-@functools.lru_cache(maxsize=65536)
-def _choose(problem: GemmProblem, device: Device, overrides: Overrides) -> GemmConfig:
-    assert problem.m is not None
-    middle = bisect.bisect_left(ANCHORS, problem.m)
-    near = ANCHORS[max(0, middle - _NEIGHBOURS) : middle + _NEIGHBOURS]
-    winners = sorted({_anchor_winner(problem.without_m(), m, device, overrides) for m in near})
-    return min(winners, key=lambda config: _rank(problem, config, device))
+class Chooser:
+    """The table from m to config of one problem. Its winners are found at once; other m are added as they are asked."""
+
+    def __init__(self, problem: GemmProblem, device: Device, rules: _Rules, limit: int) -> None:
+        self._problem, self._device = problem, device
+        self.winners = _winners(problem, device, rules, limit)
+        self._served = dict(zip(ANCHORS, self.winners, strict=True))
+
+    def __call__(self, m: int) -> GemmConfig:
+        """The config for an m."""
+        return self.serving(m).config
+
+    def serving(self, m: int) -> _Winner:
+        """The winner that an m gets."""
+        winner = self._served.get(m)
+        if winner is None:
+
+            def cost(winner: _Winner) -> float:
+                return winner.correction * _predictor(self._problem, winner.config, self._device)(m)[0]
+
+            near = [self._served[anchor] for anchor in serving_anchors(m)]
+            alike = near[0].config == near[-1].config
+            winner = near[0] if alike else min(near, key=lambda winner: _rank(winner.config, cost(winner)))
+            if len(self._served) >= _SERVED:
+                self._served = dict(zip(ANCHORS, self.winners, strict=True))
+            self._served[m] = winner
+        return winner
 
 
-@functools.lru_cache(maxsize=65536)
-def _anchor_winner(problem: GemmProblem, m: int, device: Device, overrides: Overrides) -> GemmConfig:
-    at = problem.with_m(m)
-    return min(_legal(problem, device, overrides), key=lambda config: _rank(at, config, device))
+_chooser = functools.lru_cache(maxsize=1024)(Chooser)
+
+
+def _winners(problem: GemmProblem, device: Device, rules: _Rules, limit: int) -> tuple[_Winner, ...]:
+    """What serves each anchor."""
+    legal = sorted(_legal(problem, device, rules), key=lambda config: _rank(config, 0.0))
+    measured = _measured(problem, device, rules.tables)
+    configs = list(dict.fromkeys((*legal, *(entry.config for entry, _ in measured.values()))))
+    predictors = [_predictor(problem, config, device) for config in configs]
+    predicted = [[predictor(m)[0] for predictor in predictors] for m in ANCHORS]
+    if rules.batch_invariant:
+        split_k = _best_split(configs, predicted)
+        columns = [index for index, config in enumerate(configs) if config.split_k == split_k]
+        configs, predicted = [configs[i] for i in columns], [[row[i] for i in columns] for row in predicted]
+    costs = [list(row) for row in predicted]
+    for m, (entry, _) in measured.items():
+        row = costs[ANCHORS.index(m)]
+        row[configs.index(entry.config)] = (1 - 1e-9) * min(row) / max(1, entry.margin)  # wins at any margin
+    winners = []
+    for m, index, cost, prediction in zip(ANCHORS, assign(costs, limit), costs, predicted, strict=True):
+        winner = _Winner(configs[index], cost[index] / prediction[index])
+        if m in measured and measured[m][0].config == winner.config:
+            winner = winner._replace(entry=measured[m][0], table=measured[m][1])
+        winners.append(winner)
+    return tuple(winners)
+
+
+def _measured(problem: GemmProblem, device: Device, tables: tuned.Tables) -> dict[int, tuple[tuned.Entry, Path]]:
+    """The entries of tuned tables that can be used, by anchor."""
+    found = {}
+    for m, (entry, path) in tables.entries(problem).items():
+        reason = illegal(problem, entry.config, device) if m in ANCHORS else "m is no anchor of this version"
+        if reason is None:
+            found[m] = entry, path
+        else:
+            what = f"{entry.config} for m = {m} of {problem.n} x {problem.k}, {problem.recipe}"
+            tuned.warn(path, f"{what} cannot be used: {reason}")
+    return found
+
+
+def _best_split(configs: Sequence[GemmConfig], costs: Sequence[Sequence[float]]) -> int:
+    """The split of K with which all anchors together cost least, as a geometric mean of what each costs at best.
+
+    An element of D has the same bits in all configs with the same split: K is summed up in the same order, and
+    products don't depend on the order of their factors.
+    """
+    splits: dict[int, list[int]] = {}
+    for index, config in enumerate(configs):
+        splits.setdefault(config.split_k, []).append(index)
+    return min(sorted(splits), key=lambda split: sum(math.log(min(row[i] for i in splits[split])) for row in costs))
 
 
 @functools.lru_cache(maxsize=1024)
-def _legal(problem: GemmProblem, device: Device, overrides: Overrides) -> tuple[GemmConfig, ...]:
+def _legal(problem: GemmProblem, device: Device, rules: _Rules) -> tuple[GemmConfig, ...]:
     """The legal candidates of a problem, whatever its m.
 
     Raises:
         ConfigError: there is none; names the overrides and the limits that they break.
     """
-    assessed = [(config, illegal(problem, config, device)) for config in candidates(problem, overrides)]
+    overrides = rules.overrides
+    offered = candidates(problem, overrides)
+    if rules.batch_invariant and not overrides:
+        offered = _with_every_split(_signature(problem))
+    assessed = [(config, illegal(problem, config, device)) for config in offered]
     legal = tuple(config for config, reason in assessed if reason is None)
     if legal:
         return legal
     reasons = collections.Counter(reason for _, reason in assessed if reason is not None)
     written = [f"{settings.PREFIX}{name.upper()}={settings.as_written(value)}" for name, value in overrides]
     named = ", ".join(written) or "no overrides"
-    raise ConfigError(f"no legal config with {named}: " + "; ".join(reason for reason, _ in reasons.most_common()))
+    why = "; ".join(reason for reason, _ in reasons.most_common()) or "they contradict each other"
+    raise ConfigError(f"no legal config with {named}: {why}")

@@ -31,6 +31,7 @@ _PUBLIC = {
     "per_channel_cast_to_fp8": "jitgemm.ops.quantize",
     "per_token_cast_to_fp8": "jitgemm.ops.quantize",
     "set_num_sms": "jitgemm.plan",
+    "tune": "jitgemm.tuning",
     "JitGemmError": "jitgemm.errors",
     "ProblemError": "jitgemm.errors",
     "SettingsError": "jitgemm.errors",

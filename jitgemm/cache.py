@@ -142,7 +142,7 @@ class KernelCache:
     def lock_holder(self, key: str) -> int | None:
         """The process that last took the lock of ``key``, if known."""
         try:
-            return int(_read_regular(self._lock_path(key), limit=32))
+            return int(read_trusted(self._lock_path(key), limit=32))
         except (OSError, ValueError, InvalidEntryError):
             return None
 
@@ -205,7 +205,7 @@ class KernelCache:
             return None
 
     def _read(self, path: Path) -> Cubin:
-        cubin = decode(_read_regular(path, limit=_HEADER.size + MAX_METADATA_BYTES + MAX_PAYLOAD_BYTES + _DIGEST_BYTES))
+        cubin = decode(read_trusted(path, limit=_HEADER.size + MAX_METADATA_BYTES + MAX_PAYLOAD_BYTES + _DIGEST_BYTES))
         if path.name != f"{cubin.metadata.key}.{cubin.metadata.nvrtc_version}.jgk":
             raise InvalidEntryError("it holds the kernel of another entry")
         return cubin
@@ -336,8 +336,13 @@ def _check_owner(directory: Path) -> None:
         )
 
 
-def _read_regular(path: Path, limit: int) -> bytes:
-    """Content of a regular file that only its trusted owner could have written; follows no link, never blocks."""
+def read_trusted(path: Path, limit: int) -> bytes:
+    """Content of a regular file that only its trusted owner could have written; follows no link, never blocks.
+
+    Raises:
+        InvalidEntryError: it is not such a file, or larger than ``limit`` bytes.
+        OSError: it cannot be read.
+    """
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     with open(descriptor, "rb") as file:
         status = os.fstat(descriptor)

@@ -30,10 +30,14 @@ class Table(Generic[Key, Value]):
     def put(self, key: Key, value: Value) -> Value:
         """Add an entry and return it."""
         if len(self._entries) >= self._size:
-            self._entries = {}  # replaced, not cleared: another thread may be reading it
-            self.get = self._entries.get
+            self.clear()
         self._entries[key] = value
         return value
+
+    def clear(self) -> None:
+        """Start anew."""
+        self._entries = {}  # replaced, not cleared: another thread may be reading it
+        self.get = self._entries.get
 
 
 _num_sms: int | None = None

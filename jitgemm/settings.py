@@ -67,6 +67,12 @@ def _cluster(text: str) -> tuple[int, int]:
     return value
 
 
+def _config(text: str) -> str:
+    from jitgemm.families.gemm import GemmConfig
+
+    return str(GemmConfig.from_text(text))
+
+
 @dataclass(frozen=True)
 class Variable:
     """One environment variable: how it is parsed, what it does and when it is read."""
@@ -143,10 +149,36 @@ VARIABLES: tuple[Variable, ...] = (
     _variable("cluster", (_cluster, "MxN, such as 2x1"), "Thread-block cluster that shares operands by multicast."),
     _variable("split_k", _integer(1, 64), "CTAs of a cluster that share one tile, each with a part of K."),
     _variable("swap_ab", (_boolean, "0 or 1"), "Whether B's rows take the M side of the MMA."),
+    _variable(
+        "config",
+        (_config, "a config as explain shows it, such as 8x64x128 s12 k4 swap"),
+        "All of a configuration at once.",
+    ),
+    _variable(
+        "tuned",
+        (_boolean, "0 or 1"),
+        "Whether tuned tables win over the cost model.",
+        default=True,
+        default_text="1",
+    ),
+    _variable(
+        "autotune",
+        (_boolean, "0 or 1"),
+        "Whether the first use of a problem measures candidates on the GPU and adds the best to the user's table.",
+        default=False,
+        default_text="0",
+    ),
+    _variable(
+        "batch_invariant",
+        (_boolean, "0 or 1"),
+        "Whether a row of D has the same bits whatever m is.",
+        default=False,
+        default_text="0",
+    ),
 )
 _BY_FIELD = {variable.field: variable for variable in VARIABLES}
 
-TUNING_FIELDS = ("tile_m", "tile_n", "tile_k", "stages", "cluster", "split_k", "swap_ab")
+TUNING_FIELDS = ("tile_m", "tile_n", "tile_k", "stages", "cluster", "split_k", "swap_ab", "config")
 """The settings that narrow the heuristics' candidates."""
 
 
@@ -166,6 +198,10 @@ class Settings:
     cluster: tuple[int, int] | None = None
     split_k: int | None = None
     swap_ab: bool | None = None
+    config: str | None = None
+    tuned: bool = True
+    autotune: bool = False
+    batch_invariant: bool = False
     generation: int = dataclasses.field(default=0, compare=False)
 
     def tuning(self) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -171,6 +172,10 @@ class GemmProblem:
         return cls(**values)
 
 
+_SIZE = r"([1-9][0-9]{0,3})"
+_CONFIG_TEXT = re.compile(rf"{_SIZE}x{_SIZE}x{_SIZE} s{_SIZE}(?: c{_SIZE}x{_SIZE})?(?: k{_SIZE})?( swap)?")
+
+
 @dataclass(frozen=True, order=True)
 class GemmConfig:
     """What the heuristics choose. Shared memory and threads follow from it and are stored nowhere.
@@ -209,6 +214,28 @@ class GemmConfig:
         if self.swap_ab:
             parts.append("swap")
         return " ".join(parts)
+
+    @classmethod
+    def from_text(cls, text: str) -> GemmConfig:
+        """Reverse ``str``, such as ``64x48x128 s12 c2x1``.
+
+        Raises:
+            ValueError: the text is not that of a config.
+        """
+        match = _CONFIG_TEXT.fullmatch(text)
+        if match is None:
+            raise ValueError(
+                f"config is {text!r}; accepted is text such as '64x48x128 s12 c2x1' or '8x64x128 s12 k4 swap'"
+            )
+        *numbers, cluster_m, cluster_n, split_k, swap = match.groups()
+        tile_m, tile_n, tile_k, stages = map(int, numbers)
+        return cls(
+            *(tile_m, tile_n, tile_k, stages),
+            cluster_m=int(cluster_m or 1),
+            cluster_n=int(cluster_n or 1),
+            split_k=int(split_k or 1),
+            swap_ab=swap is not None,
+        )
 
 
 @dataclass(frozen=True)

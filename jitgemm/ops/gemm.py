@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from jitgemm import settings
+from jitgemm.device import Device
 from jitgemm.driver import Launch
 from jitgemm.errors import ProblemError
 from jitgemm.families.gemm import FAMILY, RECIPES, SCALE_GROUP, GemmConfig, GemmProblem
@@ -157,6 +158,11 @@ def _gemm(
 
 
 _plans: Table[Any, Any] = Table(4096)
+
+
+def forget_plans() -> None:
+    """Make plans anew, with configs chosen anew."""
+    _plans.clear()
 
 
 def run_gemm(
@@ -502,6 +508,8 @@ def _make_plan(
     ordinal = d.device.index
     device, num_sms = device_facts(ordinal)
     if config is None:
+        if settings.current().autotune:
+            _autotune(problem, device, ordinal)
         config = choose_config(problem, device)
     kernel = load(FAMILY.spec(problem, config, device.arch.name), ordinal)
 
@@ -528,6 +536,13 @@ def _make_plan(
         num_sms=min(num_sms, num_sms_limit() or num_sms),
     )
     return _GemmPlan(operands, geometry, (transposes[0], transposes[1]), ordinal)
+
+
+def _autotune(problem: GemmProblem, device: Device, ordinal: int) -> None:
+    from jitgemm.tuning import autotune  # which imports this module
+
+    with torch.cuda.device(ordinal):
+        autotune(problem, device)
 
 
 def _gemm_operator(

@@ -225,6 +225,20 @@ def test_scale_blocks_that_a_tile_can_touch(tile_n: int) -> None:
     assert shape.column_scale_blocks == max(touched)
 
 
+@given(kernels())
+@settings(deadline=None)
+def test_configs_are_read_as_they_are_shown(kernel: tuple[GemmProblem, GemmConfig]) -> None:
+    assert GemmConfig.from_text(str(kernel[1])) == kernel[1]
+
+
+@pytest.mark.parametrize(
+    "text", ["", "64x64", "64x64x128", "64x64x128 s0", "64x64x128 s4 swap k2", " 64x64x128 s4", "64x64x128 s4\n"]
+)
+def test_what_is_no_config(text: str) -> None:
+    with pytest.raises(ValueError, match="accepted is text such as '64x48x128 s12"):
+        GemmConfig.from_text(text)
+
+
 def test_configs_are_shown_and_stored_in_full() -> None:
     config = GemmConfig(64, 128, 128, 6, 2, 1, 1, True)
     assert str(config) == "64x128x128 s6 c2x1 swap"

@@ -15,10 +15,10 @@ from test_gemm_problem import kinds
 from jitgemm import settings
 from jitgemm.device import H20, H100, H200, PRESETS, Device, nearest_preset, presets_of
 from jitgemm.errors import ConfigError, SettingsError
-from jitgemm.families.gemm import FAMILY, GemmProblem
+from jitgemm.families.gemm import FAMILY, RECIPES, GemmProblem
 from jitgemm.families.transpose_scales import FAMILY as TRANSPOSE_SCALES
 from jitgemm.heuristics import choose_config, enumerate_configs, enumerate_specs, explain
-from jitgemm.heuristics.gemm import ANCHORS, assess, candidates, illegal, predict
+from jitgemm.heuristics.gemm import ANCHORS, MAX_KERNELS, assess, candidates, illegal, predict
 
 PROBLEM = GemmProblem(4096, 7168, "fp8_1x128_128x128", m=300)
 DEVICES = st.sampled_from(sorted(PRESETS.values(), key=lambda device: device.name))
@@ -49,7 +49,7 @@ def test_every_choice_is_legal_and_enumerated(asked: tuple[GemmProblem, Device],
     problem, device = asked
     enumerated = enumerate_configs(problem, device)
     assert enumerated == tuple(sorted(set(enumerated)))
-    assert 0 < len(enumerated) <= len(ANCHORS)
+    assert 0 < len(enumerated) <= MAX_KERNELS == 12
     specs = {FAMILY.spec(problem, config, device.arch.name) for config in enumerated}
     assert specs <= set(enumerate_specs(problem, device))
     for config in enumerated:
@@ -79,6 +79,25 @@ def test_every_m_of_a_layer(device: str) -> None:
     assert chosen <= enumerated
 
 
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("device", PRESETS)
+def test_a_layer_needs_few_kernels(device: str, recipe: str) -> None:
+    """The limit that prewarm promises, where it binds (576 columns) and where it does not."""
+    for n, k in ((576, 7168), (7168, 16384), (2880, 2880)):
+        problem = GemmProblem(n, k, recipe)
+        unlimited = enumerate_configs(problem, PRESETS[device], limit=len(ANCHORS))
+        limited = enumerate_configs(problem, PRESETS[device])
+        assert len(limited) == min(MAX_KERNELS, len(unlimited))
+        assert set(limited) <= set(unlimited)
+
+
+def test_a_lower_limit_is_kept_for_every_m() -> None:
+    problem = GemmProblem(576, 7168, "bf16")
+    few = enumerate_configs(problem, H200, limit=3)
+    assert len(few) == 3
+    assert {choose_config(problem.with_m(m), H200, limit=3) for m in (1, 7, 100, 777, 5000, 20000)} <= set(few)
+
+
 def test_enumeration_does_not_depend_on_m() -> None:
     assert enumerate_configs(PROBLEM, H200) == enumerate_configs(PROBLEM.without_m(), H200)
 
@@ -90,6 +109,36 @@ def test_specs_include_the_transform_where_scales_go_through_the_ring(recipe: st
     assert len(set(specs)) == len(specs)
     assert (TRANSPOSE_SCALES.spec("sm_90a") in specs) == recipe.startswith("fp8_1x128")
     assert len(specs) == len(enumerate_configs(problem, H200)) + recipe.startswith("fp8_1x128")
+
+
+# -- The batch-invariant mode.
+
+
+@given(asked(), st.lists(MS, min_size=1, max_size=6))
+@hypothesis_settings(deadline=None, max_examples=40)
+def test_batch_invariant_choices_share_one_split(asked: tuple[GemmProblem, Device], ms: list[int]) -> None:
+    problem, device = asked
+    with settings.override(batch_invariant=True):
+        enumerated = enumerate_configs(problem, device)
+        chosen = {choose_config(problem.with_m(m), device) for m in [*ms, 1, 2**20]}
+        assert explain(problem.with_m(ms[0]), device).winner in enumerated
+    assert len({config.split_k for config in enumerated}) == 1
+    assert chosen <= set(enumerated)
+    assert len(enumerated) <= MAX_KERNELS
+    assert all(illegal(problem, config, device) is None for config in enumerated)
+
+
+def test_the_split_serves_all_m() -> None:
+    """Few columns and a long K want a split for few rows, and large tiles with that split for many."""
+    problem = GemmProblem(256, 7168, "bf16")
+    with settings.override(batch_invariant=True):
+        few, many = (choose_config(problem.with_m(m), H200) for m in (1, 8192))
+        assert few.split_k == many.split_k > 1
+        assert many.tile_m * many.tile_n >= 8 * few.tile_m * few.tile_n
+        with settings.override(split_k=8):
+            assert {config.split_k for config in enumerate_configs(problem, H200)} == {8}
+        assert choose_config(GemmProblem(24576, 1536, "bf16", m=64), H200).split_k == 1
+    assert choose_config(problem.with_m(8192), H200).split_k == 1
 
 
 # -- Explanations.
@@ -133,11 +182,13 @@ FORCED: list[dict[str, Any]] = [
     {"swap_ab": True},
     {"swap_ab": False},
     {"tile_m": 16, "tile_n": 128, "swap_ab": True, "split_k": 2, "stages": 4},
+    {"config": "64x56x128 s7 c1x2"},
+    {"config": "16x64x128 s9 k4 swap", "split_k": 4},
 ]
 
 
 def meets(config: Any, forced: dict[str, Any]) -> bool:
-    have = {**config.to_dict(), "cluster": (config.cluster_m, config.cluster_n)}
+    have = {**config.to_dict(), "cluster": (config.cluster_m, config.cluster_n), "config": str(config)}
     return all(have[name] == value for name, value in forced.items())
 
 
@@ -177,6 +228,8 @@ def test_overrides_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"tile_n": 24, "cluster": (2, 1), "swap_ab": False}, "equal multiples of 8 rows"),
         ({"stages": 60}, "shared memory exceeds 232448 bytes"),
         ({"stages": 1}, "fewer than 2 stages"),
+        ({"config": "256x256x128 s3"}, "registers a thread"),
+        ({"config": "64x64x128 s3", "stages": 4}, "they contradict each other"),
     ],
     ids=str,
 )

@@ -21,7 +21,7 @@ from jitgemm.render import template_digest
 FOLDERS = {"jitgemm": "jitgemm", **{name: f"jitgemm/{name}" for name in ("heuristics", "templates", "cache_tools")}}
 """Folder of the checkout -> folder of the wheel."""
 
-SHIPPED = (".py", ".jinja", ".cuh", ".json", ".typed")
+SHIPPED = (".py", ".jinja", ".cuh", ".json", ".jsonl", ".typed")
 
 USE = """
 import jitgemm.cache_tools.cli, jitgemm.heuristics, jitgemm.templates

@@ -28,6 +28,10 @@ def test_an_empty_environment_gives_the_defaults_of_the_table() -> None:
         ("JITGEMM_TILE_M", "128", "tile_m", 128),
         ("JITGEMM_CLUSTER", "2x1", "cluster", (2, 1)),
         ("JITGEMM_SWAP_AB", "0", "swap_ab", False),
+        ("JITGEMM_CONFIG", "64x48x128 s12 c2x1", "config", "64x48x128 s12 c2x1"),
+        ("JITGEMM_TUNED", "0", "tuned", False),
+        ("JITGEMM_AUTOTUNE", "1", "autotune", True),
+        ("JITGEMM_BATCH_INVARIANT", "on", "batch_invariant", True),
         ("JITGEMM_JIT", "", "jit", "allow"),
     ],
 )
@@ -48,6 +52,8 @@ def test_accepted_values(name: str, text: str, field: str, value: object) -> Non
         ("JITGEMM_TILE_M", "0"),
         ("JITGEMM_TILE_N", "wide"),
         ("JITGEMM_CLUSTER", "0x1"),
+        ("JITGEMM_CONFIG", "64x48"),
+        ("JITGEMM_AUTOTUNE", "always"),
     ],
 )
 def test_a_bad_value_names_the_variable_the_value_and_what_is_accepted(name: str, text: str) -> None:

@@ -1,0 +1,196 @@
+"""Fit the cost model to a chip: refit its constants, or choose a menu of configs anew, from measured times. ::
+
+    python -m benchmarks.calibrate sweep.csv            # prints constants for heuristics/sm90a.py
+    python -m benchmarks.calibrate sweep.csv --menu 31  # prints a menu for it, for each kind of operands
+
+The constants are fitted by Nelder-Mead, on their logarithms, to the squared log error of predicted times; a candidate
+weighs the more, the nearer it is to its problem's best, as measured or as predicted so far. Rates of the chip itself
+(``jitgemm/device.py``) come from its data sheet or from measurements of their own. A menu is chosen greedily: always
+the config next that lowers the geomean of (best of the menu / best of all) most. Needs scipy, and no GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from benchmarks import harness
+from benchmarks.harness import say
+from benchmarks.regret import read, regret, summary
+from jitgemm.device import PRESETS, Device
+from jitgemm.families.gemm import GemmConfig, GemmProblem
+from jitgemm.heuristics import gemm, sm90a
+
+MEASURED = ("MMAS_PER_STAGE", "MMA_OPERAND_CYCLES", "TENSOR_BOUND", "THROTTLED_CYCLES")
+"""Constants that are not fitted: facts of the chip, and thresholds."""
+
+NEAR = 0.15
+"""A candidate so much slower than the best weighs 1/e of it."""
+
+ROWS = 60
+"""Candidates of a problem that take part at most, by weight."""
+
+NOT_MEASURED = 10.0
+"""Time over the best's that a menu counts for a config without a measurement."""
+
+Sweep = Mapping[GemmProblem, Mapping[GemmConfig, float]]
+Row = tuple[GemmProblem, GemmConfig, float, float]  # with us and weight
+Constants = dict[str, tuple[float, ...]]
+
+
+def constants() -> Constants:
+    """The constants of the model that are fitted, as they are now."""
+    values: Constants = {}
+    for name, value in vars(sm90a).items():
+        numbers = value if isinstance(value, tuple) else (value,)
+        if name.isupper() and name not in MEASURED and all(isinstance(number, (int, float)) for number in numbers):
+            values[name] = tuple(map(float, numbers))
+    return values
+
+
+def put(values: Constants) -> None:
+    """Let the model use other constants, in this process."""
+    for name, numbers in values.items():
+        setattr(sm90a, name, numbers if isinstance(getattr(sm90a, name), tuple) else numbers[0])
+    for function in vars(gemm).values():
+        if hasattr(function, "cache_clear"):
+            function.cache_clear()
+
+
+def rows(sweep: Sweep, device: Device) -> list[Row]:
+    """The candidates that are fitted to, with their weights; those of one problem add up to 1."""
+    chosen: list[Row] = []
+    for problem, measured in sweep.items():
+        predicted = {
+            config: gemm.predict(problem, config, device)["total"]
+            for config in measured
+            if gemm.illegal(problem, config, device) is None
+        }
+        if not predicted:
+            continue
+        best, best_predicted = min(measured[config] for config in predicted), min(predicted.values())
+        weights = {
+            config: math.exp((1 - min(measured[config] / best, us / best_predicted)) / NEAR)
+            for config, us in predicted.items()
+        }
+        heaviest = sorted(weights, key=lambda config: (-weights[config], config))[:ROWS]
+        total = sum(weights[config] for config in heaviest)
+        chosen += [(problem, config, measured[config], weights[config] / total) for config in heaviest]
+    # Those that differ in m alone share most of the work of a prediction.
+    return sorted(chosen, key=lambda row: (str(row[0].without_m()), row[1]))
+
+
+def error(data: Sequence[Row], device: Device) -> float:
+    """Weighted mean of the squared log error."""
+    total = sum(weight for *_, weight in data)
+    squares = (
+        weight * math.log(gemm.predict(problem, config, device)["total"] / us) ** 2
+        for problem, config, us, weight in data
+    )
+    return sum(squares) / total
+
+
+def fit(data: Sequence[Row], device: Device, evaluations: int) -> Constants:
+    """The constants with the least error; they are in use when this returns."""
+    from scipy.optimize import minimize
+
+    start = constants()
+    flat = [number for numbers in start.values() for number in numbers]
+
+    def scaled(logs: Sequence[float]) -> Constants:
+        numbers = iter(number * math.exp(log) for number, log in zip(flat, logs, strict=True))
+        return {name: tuple(next(numbers) for _ in old) for name, old in start.items()}
+
+    def objective(logs: Sequence[float]) -> float:
+        put(scaled(logs))
+        return error(data, device)
+
+    simplex = [[0.0] * len(flat)] + [[0.1 * (i == j) for j in range(len(flat))] for i in range(len(flat))]
+    options = {"maxfev": evaluations, "adaptive": True, "initial_simplex": simplex, "xatol": 1e-3, "fatol": 1e-8}
+    fitted = scaled(minimize(objective, [0.0] * len(flat), method="Nelder-Mead", options=options).x)
+    put(fitted)
+    return fitted
+
+
+def as_code(values: Constants) -> str:
+    """Lines to paste; the comments of the old ones still hold."""
+    shown = {name: ", ".join(f"{number:.4g}" for number in numbers) for name, numbers in values.items()}
+    return "\n".join(f"{name} = {f'({text})' if ',' in text else text}" for name, text in shown.items())
+
+
+def menu(sweep: Sweep, count: int) -> list[GemmConfig]:
+    """``count`` configs of which one is near the best for every problem, in the order in which they were chosen."""
+    ratios = [{config: us / min(measured.values()) for config, us in measured.items()} for measured in sweep.values()]
+    left = sorted({config for measured in sweep.values() for config in measured})
+    reached = [NOT_MEASURED] * len(ratios)
+    chosen: list[GemmConfig] = []
+    while left and len(chosen) < count:
+        config = max(left, key=lambda config: _gain(config, reached, ratios))  # the first of equals
+        chosen.append(config)
+        left.remove(config)
+        reached[:] = [min(now, ratio.get(config, now)) for now, ratio in zip(reached, ratios, strict=True)]
+    return chosen
+
+
+def _gain(config: GemmConfig, reached: Sequence[float], ratios: Sequence[Mapping[GemmConfig, float]]) -> float:
+    """What a config adds to a menu that reaches ``reached``, as a sum of logarithms."""
+    pairs = zip(reached, ratios, strict=True)
+    return sum(math.log(now / ratio[config]) for now, ratio in pairs if ratio.get(config, now) < now)
+
+
+def as_menu(configs: Sequence[GemmConfig]) -> str:
+    """Entries as in ``heuristics/sm90a.py``; tile k follows from the operands there."""
+    ordered = sorted(configs, key=lambda c: (not c.swap_ab, c.tile_m, c.tile_n, c))
+    entries = [str(config).replace(f"x{config.tile_k} s", " s", 1) for config in ordered]
+    return ",\n".join("    " + ", ".join(entries[first : first + 6]) for first in range(0, len(entries), 6))
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.calibrate", description=__doc__.split("\n")[0])
+    parser.add_argument("sweeps", nargs="+", type=Path, metavar="CSV", help="files that benchmarks.sweep wrote")
+    parser.add_argument("--device", choices=list(PRESETS), default="h200", help="default %(default)s")
+    parser.add_argument(
+        "--evaluations", type=harness.positive, default=4000, help="of the error at most (default %(default)s)"
+    )
+    parser.add_argument("--menu", type=harness.positive, metavar="COUNT", help="choose a menu instead of constants")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print constants or menus; the exit code."""
+    options = parse(arguments)
+    device, sweep = PRESETS[options.device], read(options.sweeps)
+    if options.menu:
+        for promotes in (True, False):
+            members = {problem: measured for problem, measured in sweep.items() if problem.promotes == promotes}
+            if members:
+                configs = menu(members, options.menu)
+                loss = harness.geomean([_best(measured, configs) for measured in members.values()])
+                say(f"{'FP8' if promotes else 'BF16'}: {len(configs)} configs, geomean over the best {loss:.4f}")
+                say(as_menu(configs))
+        return 0
+    data = rows(sweep, device)
+    report(sweep, data, device, "now")
+    fitted = fit(data, device, options.evaluations)
+    report(sweep, data, device, "fitted")
+    print(as_code(fitted))
+    return 0
+
+
+def _best(measured: Mapping[GemmConfig, float], configs: Sequence[GemmConfig]) -> float:
+    have = (measured[config] for config in configs if config in measured)
+    return min(have, default=math.inf) / min(measured.values())
+
+
+def report(sweep: Sweep, data: Sequence[Row], device: Device, label: str) -> None:
+    """Say how well the model does."""
+    found = (regret(problem, measured, device) for problem, measured in sweep.items())
+    say(f"{label}: root mean square log error {math.sqrt(error(data, device)):.4f} over {len(data)} candidates")
+    say(summary([one for one in found if one is not None]) + "\n")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
