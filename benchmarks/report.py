@@ -2,10 +2,10 @@
 
     python -m benchmarks.report docs/performance/dense_h200.csv out/
 
-Into the directory go ``report.md`` and, as far as the CSV has rows for them, ``roofline.png`` (TFLOP/s against arithmetic
-intensity), ``over_floor_*.png`` (time over the floor against m, layer by layer), ``ratio.png`` (the best peer's time over
-ours, shape by shape) and, with ``--tuned``, ``tuned.png`` (the chosen config's time over the best's). Plots of shapes
-outside DeepSeek-V3's list have ``_other`` in their names. Needs matplotlib: ``pip install '.[report]'``.
+Into the directory go ``report.md``, ``roofline.png`` (TFLOP/s against arithmetic intensity), ``over_floor_*.png`` (time
+over the floor against m, layer by layer), ``ratio.png`` (the best peer's time over ours, shape by shape) and, with
+``--tuned``, ``tuned.png`` (the chosen config's time over the best's). Plots of shapes outside DeepSeek-V3's list have
+``_other`` in their names. Needs matplotlib: ``pip install '.[report]'``.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ Row = Mapping[str, Any]
 LABELS = {"fp8_1x128_128x128": "FP8", "bf16": "BF16"}
 _LISTED = frozenset(dense_shapes())
 _INTEGERS = ("m", "n", "k", "groups")
+_TUNED = ("chosen_us", "best_us")
 _TEXTS = ("case", "recipe", "best_peer", "config", "measured", "errors")
 
 
@@ -87,13 +88,13 @@ class Verdict:
     @property
     def met(self) -> bool:
         """Whether nothing is missing and all that is asked is reached."""
-        wanted, worst = self.target, None if self.worst is None else self.worst["ratio"]
+        wanted = self.target
         return (
             self.raced == self.rows
-            and worst is not None
-            and worst >= wanted.each
-            and (wanted.geomean is None or self.geomean is not None and self.geomean >= wanted.geomean)
-            and (wanted.over_floor is None or self.over_floor is not None and self.over_floor <= wanted.over_floor)
+            and self.worst is not None
+            and self.worst["ratio"] >= wanted.each
+            and (wanted.geomean is None or (self.geomean or 0) >= wanted.geomean)
+            and (wanted.over_floor is None or (self.over_floor or math.inf) <= wanted.over_floor)
         )
 
     def cells(self) -> tuple[object, ...]:
@@ -110,7 +111,15 @@ class Verdict:
         )
 
 
-HEADERS = ("class", "raced", "ratio (target)", "worst (target)", "worst shape (best peer)", "over floor (target)", "met")
+HEADERS = (
+    "class",
+    "raced",
+    "ratio (target)",
+    "worst (target)",
+    "worst shape (best peer)",
+    "over floor (target)",
+    "met",
+)
 
 
 def _against(value: float | None, bound: float | None, sign: str) -> str:
@@ -229,7 +238,17 @@ def markdown(rows: Sequence[Row], source: str, images: Sequence[str] = ()) -> st
         )
         for row in rows
     ]
-    headers = ("recipe", "m x n x k", "ours us", "best peer us", "best peer", "ratio", "floor us", "over floor", "config")
+    headers = (
+        "recipe",
+        "m x n x k",
+        "ours us",
+        "best peer us",
+        "best peer",
+        "ratio",
+        "floor us",
+        "over floor",
+        "config",
+    )
     parts = [
         "# Dense race",
         "\n".join([f"Rows: {source}.", *measured, "Ratio: best peer's time over ours, geomean and worst shape."]),
@@ -372,9 +391,12 @@ def _over_floor(rows: Sequence[Row], title: str) -> Figure:
                 fill = style.colour if column == _OURS else "white"
                 ax.plot(
                     *zip(*points, strict=True),
-                    **{"marker": style.marker, "color": style.colour, "markerfacecolor": fill, "label": style.name},
+                    marker=style.marker,
                     markersize=5,
+                    markerfacecolor=fill,
+                    color=style.colour,
                     linewidth=1.6 if column == _OURS else 0.9,
+                    label=style.name,
                 )
         ax.set(xscale="log", yscale="log", title=f"n = {n}, k = {k}")
         ax.title.set_fontsize("medium")
@@ -383,7 +405,9 @@ def _over_floor(rows: Sequence[Row], title: str) -> Figure:
         ax.set_axis_off()
     _ticks(axes[0].xaxis, ms)
     largest = max(row[column] / row["floor_us"] for row in rows for column in _contenders(rows) if row.get(column))
-    _ticks(axes[0].yaxis, [tick for tick in (1, 1.25, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10, 15, 20) if tick <= largest * 1.05])
+    _ticks(
+        axes[0].yaxis, [tick for tick in (1, 1.25, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10, 15, 20) if tick <= largest * 1.05]
+    )
     for ax in axes:
         lowest = ax in axes[len(layers) - columns : len(layers)]
         ax.tick_params(axis="x", labelrotation=45, labelsize="small", labelbottom=lowest)
@@ -444,7 +468,12 @@ def _tuned(by_recipe: Mapping[str, Sequence[Row]]) -> Figure:
     for bound, name in ((1.02, "target of the geomean"), (1.08, "target of each shape")):
         ax.axhline(bound, color=_FLOOR_COLOUR, linestyle="--", linewidth=1)
         ax.annotate(
-            f"{name}, {bound}", (1, bound), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize="small"
+            f"{name}, {bound}",
+            (1, bound),
+            xycoords=("axes fraction", "data"),
+            ha="right",
+            va="bottom",
+            fontsize="small",
         )
     ax.axhline(1, color="black", linewidth=1)
     ax.set(xscale="log", xlabel="time of the tuned config, us", ylabel="time of the chosen config over the tuned one")
@@ -454,25 +483,25 @@ def _tuned(by_recipe: Mapping[str, Sequence[Row]]) -> Figure:
     return figure
 
 
-def read_tuned(path: Path | None) -> list[dict[str, Any]]:
-    """Rows of a CSV for ``write``'s ``tuned``; none without a path.
-
-    Raises:
-        ValueError: the CSV lacks a column.
-    """
-    if path is None:
-        return []
-    rows = read_rows(path)
-    if any(column not in row for row in rows for column in ("chosen_us", "best_us")):
-        raise ValueError(f"{path} has no columns chosen_us and best_us")
-    return [row for row in rows if row["chosen_us"] is not None and row["best_us"] is not None]
-
-
 def add_tuned_option(parser: argparse.ArgumentParser) -> None:
-    """``--tuned``: times of chosen and of tuned configs."""
+    """``--tuned``: rows with the times of chosen and of tuned configs."""
     parser.add_argument(
-        "--tuned", type=Path, metavar="CSV", help="plot its chosen_us against its best_us (columns m,n,k,recipe too)"
+        "--tuned",
+        type=_tuned_csv,
+        default=[],
+        metavar="CSV",
+        help="plot its chosen_us (the config chosen without a tuned table) over its best_us; by m, n, k and recipe",
     )
+
+
+def _tuned_csv(text: str) -> list[dict[str, Any]]:
+    try:
+        rows = read_rows(Path(text))
+    except (OSError, ValueError) as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    if any(column not in row for row in rows for column in _TUNED):
+        raise argparse.ArgumentTypeError(f"{text} has no columns {' and '.join(_TUNED)}")
+    return [row for row in rows if all(row[column] is not None for column in _TUNED)]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -483,8 +512,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_tuned_option(parser)
     options = parser.parse_args(arguments)
     require_matplotlib()
-    rows = read_rows(options.csv)
-    paths = write(rows, options.directory, options.csv.name, read_tuned(options.tuned))
+    try:
+        rows = read_rows(options.csv)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    paths = write(rows, options.directory, options.csv.name, options.tuned)
     print(summary(rows))
     print("written:", *paths, sep="\n  ")
     return 0

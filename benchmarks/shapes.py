@@ -1,4 +1,4 @@
-"""The problems that the benchmarks run: dense shapes of DeepSeek-V3 and of others, their floors, random ragged problems.
+"""The problems that the benchmarks run: dense shapes of DeepSeek-V3 and others, their floors, random ragged problems.
 
 Needs neither torch nor a GPU.
 """
