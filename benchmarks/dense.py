@@ -260,7 +260,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--out", type=Path, help="CSV file to write")
     output.add_argument("--report", type=Path, metavar="DIR", help="directory for the CSV, a table and plots")
-    report.add_tuned_option(parser)
+    report.add_sweep_option(parser)
     parser.add_argument("--warm-peer", action="store_true", help="compile DeepGEMM's kernels in parallel first")
     parser.add_argument("--no-prewarm", action="store_true", help="our kernels are cached already")
     parser.add_argument("--list", action="store_true", help="print the shapes and their floors; needs no GPU")
@@ -271,8 +271,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         ms, options.layers = known or (MS, [harness.layer(text) for text in options.shapes])
     except (ValueError, argparse.ArgumentTypeError):
         parser.error(f"--shapes is {' '.join(options.shapes)}; accepted is {' or '.join(SETS)} or layers as N,K")
-    if options.tuned and options.report is None:
-        parser.error("--tuned is for the plots of --report")
+    if options.sweep and options.report is None:
+        parser.error("--sweep is for the plots of --report")
     options.m = options.m or list(ms)
     return options
 
@@ -322,7 +322,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("missing:", *missing, sep="\n  ")
     print(report.summary(rows))
     if options.report is not None:
-        paths = report.write(rows, options.report, options.out.name, options.tuned)
+        tuned = report.tuned_against_chosen(options.sweep, harness.preset_name())
+        paths = report.write(rows, options.report, options.out.name, tuned)
         print("written:", options.out, *paths, sep="\n  ")
     return int(len(rows) < len(cases) or any(row["ours_us"] is None for row in rows))
 

@@ -4,7 +4,7 @@
 
 Into the directory go ``report.md``, ``roofline.png`` (TFLOP/s against arithmetic intensity), ``over_floor_*.png`` (time
 over the floor against m, layer by layer), ``ratio.png`` (the best peer's time over ours, shape by shape) and, with
-``--tuned``, ``tuned.png`` (the chosen config's time over the best's). Plots of shapes outside DeepSeek-V3's list have
+``--sweep``, ``tuned.png`` (the chosen config's time over the best's). Plots of shapes outside DeepSeek-V3's list have
 ``_other`` in their names. Needs matplotlib: ``pip install '.[report]'``.
 """
 
@@ -21,7 +21,9 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks import harness
 from benchmarks.shapes import FLOPS_PER_US, STREAM_BYTES_PER_US, Shape, dense_shapes
-from jitgemm.families.gemm import RECIPES
+from jitgemm.device import PRESETS
+from jitgemm.families.gemm import RECIPES, GemmProblem
+from jitgemm.heuristics import choose_config
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -32,7 +34,6 @@ Row = Mapping[str, Any]
 LABELS = {"fp8_1x128_128x128": "FP8", "bf16": "BF16"}
 _LISTED = frozenset(dense_shapes())
 _INTEGERS = ("m", "n", "k", "groups")
-_TUNED = ("chosen_us", "best_us")
 _TEXTS = ("case", "recipe", "best_peer", "config", "measured", "errors")
 
 
@@ -152,18 +153,18 @@ def summary(rows: Sequence[Row]) -> str:
 # -- Rows.
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of a CSV; numbers as such, and None for what is missing.
+def read_rows(path: Path, *columns: str) -> list[dict[str, Any]]:
+    """Rows of a CSV on GEMMs; numbers as such, and None for what is missing.
 
     Raises:
-        ValueError: not a CSV of a race.
+        ValueError: it lacks one of ``columns``, or of m, n, k and recipe.
     """
     with path.open(newline="") as file:
         reader = csv.DictReader(file)
         rows = [{name: _value(name, text) for name, text in row.items()} for row in reader]
-    missing = {"m", "n", "k", "recipe"} - set(reader.fieldnames or ())
+    missing = [name for name in ("m", "n", "k", "recipe", *columns) if name not in (reader.fieldnames or ())]
     if missing:
-        raise ValueError(f"{path} has no column {', '.join(sorted(missing))}")
+        raise ValueError(f"{path} has no column {', '.join(missing)}")
     return rows
 
 
@@ -201,6 +202,23 @@ def size(row: Row) -> str:
 # -- The report.
 
 
+def tuned_against_chosen(sweep: Iterable[Row], device: str) -> list[dict[str, Any]]:
+    """The ``best_us`` and the ``chosen_us`` of each problem of a sweep, where the cost model's choice was measured.
+
+    Args:
+        sweep: rows with ``recipe``, ``m``, ``n``, ``k``, ``config`` and ``us``.
+        device: the preset to choose for.
+    """
+    found = []
+    for (recipe, shape), members in _grouped(sweep, lambda row: (row["recipe"], shape_of(row))).items():
+        times = {row["config"]: row["us"] for row in members}
+        chosen = times.get(str(choose_config(GemmProblem(shape.n, shape.k, recipe, shape.m), PRESETS[device])))
+        if chosen is not None:
+            sizes = {"m": shape.m, "n": shape.n, "k": shape.k, "recipe": recipe}
+            found.append({**sizes, "chosen_us": chosen, "best_us": min(times.values())})
+    return found
+
+
 def write(rows: Sequence[Row], directory: Path, source: str, tuned: Sequence[Row] = ()) -> list[Path]:
     """Write ``report.md`` and the plots into ``directory``; their paths.
 
@@ -208,8 +226,7 @@ def write(rows: Sequence[Row], directory: Path, source: str, tuned: Sequence[Row
         rows: of the dense race.
         directory: made if need be.
         source: where the rows come from, for the report's first line.
-        tuned: rows with ``m``, ``n``, ``k``, ``recipe``, ``chosen_us`` and ``best_us``: the time of the config that is
-            chosen without a tuned table, and of the best that was measured.
+        tuned: what ``tuned_against_chosen`` found.
     """
     directory.mkdir(parents=True, exist_ok=True)
     paths = []
@@ -458,7 +475,7 @@ def _ratio(by_recipe: Mapping[str, Sequence[Row]], title: str) -> Figure:
 
 
 def _tuned(by_recipe: Mapping[str, Sequence[Row]]) -> Figure:
-    """The chosen config's time over the best's, against the best's time."""
+    """The time of the cost model's choice over the best's, against the best's time."""
     figure, (ax,) = _subplots(1, 1, (8, 5))
     for (name, rows), style in zip(by_recipe.items(), (_STYLES[_OURS], _STYLES["deepgemm_us"]), strict=False):
         points = [(row["best_us"], row["chosen_us"] / row["best_us"]) for row in rows]
@@ -468,7 +485,7 @@ def _tuned(by_recipe: Mapping[str, Sequence[Row]]) -> Figure:
     for bound, name in ((1.02, "target of the geomean"), (1.08, "target of each shape")):
         ax.axhline(bound, color=_FLOOR_COLOUR, linestyle="--", linewidth=1)
         ax.annotate(
-            f"{name}, {bound}",
+            f"{name}, {bound} ",
             (1, bound),
             xycoords=("axes fraction", "data"),
             ha="right",
@@ -477,31 +494,24 @@ def _tuned(by_recipe: Mapping[str, Sequence[Row]]) -> Figure:
         )
     ax.axhline(1, color="black", linewidth=1)
     ax.set(xscale="log", xlabel="time of the tuned config, us", ylabel="time of the chosen config over the tuned one")
-    ax.set_title("Chosen by the cost model against tuned")
+    ax.xaxis.set_major_formatter("{x:g}")
+    ax.set_title("Chosen by the cost model against tuned (the best of a sweep)")
     ax.grid(alpha=0.25)
-    ax.legend(frameon=False)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
     return figure
 
 
-def add_tuned_option(parser: argparse.ArgumentParser) -> None:
-    """``--tuned``: rows with the times of chosen and of tuned configs."""
-    parser.add_argument(
-        "--tuned",
-        type=_tuned_csv,
-        default=[],
-        metavar="CSV",
-        help="plot its chosen_us (the config chosen without a tuned table) over its best_us; by m, n, k and recipe",
-    )
+def add_sweep_option(parser: argparse.ArgumentParser) -> None:
+    """``--sweep``: rows with the times of many configs."""
+    text = "measured configs (recipe,m,n,k,config,us): plot the time of the cost model's choice over the best's"
+    parser.add_argument("--sweep", type=_sweep, default=[], metavar="CSV", help=text)
 
 
-def _tuned_csv(text: str) -> list[dict[str, Any]]:
+def _sweep(text: str) -> list[dict[str, Any]]:
     try:
-        rows = read_rows(Path(text))
+        return read_rows(Path(text), "config", "us")
     except (OSError, ValueError) as error:
         raise argparse.ArgumentTypeError(str(error)) from None
-    if any(column not in row for row in rows for column in _TUNED):
-        raise argparse.ArgumentTypeError(f"{text} has no columns {' and '.join(_TUNED)}")
-    return [row for row in rows if all(row[column] is not None for column in _TUNED)]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -509,14 +519,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__.split("\n")[0])
     parser.add_argument("csv", type=Path, help="of benchmarks.dense")
     parser.add_argument("directory", type=Path, help="where the report goes")
-    add_tuned_option(parser)
+    add_sweep_option(parser)
+    parser.add_argument("--device", choices=list(PRESETS), default="h200", help="of the sweep (default %(default)s)")
     options = parser.parse_args(arguments)
     require_matplotlib()
     try:
-        rows = read_rows(options.csv)
+        rows = read_rows(options.csv, "ours_us", "best_peer", "ratio", "floor_us")
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    paths = write(rows, options.directory, options.csv.name, options.tuned)
+    paths = write(rows, options.directory, options.csv.name, tuned_against_chosen(options.sweep, options.device))
     print(summary(rows))
     print("written:", *paths, sep="\n  ")
     return 0

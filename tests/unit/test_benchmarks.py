@@ -411,8 +411,7 @@ def test_races_need_a_gpu(main: Callable[[list[str]], int], capsys: pytest.Captu
         ["--recipes", "fp4"],
         ["--samples", "-1"],
         ["--out", "a.csv", "--report", "a"],
-        ["--report", "a", "--tuned", "missing.csv"],
-        ["--tuned", "docs/performance/dense_h200.csv"],
+        ["--report", "a", "--sweep", "missing.csv"],
     ],
 )
 def test_bad_options_are_refused(arguments: list[str]) -> None:

@@ -9,6 +9,9 @@ import pytest
 
 from benchmarks import report
 from benchmarks.shapes import OTHER_LAYERS, OTHER_MS, dense_shapes
+from jitgemm.device import PRESETS
+from jitgemm.families.gemm import GemmProblem
+from jitgemm.heuristics import choose_config
 
 MEASURED = Path(__file__).parents[2] / "docs" / "performance" / "dense_h200.csv"
 FP8 = "fp8_1x128_128x128"
@@ -115,6 +118,22 @@ def test_report_with_gaps_other_shapes_and_tuned_configs(tmp_path: Path) -> None
     assert "| FP8 | 16x576x7168 | - | - | deepgemm | - | 9.00 | - |" in text
 
 
+def test_choices_of_a_sweep(tmp_path: Path) -> None:
+    chosen = str(choose_config(GemmProblem(576, 7168, FP8, 64), PRESETS["h200"]))
+    path = tmp_path / "sweep.csv"
+    header, rest = "recipe,m,n,k,config,us,samples", "9.5,200"
+    lines = [
+        f"{FP8},64,576,7168,{chosen},10.5,200",
+        f"{FP8},64,576,7168,other,{rest}",
+        f"{FP8},8,576,7168,other,{rest}",
+    ]
+    path.write_text("\n".join([header, *lines, ""]))
+    (found,) = report.tuned_against_chosen(report.read_rows(path, "config", "us"), "h200")
+    assert found == {"m": 64, "n": 576, "k": 7168, "recipe": FP8, "chosen_us": 10.5, "best_us": 9.5}
+    assert report.main([str(MEASURED), str(tmp_path), "--sweep", str(path)]) == 0
+    assert (tmp_path / "tuned.png").read_bytes().startswith(PNG)
+
+
 def test_plots_show_what_was_measured() -> None:
     """The points of the figures are the CSV's."""
     rows = [row for row in report.read_rows(MEASURED) if report.label(row) == "FP8"]
@@ -145,9 +164,9 @@ def test_bad_csvs_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     path = tmp_path / "other.csv"
     path.write_text("m,n\n1,2\n")
     for arguments, message in (
-        ([str(path), "out"], "has no column k, recipe"),
+        ([str(path), "out"], "has no column k, recipe, ours_us"),
         ([str(tmp_path / "missing.csv"), "out"], "No such file"),
-        ([str(MEASURED), "out", "--tuned", str(MEASURED)], "has no columns chosen_us and best_us"),
+        ([str(MEASURED), "out", "--sweep", str(MEASURED)], "has no column us"),
     ):
         with pytest.raises(SystemExit) as exit_:
             report.main(arguments)
