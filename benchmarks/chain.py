@@ -110,7 +110,7 @@ def capture(calls: Sequence[Call]) -> Call:
 class WarmTimer:
     """Times a call's share of many back to back, with the L2 as the one before left it and the host's time hidden."""
 
-    def __init__(self, timer: CudaTimer, replays: int) -> None:
+    def __init__(self, timer: Timer, replays: int) -> None:
         self._timer, self._replays = timer, replays
         self._start, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
@@ -208,17 +208,22 @@ def _check(mode: Mode, replay: Call, contenders: Sequence[Contender], inputs: Se
 
 def summary(rows: Sequence[Mapping[str, Any]]) -> str:
     """A line for each chain and mode, with the time of both variants."""
-    by_case: dict[tuple[Any, ...], dict[str, Mapping[str, Any]]] = {}
+    by_chain: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
     for row in rows:
         mode = Mode(row["library"], bool(row["pdl"]), bool(row["static_weights"]))
-        by_case.setdefault((row["recipe"], row["m"], mode), {})[row["l2"]] = row
-    lines = []
-    for (recipe, m, mode), variants in by_case.items():
-        times = [value for row in variants.values() for value in (row["us"], row["of_peer"])]
-        row = next(iter(variants.values()))
-        lines.append((recipe, m, mode, *times, row["target"], row["floor_us"]))
-    variants = [name for l2 in dict.fromkeys(row["l2"] for row in rows) for name in (f"{l2} us", "of peer")]
-    return harness.table(("recipe", "m", "chain", *variants, "target", "floor us"), lines)
+        by_chain.setdefault((row["recipe"], row["m"], mode), []).append(row)
+    lines = [
+        (
+            *chain,
+            *(value for each in variants for value in (each["us"], each["of_peer"])),
+            row["target"],
+            row["floor_us"],
+        )
+        for chain, variants in by_chain.items()
+        for row in variants[:1]
+    ]
+    times = [name for l2 in dict.fromkeys(row["l2"] for row in rows) for name in (f"{l2} us", "of peer")]
+    return harness.table(("recipe", "m", "chain", *times, "target", "floor us"), lines)
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:

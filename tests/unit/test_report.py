@@ -103,6 +103,21 @@ def test_report_from_a_csv(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert "FP8, m <= 128" in capsys.readouterr().out
 
 
+def test_docs_show_what_was_measured() -> None:
+    """After a new race: ``python -m benchmarks.report docs/performance/dense_h200.csv docs/performance/``, and its table
+    goes into docs/performance.md."""
+    folder = MEASURED.parent
+    text = (folder / "report.md").read_text()
+    images = [line.split("](")[1].rstrip(")") for line in text.splitlines() if line.startswith("![")]
+    assert text == report.markdown(report.read_rows(MEASURED), MEASURED.name, images)
+    page = (folder.parent / "performance.md").read_text()
+    for image in images:
+        assert f"](performance/{image})" in page
+        assert (folder / image).read_bytes().startswith(PNG)
+    table = [line for line in text.split("## Shapes")[0].splitlines() if line.startswith("|")]
+    assert "\n".join(table) in page
+
+
 def test_report_with_gaps_other_shapes_and_tuned_configs(tmp_path: Path) -> None:
     rows = [row(1, measured="on a Tuesday"), row(16, ratio=None, ours_us=None), row(16, 2112), *others()]
     tuned = [row(1, chosen_us=10.2, best_us=10.0), row(16, recipe="bf16", chosen_us=20.0, best_us=19.0)]
@@ -116,6 +131,11 @@ def test_report_with_gaps_other_shapes_and_tuned_configs(tmp_path: Path) -> None
     assert "Rows: rows.csv." in text
     assert text.count("on a Tuesday") == 1
     assert "| FP8 | 16x576x7168 | - | - | deepgemm | - | 9.00 | - |" in text
+
+
+def test_report_where_nothing_ran(tmp_path: Path) -> None:
+    rows = [row(1, ratio=None, ours_us=None, best_peer=None)]
+    assert [path.name for path in report.write(rows, tmp_path, "rows.csv")] == ["report.md"]
 
 
 def test_choices_of_a_sweep(tmp_path: Path) -> None:
