@@ -212,18 +212,12 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> str:
     for row in rows:
         mode = Mode(row["library"], bool(row["pdl"]), bool(row["static_weights"]))
         by_chain.setdefault((row["recipe"], row["m"], mode), []).append(row)
-    lines = [
-        (
-            *chain,
-            *(value for each in variants for value in (each["us"], each["of_peer"])),
-            row["target"],
-            row["floor_us"],
-        )
-        for chain, variants in by_chain.items()
-        for row in variants[:1]
-    ]
-    times = [name for l2 in dict.fromkeys(row["l2"] for row in rows) for name in (f"{l2} us", "of peer")]
-    return harness.table(("recipe", "m", "chain", *times, "target", "floor us"), lines)
+    lines = []
+    for chain, variants in by_chain.items():
+        times = (value for row in variants for value in (row["us"], row["of_peer"]))
+        lines.append((*chain, *times, variants[0]["target"], variants[0]["floor_us"]))
+    headers = [name for l2 in dict.fromkeys(row["l2"] for row in rows) for name in (f"{l2} us", "of peer")]
+    return harness.table(("recipe", "m", "chain", *headers, "target", "floor us"), lines)
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:

@@ -474,8 +474,14 @@ def _tuned(by_recipe: Mapping[str, Sequence[Row]]) -> Figure:
     for (name, rows), style in zip(by_recipe.items(), (_STYLES[_OURS], _STYLES["deepgemm_us"]), strict=False):
         points = [(row["best_us"], row["chosen_us"] / row["best_us"]) for row in rows]
         mean = harness.geomean([ratio for _, ratio in points])
-        options = {"marker": style.marker, "facecolors": "none", "edgecolors": style.colour}
-        ax.scatter(*zip(*points, strict=True), s=26, label=f"{name}: geomean {harness.fixed(mean, 3)}", **options)
+        ax.scatter(
+            *zip(*points, strict=True),
+            s=26,
+            marker=style.marker,
+            facecolors="none",
+            edgecolors=style.colour,
+            label=f"{name}: geomean {harness.fixed(mean, 3)}",
+        )
     for bound, name in ((1.02, "target of the geomean"), (1.08, "target of each shape")):
         ax.axhline(bound, color=_FLOOR_COLOUR, linestyle="--", linewidth=1)
         ax.annotate(

@@ -104,8 +104,10 @@ def test_report_from_a_csv(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 
 
 def test_docs_show_what_was_measured() -> None:
-    """After a new race: ``python -m benchmarks.report docs/performance/dense_h200.csv docs/performance/``, and its table
-    goes into docs/performance.md."""
+    """After a new race: ``python -m benchmarks.report docs/performance/dense_h200.csv docs/performance/``.
+
+    Its table also goes into docs/performance.md.
+    """
     folder = MEASURED.parent
     text = (folder / "report.md").read_text()
     images = [line.split("](")[1].rstrip(")") for line in text.splitlines() if line.startswith("![")]
