@@ -1,18 +1,21 @@
-"""Dense GEMM raced against DeepGEMM and cuBLASLt over the 56 shapes of DeepSeek-V3's layers. ::
+"""Dense GEMM raced against DeepGEMM and cuBLASLt over the 56 shapes of DeepSeek-V3's layers, or over others. ::
 
-    python -m benchmarks.dense --warm-peer --out dense.csv
+    python -m benchmarks.dense --warm-peer --report out/
+    python -m benchmarks.dense --warm-peer --shapes unlisted --out other.csv
 
 Peers: ``deepgemm`` (sgl-deep-gemm; scales prepared in its layout), ``cublaslt_rowwise`` and ``cublaslt_blockwise``
 (``torch._scaled_mm``, without fast accumulation, where it accepts the problem; row-wise scales are an easier problem
 than 1x128 with 128x128, and count as a peer all the same), ``cublas`` (``torch.matmul`` for BF16). All get the same
 random matrices. ``ratio`` is the best peer's time over ours: above 1 we are faster. Each result is compared with
-float64 first (on some rows), ours into an output of NaN. Exit codes: 0 done, 1 something of ours is missing or wrong,
-3 no GPU.
+float64 first (on some rows), ours into an output of NaN. ``--report`` writes the CSV, ``dense.csv``, and what
+``benchmarks.report`` makes of it. Exit codes: 0 done, 1 something of ours is missing or wrong, 3 no GPU.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
+import importlib.metadata
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,10 +26,11 @@ import torch
 from torch import Tensor
 
 import jitgemm
-from benchmarks import harness
+from benchmarks import harness, report
 from benchmarks.harness import EMPTY, Call, CsvLog, CudaTimer, Timer, race, say
 from benchmarks.operands import Operands, poisoned, quantize, random_matrix, sample_rows
-from benchmarks.shapes import LAYERS, MS, Shape, dense_shapes, floor_us
+from benchmarks.shapes import LAYERS, MS, OTHER_LAYERS, OTHER_MS, Shape, dense_shapes, floor_us
+from jitgemm.compiler import driver_version, find_nvrtc, version_text
 from jitgemm.device import PRESETS
 from jitgemm.families.gemm import RECIPES, GemmProblem
 from jitgemm.heuristics import choose_config
@@ -38,15 +42,9 @@ PEERS = {"fp8": ("deepgemm", "cublaslt_rowwise", "cublaslt_blockwise"), "bf16": 
 PEER_COLUMNS = tuple(f"{name}_us" for name in dict.fromkeys(name for names in PEERS.values() for name in names))
 COLUMNS = (
     *("case", "m", "n", "k", "groups", "recipe", "ours_us", "best_peer_us", "best_peer", "ratio", "floor_us"),
-    *("over_floor", "config", *PEER_COLUMNS, "empty_us", "samples", "errors"),
+    *("over_floor", "config", *PEER_COLUMNS, "empty_us", "samples", "errors", "measured"),
 )
-CLASSES: dict[str, Callable[[int], bool]] = {
-    "m <= 128": lambda m: m <= 128,
-    "m >= 512": lambda m: m >= 512,
-    "m = 512": lambda m: m == 512,
-    "m >= 2048": lambda m: m >= 2048,
-}
-TARGETS = {"m <= 128": 0.90, "m >= 512": 0.95}
+SETS = {"listed": (MS, LAYERS), "unlisted": (OTHER_MS, OTHER_LAYERS)}
 _SEPARATOR = " | "
 _PEER_BOUND = Errors(1e-3, math.inf)  # whether a peer computes this problem at all
 
@@ -163,7 +161,7 @@ def run_shape(recipe: str, inputs: Inputs, preset: str, samples: int | None, tim
         try:
             contender = MAKERS[name](recipe, inputs)
             contender.call()
-            _check(name, contender, inputs)
+            check(name, contender, inputs)
             contenders[name] = contender.call
         except Exception as error:
             timer.check()
@@ -176,7 +174,12 @@ def run_shape(recipe: str, inputs: Inputs, preset: str, samples: int | None, tim
     return make_row(recipe, shape, config, medians, errors, timings[EMPTY].samples)
 
 
-def _check(name: str, contender: Contender, inputs: Inputs) -> None:
+def check(name: str, contender: Contender, inputs: Inputs) -> None:
+    """Compare a contender's result with float64.
+
+    Raises:
+        ArithmeticError: it is wrong.
+    """
     recipe = contender.operands.recipe
     bounds = tolerance(recipe, "bf16") if name == OURS else _PEER_BOUND
     errors = error_measures(contender.d[inputs.rows], inputs.expected(recipe))
@@ -187,7 +190,7 @@ def _check(name: str, contender: Contender, inputs: Inputs) -> None:
 def make_row(
     recipe: str, shape: Shape, config: str, medians: Mapping[str, float], errors: Mapping[str, str], samples: int
 ) -> dict[str, Any]:
-    """A row of the CSV; what is missing is None."""
+    """A row of the CSV but for when and on what it was measured; what is missing is None."""
     ours = medians.get(OURS)
     peers = {name: medians[name] for name in PEERS[recipe] if name in medians}
     best = min(peers, key=peers.__getitem__) if peers else None
@@ -211,32 +214,6 @@ def make_row(
         "samples": samples,
         "errors": _SEPARATOR.join(f"{name}: {text}" for name, text in errors.items()),
     }
-
-
-def summary(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Per recipe and class of m: the ratio's geomean, the worst shape, and our geomean over the floor."""
-    lines = []
-    for recipe in dict.fromkeys(row["recipe"] for row in rows):
-        for name, belongs in CLASSES.items():
-            members = [row for row in rows if row["recipe"] == recipe and belongs(row["m"])]
-            raced = [row for row in members if row["ratio"] is not None]
-            if not members:
-                continue
-            worst = min(raced, key=lambda row: row["ratio"], default=None)
-            lines.append(
-                (
-                    recipe,
-                    name,
-                    f"{len(raced)}/{len(members)}",
-                    harness.geomean([row["ratio"] for row in raced]),
-                    TARGETS.get(name),
-                    None if worst is None else worst["ratio"],
-                    None if worst is None else f"{worst['m']}x{worst['n']}x{worst['k']} ({worst['best_peer']})",
-                    harness.geomean([row["over_floor"] for row in members if row["over_floor"] is not None]),
-                )
-            )
-    headers = ("recipe", "class", "raced", "geomean", "target", "worst", "worst shape (best peer)", "over floor")
-    return harness.table(headers, lines)
 
 
 def faults(rows: Iterable[Mapping[str, Any]]) -> list[str]:
@@ -274,31 +251,50 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.dense", description=__doc__.split("\n")[0])
     parser.add_argument("--recipes", nargs="+", choices=list(NAMES), default=list(NAMES))
-    parser.add_argument("--m", nargs="+", type=harness.positive, default=list(MS), help="values of m")
-    parser.add_argument("--shapes", nargs="+", type=harness.layer, default=list(LAYERS), metavar="N,K")
+    parser.add_argument("--m", nargs="+", type=harness.positive, help="values of m (default: those of the set)")
+    parser.add_argument(
+        "--shapes", nargs="+", default=["listed"], help="listed (DeepSeek-V3's), unlisted (others), or layers as N,K"
+    )
     parser.add_argument("--samples", type=harness.positive, help="timed calls each (default 30; 100 below 20 us)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, help="CSV file to write")
+    output = parser.add_mutually_exclusive_group()
+    output.add_argument("--out", type=Path, help="CSV file to write")
+    output.add_argument("--report", type=Path, metavar="DIR", help="directory for the CSV, a table and plots")
+    report.add_sweep_option(parser)
     parser.add_argument("--warm-peer", action="store_true", help="compile DeepGEMM's kernels in parallel first")
     parser.add_argument("--no-prewarm", action="store_true", help="our kernels are cached already")
     parser.add_argument("--list", action="store_true", help="print the shapes and their floors; needs no GPU")
     harness.add_jobs_option(parser)
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    known = SETS.get(" ".join(options.shapes))
+    try:
+        ms, options.layers = known or (MS, [harness.layer(text) for text in options.shapes])
+    except (ValueError, argparse.ArgumentTypeError):
+        parser.error(f"--shapes is {' '.join(options.shapes)}; accepted is {' or '.join(SETS)} or layers as N,K")
+    if options.sweep and options.report is None:
+        parser.error("--sweep is for the plots of --report")
+    options.m = options.m or list(ms)
+    return options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark; the exit code."""
     options = parse(arguments)
-    shapes = dense_shapes(options.m, options.shapes)
+    shapes = dense_shapes(options.m, options.layers)
     cases = [(recipe, shape) for recipe in options.recipes for shape in shapes]
     if options.list:
         floors = [(NAMES[r], str(s), floor_us(s, RECIPES[NAMES[r]].operand_bytes)) for r, s in cases]
         print(harness.table(("recipe", "m x n x k", "floor us"), floors))
         return 0
+    if options.report is not None:
+        report.require_matplotlib()
+        options.report.mkdir(parents=True, exist_ok=True)
+        options.out = options.report / "dense.csv"
     harness.require_gpu()
-    say(harness.machine())
+    measured = provenance()
+    say(measured)
     if not options.no_prewarm:
-        layers = [GemmProblem(n, k, NAMES[recipe]) for recipe in options.recipes for n, k in options.shapes]
+        layers = [GemmProblem(n, k, NAMES[recipe]) for recipe in options.recipes for n, k in options.layers]
         harness.prewarm(layers, options.jobs)
     if options.warm_peer:
         warm_peer(cases, 14)
@@ -312,19 +308,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
             except RuntimeError as error:
                 say(f"stopped at {recipe} {shape}: {harness.error_text(error)}")
                 break
+            row["measured"] = measured
             rows.append(row)
             log.write(row)
             say(progress(row))
     print()
     empty = harness.geomean([row["empty_us"] for row in rows if row["empty_us"] is not None])
-    print(f"ratio: best peer / ours. An empty kernel takes {harness.fixed(empty)} us here. {harness.machine()}")
+    print(f"ratio: best peer / ours. An empty kernel takes {harness.fixed(empty)} us here. {measured}")
     if timer.exposed:
         print(f"{timer.exposed} samples include host time: a contender waits for the GPU")
     missing = faults(rows)
     if missing:
         print("missing:", *missing, sep="\n  ")
-    print(summary(rows))
+    print(report.summary(rows))
+    if options.report is not None:
+        tuned = report.tuned_against_chosen(options.sweep, harness.preset_name())
+        paths = report.write(rows, options.report, options.out.name, tuned)
+        print("written:", options.out, *paths, sep="\n  ")
     return int(len(rows) < len(cases) or any(row["ours_us"] is None for row in rows))
+
+
+def provenance() -> str:
+    """When, on what and with which versions a race is run."""
+    driver = driver_version()
+    parts = [datetime.date.today().isoformat(), harness.machine(), f"NVRTC {find_nvrtc().version_text}"]
+    if driver is not None:
+        parts.append(f"driver for CUDA {version_text(driver)}")
+    try:
+        parts.append(f"sgl-deep-gemm {importlib.metadata.version('sgl-deep-gemm')}")
+    except importlib.metadata.PackageNotFoundError:
+        parts.append("no sgl-deep-gemm")
+    return ", ".join(parts)
 
 
 def progress(row: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""The problems that the benchmarks run: the dense shapes of DeepSeek-V3, their floors, and random ragged problems.
+"""The problems that the benchmarks run: dense shapes of DeepSeek-V3 and others, their floors, random ragged problems.
 
 Needs neither torch nor a GPU.
 """
@@ -18,12 +18,20 @@ LAYERS = ((2112, 7168), (576, 7168), (24576, 1536), (32768, 512), (7168, 16384),
 
 MS = (1, 16, 64, 128, 512, 2048, 4096, 8192)
 
+OTHER_LAYERS = (
+    *((9216, 4096), (4096, 1536), (5120, 2048), (2880, 2880)),
+    *((14336, 4096), (4096, 14336), (1280, 8192), (8192, 1024)),
+)
+"""(n, k) of other models' layers, which nothing here was chosen by."""
+
+OTHER_MS = (7, 33, 100, 200, 777, 1500, 3000)
+
 MAX_RAGGED_M, MAX_RAGGED_N, MAX_RAGGED_K = 4097, 4200, 5000
 _SAMPLED_ABOVE_M = 512
 
 # The floor, measured on an H200: what streaming costs before the first byte and per byte, and the sustained rates.
-_STREAM_US, _STREAM_BYTES_PER_US = 4.8, 4.3e6
-_COMPUTE_US, _FLOPS_PER_US = 3.6, {1: 1700e6, 2: 900e6}
+_STREAM_US, STREAM_BYTES_PER_US = 4.8, 4.3e6
+_COMPUTE_US, FLOPS_PER_US = 3.6, {1: 1700e6, 2: 900e6}  # by the bytes of an operand's element
 
 
 @dataclass(frozen=True)
@@ -33,6 +41,15 @@ class Shape:
     m: int
     n: int
     k: int
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations: two for each product."""
+        return 2 * self.m * self.n * self.k
+
+    def traffic(self, operand_bytes: int, d_bytes: int = 2) -> int:
+        """Bytes of the operands and the result, each once; without scales."""
+        return (self.m + self.n) * self.k * operand_bytes + self.m * self.n * d_bytes
 
     def __str__(self) -> str:
         return f"{self.m}x{self.n}x{self.k}"
@@ -45,9 +62,13 @@ def dense_shapes(ms: Sequence[int] = MS, layers: Sequence[tuple[int, int]] = LAY
 
 def floor_us(shape: Shape, operand_bytes: int, d_bytes: int = 2) -> float:
     """What no kernel can beat: the longer of streaming operands and result, and of the MMAs."""
-    m, n, k = shape.m, shape.n, shape.k
-    stream = _STREAM_US + ((m + n) * k * operand_bytes + m * n * d_bytes) / _STREAM_BYTES_PER_US
-    return max(stream, _COMPUTE_US + 2 * m * n * k / _FLOPS_PER_US[operand_bytes])
+    return chain_floor_us([shape], operand_bytes, d_bytes)
+
+
+def chain_floor_us(shapes: Sequence[Shape], operand_bytes: int, d_bytes: int = 2) -> float:
+    """The same for problems of which one begins as the other ends, with nothing lost in between."""
+    stream = _STREAM_US + sum(shape.traffic(operand_bytes, d_bytes) for shape in shapes) / STREAM_BYTES_PER_US
+    return max(stream, _COMPUTE_US + sum(shape.flops for shape in shapes) / FLOPS_PER_US[operand_bytes])
 
 
 @dataclass(frozen=True)

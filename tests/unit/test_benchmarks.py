@@ -9,10 +9,22 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import dense, first_call, harness, host_time, numerics
+from benchmarks import chain, dense, first_call, harness, host_time, numerics
 from benchmarks.harness import EMPTY, CsvLog, Timing, race
 from benchmarks.operands import Embedded, lay_out_scales, poisoned, quantize, random_matrix, same_bits, sample_rows
-from benchmarks.shapes import Case, Shape, dense_cases, dense_shapes, floor_us, ragged_cases
+from benchmarks.shapes import (
+    LAYERS,
+    MS,
+    OTHER_LAYERS,
+    OTHER_MS,
+    Case,
+    Shape,
+    chain_floor_us,
+    dense_cases,
+    dense_shapes,
+    floor_us,
+    ragged_cases,
+)
 from jitgemm.families.gemm import RECIPES, GemmProblem
 from jitgemm.families.transpose_scales import FAMILY as TRANSPOSE_SCALES
 
@@ -32,6 +44,13 @@ CPU = torch.device("cpu")
 def test_floor(shape: Shape, fp8: float, bf16: float) -> None:
     assert floor_us(shape, 1) == pytest.approx(fp8, abs=0.051)
     assert floor_us(shape, 2) == pytest.approx(bf16, abs=0.051)
+
+
+def test_floor_of_a_chain_has_one_start() -> None:
+    stream, compute = Shape(1, 576, 7168), Shape(4096, 4096, 7168)
+    assert chain_floor_us([stream], 1) == floor_us(stream, 1)
+    assert chain_floor_us([stream] * 8, 1) - 4.8 == pytest.approx(8 * (floor_us(stream, 1) - 4.8))
+    assert chain_floor_us([compute] * 2, 2) - 3.6 == pytest.approx(2 * (floor_us(compute, 2) - 3.6))
 
 
 def test_dense_shapes_are_56_and_every_recipe_runs_on_each() -> None:
@@ -156,22 +175,18 @@ def make_rows() -> list[dict[str, object]]:
         {"deepgemm": 30.0, EMPTY: 3.5},
     ]
     errors = [{}, {"cublaslt_blockwise": "RuntimeError: no; never"}, {"jitgemm": "ArithmeticError: wrong result"}]
-    return [
+    rows = [
         dense.make_row("fp8", shape, "64x64x128", median, error, 30)
         for shape, median, error in zip(shapes, medians, errors, strict=True)
     ]
+    return [{**row, "measured": "on a Tuesday"} for row in rows]
 
 
-def test_dense_rows_and_summary() -> None:
+def test_dense_rows() -> None:
     rows = make_rows()
     assert [row["best_peer"] for row in rows] == ["deepgemm", "cublaslt_rowwise", "deepgemm"]
     assert [row["ratio"] for row in rows] == [0.9, 2.0, None]
     assert all(tuple(row) == dense.COLUMNS for row in rows)
-    text = dense.summary(rows)
-    by_class = {line[19:28].strip(): line.split() for line in text.splitlines()[2:]}
-    assert by_class["m <= 128"][4:9] == ["1/1", "0.9", "0.9", "0.9", "64x576x7168"]
-    assert by_class["m >= 512"][4:9] == ["1/2", "2", "0.95", "2", "512x576x7168"]
-    assert by_class["m >= 2048"][4:6] == ["0/1", "-"]
     assert dense.faults(rows) == [
         "cublaslt_blockwise: RuntimeError: no; never [1 shapes, first fp8_1x128_128x128/512x576x7168]",
         "jitgemm: ArithmeticError: wrong result [1 shapes, first fp8_1x128_128x128/4096x576x7168]",
@@ -370,12 +385,16 @@ def test_lists_need_no_gpu(capsys: pytest.CaptureFixture[str]) -> None:
         ["bf16", "1x576x7168", "6.724"],
         ["bf16", "64x576x7168", "6.951"],
     ]
+    assert dense.main(["--list", "--shapes", "unlisted"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2 + 2 * 7 * 8
+    assert chain.main(["--list", "--m", "16", "--recipes", "fp8"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].split()[:2] == ["fp8_1x128_128x128", "16"]
     assert numerics.main(["--list", "--quick"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 4 * 7 * 7 + 60
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-@pytest.mark.parametrize("main", [dense.main, numerics.main, host_time.main])
+@pytest.mark.parametrize("main", [dense.main, chain.main, numerics.main, host_time.main])
 def test_races_need_a_gpu(main: Callable[[list[str]], int], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
         main([])
@@ -383,7 +402,18 @@ def test_races_need_a_gpu(main: Callable[[list[str]], int], capsys: pytest.Captu
     assert "needs a CUDA GPU" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments", [["--m", "0"], ["--shapes", "576"], ["--recipes", "fp4"], ["--samples", "-1"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--m", "0"],
+        ["--shapes", "576"],
+        ["--shapes", "listed", "unlisted"],
+        ["--recipes", "fp4"],
+        ["--samples", "-1"],
+        ["--out", "a.csv", "--report", "a"],
+        ["--report", "a", "--sweep", "missing.csv"],
+    ],
+)
 def test_bad_options_are_refused(arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
         dense.main([*arguments, "--list"])
@@ -392,7 +422,12 @@ def test_bad_options_are_refused(arguments: list[str]) -> None:
 
 def test_defaults() -> None:
     options = dense.parse([])
-    assert len(dense_shapes(options.m, options.shapes)) == 56
+    assert (options.m, options.layers) == (list(MS), LAYERS)
+    assert dense_shapes(options.m, options.layers) == dense_shapes()
+    options = dense.parse(["--shapes", "unlisted", "--m", "7"])
+    assert (options.m, options.layers) == ([7], OTHER_LAYERS)
+    assert not set(dense_shapes(OTHER_MS, OTHER_LAYERS)) & set(dense_shapes())
+    assert dense.parse(["--shapes", "64,128", "128,64"]).layers == [(64, 128), (128, 64)]
     assert len(numerics.select(numerics.parse([]))) == 784 + 240
     assert host_time.parse([]).batch == 200
     assert first_call.parse(["--no-gpu"]).no_gpu
