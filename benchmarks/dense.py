@@ -322,8 +322,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("missing:", *missing, sep="\n  ")
     print(report.summary(rows))
     if options.report is not None:
-        tuned = report.tuned_against_chosen(options.sweep, harness.preset_name())
-        paths = report.write(rows, options.report, options.out.name, tuned)
+        regrets = report.regrets_of(options.sweep, harness.preset_name())
+        paths = report.write(rows, options.report, options.out.name, regrets)
         print("written:", options.out, *paths, sep="\n  ")
     return int(len(rows) < len(cases) or any(row["ours_us"] is None for row in rows))
 

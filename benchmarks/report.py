@@ -19,17 +19,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks import harness
+from benchmarks import harness, sweep
+from benchmarks.regret import Regret, regret
 from benchmarks.shapes import FLOPS_PER_US, STREAM_BYTES_PER_US, Shape, dense_shapes
 from jitgemm.device import PRESETS
-from jitgemm.families.gemm import RECIPES, GemmProblem
-from jitgemm.heuristics import choose_config
+from jitgemm.families.gemm import RECIPES, GemmConfig, GemmProblem
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 Row = Mapping[str, Any]
+Sweep = Mapping[GemmProblem, Mapping[GemmConfig, float]]
 
 LABELS = {"fp8_1x128_128x128": "FP8", "bf16": "BF16"}
 _LISTED = frozenset(dense_shapes())
@@ -202,35 +203,29 @@ def size(row: Row) -> str:
 # -- The report.
 
 
-def tuned_against_chosen(sweep: Iterable[Row], device: str) -> list[dict[str, Any]]:
-    """The ``best_us`` and the ``chosen_us`` of each problem of a sweep, where the cost model's choice was measured.
+def regrets_of(measured: Sweep, device: str) -> list[Regret]:
+    """What the cost model's choice loses on each problem of a sweep where it was measured.
 
     Args:
-        sweep: rows with ``recipe``, ``m``, ``n``, ``k``, ``config`` and ``us``.
+        measured: microseconds by problem and config.
         device: the preset to choose for.
     """
-    found = []
-    for (recipe, shape), members in _grouped(sweep, lambda row: (row["recipe"], shape_of(row))).items():
-        times = {row["config"]: row["us"] for row in members}
-        chosen = times.get(str(choose_config(GemmProblem(shape.n, shape.k, recipe, shape.m), PRESETS[device])))
-        if chosen is not None:
-            sizes = {"m": shape.m, "n": shape.n, "k": shape.k, "recipe": recipe}
-            found.append({**sizes, "chosen_us": chosen, "best_us": min(times.values())})
-    return found
+    found = (regret(problem, times, PRESETS[device]) for problem, times in measured.items())
+    return [each for each in found if each is not None]
 
 
-def write(rows: Sequence[Row], directory: Path, source: str, tuned: Sequence[Row] = ()) -> list[Path]:
+def write(rows: Sequence[Row], directory: Path, source: str, regrets: Sequence[Regret] = ()) -> list[Path]:
     """Write ``report.md`` and the plots into ``directory``; their paths.
 
     Args:
         rows: of the dense race.
         directory: made if need be.
         source: where the rows come from, for the report's first line.
-        tuned: what ``tuned_against_chosen`` found.
+        regrets: for the plot of tuned against chosen.
     """
     directory.mkdir(parents=True, exist_ok=True)
     paths = []
-    for name, figure in _figures(rows, tuned):
+    for name, figure in _figures(rows, regrets):
         paths.append(directory / f"{name}.png")
         figure.savefig(paths[-1], dpi=110)
     text = directory / "report.md"
@@ -302,7 +297,7 @@ def require_matplotlib() -> None:
         raise SystemExit("the report's plots need matplotlib: pip install '.[report]'")
 
 
-def _figures(rows: Sequence[Row], tuned: Sequence[Row]) -> Iterable[tuple[str, Figure]]:
+def _figures(rows: Sequence[Row], regrets: Sequence[Regret]) -> Iterable[tuple[str, Figure]]:
     timed = [row for row in rows if any(row.get(column) for column in _STYLES)]
     for suffix, wanted in (("", True), ("_other", False)):
         by_recipe = _grouped((row for row in timed if listed(row) == wanted), label)
@@ -313,8 +308,8 @@ def _figures(rows: Sequence[Row], tuned: Sequence[Row]) -> Iterable[tuple[str, F
         for name, members in by_recipe.items():
             yield f"over_floor_{name.lower()}{suffix}", _over_floor(members, f"{name}, {title}")
         yield f"ratio{suffix}", _ratio(by_recipe, title)
-    if tuned:
-        yield "tuned", _tuned(_grouped(tuned, label))
+    if regrets:
+        yield "tuned", _tuned(regrets)
 
 
 def _grouped(rows: Iterable[Row], key: Callable[[Row], Any]) -> dict[Any, list[Row]]:
@@ -468,12 +463,14 @@ def _ratio(by_recipe: Mapping[str, Sequence[Row]], title: str) -> Figure:
     return figure
 
 
-def _tuned(by_recipe: Mapping[str, Sequence[Row]]) -> Figure:
+def _tuned(regrets: Sequence[Regret]) -> Figure:
     """The time of the cost model's choice over the best's, against the best's time."""
     figure, (ax,) = _subplots(1, 1, (8, 5))
-    for (name, rows), style in zip(by_recipe.items(), (_STYLES[_OURS], _STYLES["deepgemm_us"]), strict=False):
-        points = [(row["best_us"], row["chosen_us"] / row["best_us"]) for row in rows]
-        mean = harness.geomean([ratio for _, ratio in points])
+    for (recipe, name), style in zip(LABELS.items(), (_STYLES[_OURS], _STYLES["deepgemm_us"]), strict=True):
+        points = [(r.us / r.choice, r.choice) for r in regrets if r.problem.recipe == recipe]
+        if not points:
+            continue
+        mean = harness.geomean([choice for _, choice in points])
         ax.scatter(
             *zip(*points, strict=True),
             s=26,
@@ -502,14 +499,14 @@ def _tuned(by_recipe: Mapping[str, Sequence[Row]]) -> Figure:
 
 
 def add_sweep_option(parser: argparse.ArgumentParser) -> None:
-    """``--sweep``: rows with the times of many configs."""
-    text = "measured configs (recipe,m,n,k,config,us): plot the time of the cost model's choice over the best's"
-    parser.add_argument("--sweep", type=_sweep, default=[], metavar="CSV", help=text)
+    """``--sweep``: the times of many configs."""
+    text = "of benchmarks.sweep: plot the time of the cost model's choice over the best config's"
+    parser.add_argument("--sweep", type=_sweep, default={}, metavar="CSV", help=text)
 
 
-def _sweep(text: str) -> list[dict[str, Any]]:
+def _sweep(text: str) -> Sweep:
     try:
-        return read_rows(Path(text), "config", "us")
+        return sweep.read(Path(text))
     except (OSError, ValueError) as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 
@@ -527,7 +524,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rows = read_rows(options.csv, "ours_us", "best_peer", "ratio", "floor_us")
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    paths = write(rows, options.directory, options.csv.name, tuned_against_chosen(options.sweep, options.device))
+    paths = write(rows, options.directory, options.csv.name, regrets_of(options.sweep, options.device))
     print(summary(rows))
     print("written:", *paths, sep="\n  ")
     return 0

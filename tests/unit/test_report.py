@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks import report
+from benchmarks import report, sweep
+from benchmarks.regret import Regret
 from benchmarks.shapes import OTHER_LAYERS, OTHER_MS, dense_shapes
+from jitgemm import settings
 from jitgemm.device import PRESETS
-from jitgemm.families.gemm import GemmProblem
+from jitgemm.families.gemm import GemmConfig, GemmProblem
 from jitgemm.heuristics import choose_config
+from jitgemm.heuristics.gemm import ANCHORS
 
 MEASURED = Path(__file__).parents[2] / "docs" / "performance" / "dense_h200.csv"
 FP8 = "fp8_1x128_128x128"
@@ -26,6 +30,11 @@ def row(
     sizes = {"m": m, "n": n, "k": k, "recipe": recipe}
     times = {"ours_us": 10.0, "best_peer_us": peer, "deepgemm_us": peer, "floor_us": 9.0}
     return {**sizes, **times, "best_peer": "deepgemm", "ratio": ratio, **more}
+
+
+def loss(recipe: str, us: float, choice: float) -> Regret:
+    config = GemmConfig.from_text("64x64x128 s12")
+    return Regret(GemmProblem(576, 7168, recipe, 64), config, config, us, menu=choice, model=1.0, limit=1.0)
 
 
 def others() -> list[dict[str, Any]]:
@@ -122,8 +131,8 @@ def test_docs_show_what_was_measured() -> None:
 
 def test_report_with_gaps_other_shapes_and_tuned_configs(tmp_path: Path) -> None:
     rows = [row(1, measured="on a Tuesday"), row(16, ratio=None, ours_us=None), row(16, 2112), *others()]
-    tuned = [row(1, chosen_us=10.2, best_us=10.0), row(16, recipe="bf16", chosen_us=20.0, best_us=19.0)]
-    names = [path.name for path in report.write(rows, tmp_path, "rows.csv", tuned)]
+    regrets = [loss(FP8, 10.2, 1.02), loss("bf16", 20.0, 1.0)]
+    names = [path.name for path in report.write(rows, tmp_path, "rows.csv", regrets)]
     assert names == [
         *("report.md", "roofline.png", "over_floor_fp8.png", "ratio.png"),
         *("roofline_other.png", "over_floor_fp8_other.png", "over_floor_bf16_other.png", "ratio_other.png"),
@@ -141,17 +150,16 @@ def test_report_where_nothing_ran(tmp_path: Path) -> None:
 
 
 def test_choices_of_a_sweep(tmp_path: Path) -> None:
-    chosen = str(choose_config(GemmProblem(576, 7168, FP8, 64), PRESETS["h200"]))
+    with settings.override(tuned=False):
+        chosen = choose_config(GemmProblem(576, 7168, FP8, 64), PRESETS["h200"])
+        unlimited = choose_config(GemmProblem(576, 7168, FP8, 64), PRESETS["h200"], len(ANCHORS))
+    other = dataclasses.replace(chosen, stages=chosen.stages - 1)
     path = tmp_path / "sweep.csv"
-    header, rest = "recipe,m,n,k,config,us,samples", "9.5,200"
-    lines = [
-        f"{FP8},64,576,7168,{chosen},10.5,200",
-        f"{FP8},64,576,7168,other,{rest}",
-        f"{FP8},8,576,7168,other,{rest}",
-    ]
-    path.write_text("\n".join([header, *lines, ""]))
-    (found,) = report.tuned_against_chosen(report.read_rows(path, "config", "us"), "h200")
-    assert found == {"m": 64, "n": 576, "k": 7168, "recipe": FP8, "chosen_us": 10.5, "best_us": 9.5}
+    times = [(64, unlimited, 10.0), (64, chosen, 10.5), (64, other, 9.5), (8, other, 9.5)]
+    lines = [f"{FP8},{m},576,7168,{config},{us},200" for m, config, us in times]
+    path.write_text("\n".join(["recipe,m,n,k,config,us,samples", *lines, ""]))
+    (found,) = report.regrets_of(sweep.read(path), "h200")
+    assert (found.problem.m, found.us, found.choice) == (64, 10.5, pytest.approx(10.5 / 9.5))
     assert report.main([str(MEASURED), str(tmp_path), "--sweep", str(path)]) == 0
     assert (tmp_path / "tuned.png").read_bytes().startswith(PNG)
 
@@ -174,8 +182,8 @@ def test_plots_show_what_was_measured() -> None:
     assert len(grid.patches) == sum(row["ratio"] < _each(row["m"]) for row in rows)
     assert "ratio" in bar.get_ylabel()
 
-    (axes,) = report._tuned({"FP8": [row(1, chosen_us=11.0, best_us=10.0)]}).axes
-    assert axes.collections[0].get_offsets().tolist() == [[10.0, pytest.approx(1.1)]]
+    (axes,) = report._tuned([loss(FP8, 11.0, 1.1)]).axes
+    assert axes.collections[0].get_offsets().tolist() == [[pytest.approx(10.0), 1.1]]
 
 
 def _each(m: int) -> float:
@@ -188,7 +196,7 @@ def test_bad_csvs_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     for arguments, message in (
         ([str(path), "out"], "has no column k, recipe, ours_us"),
         ([str(tmp_path / "missing.csv"), "out"], "No such file"),
-        ([str(MEASURED), "out", "--sweep", str(MEASURED)], "has no column us"),
+        ([str(MEASURED), "out", "--sweep", str(MEASURED)], "column 'us' is missing"),
     ):
         with pytest.raises(SystemExit) as exit_:
             report.main(arguments)
