@@ -224,7 +224,7 @@ def test_overrides_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"cluster": (2, 2)}, "a multicast cluster has at most 2 CTAs"),
         ({"cluster": (4, 1)}, "a multicast cluster has at most 2 CTAs"),
         ({"cluster": (2, 1), "split_k": 2}, "shares operands or splits K, not both"),
-        ({"split_k": 3}, "split_k must be one of 1, 2, 4, 8"),
+        ({"split_k": 9}, "split_k must be one of 1, 2, 3, 4, 5, 6, 7, 8"),
         ({"tile_n": 24, "cluster": (2, 1), "swap_ab": False}, "equal multiples of 8 rows"),
         ({"stages": 60}, "shared memory exceeds 232448 bytes"),
         ({"stages": 1}, "fewer than 2 stages"),
