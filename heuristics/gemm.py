@@ -28,6 +28,7 @@ from jitgemm.families.gemm import (
     GemmConfig,
     GemmProblem,
     KernelShape,
+    kernel_shape,
 )
 from jitgemm.heuristics import sm90a
 
@@ -152,16 +153,7 @@ def _fitting(problem: GemmProblem, config: GemmConfig) -> GemmConfig:
     return config
 
 
-@functools.lru_cache(maxsize=4096)
-def _shape(problem: GemmProblem, config: GemmConfig) -> KernelShape:
-    """The kernel's derived facts, computed once for all that asks."""
-    return KernelShape(problem, config)
-
-
-@functools.lru_cache(maxsize=1024)
-def _signature(problem: GemmProblem) -> GemmProblem:
-    """The problem without its sizes."""
-    return dataclasses.replace(problem, m=None, n=1, k=1)
+_shape, _signature = kernel_shape, GemmProblem.without_sizes
 
 
 _TILE_NS = (16, 24, 32, 40, 48, 56, 64, 72, 80, 88, 96, 104, 112, 120, 128, 136, 144, 160, 176, 192, 208, 224, 240, 256)

@@ -141,6 +141,10 @@ class GemmProblem:
         """The same problem for any m."""
         return dataclasses.replace(self, m=None)
 
+    def without_sizes(self) -> GemmProblem:
+        """What a kernel knows of the problem; equal ones are one object."""
+        return _without_sizes(self.recipe, self.layout, self.d_dtype, self.fast_accum)
+
     def with_m(self, m: int) -> GemmProblem:
         """The same problem for one m."""
         return dataclasses.replace(self, m=m)
@@ -168,6 +172,11 @@ class GemmProblem:
         if missing := [name for name in ("n", "k", "recipe") if name not in values]:
             raise ProblemError(f"field {missing[0]!r} is missing")
         return cls(**values)
+
+
+@functools.cache
+def _without_sizes(recipe: str, layout: str, d_dtype: str, fast_accum: bool) -> GemmProblem:
+    return GemmProblem(1, 1, recipe, None, layout, d_dtype, fast_accum)
 
 
 @dataclass(frozen=True, order=True)
@@ -379,6 +388,10 @@ class KernelShape:
         """Blocks that are compiled to share an SM: two where registers and shared memory allow it."""
         small = self.math_warpgroups == 1 and self.accumulator_registers <= 64
         return 2 if small and 2 * (self.smem_bytes + SM90A.smem_reserved) <= SM90A.smem_per_sm else 1
+
+
+kernel_shape = functools.lru_cache(maxsize=4096)(KernelShape)
+"""The ``KernelShape`` of a problem without sizes and a config, from a bounded table."""
 
 
 class Gemm:

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import ctypes
 import struct
-from dataclasses import dataclass
+from typing import NamedTuple
 
-from jitgemm.driver import Launch, ensure_context
-from jitgemm.families.gemm import MMA_M, SCALE_GROUP, GemmConfig, GemmProblem, KernelShape
+from jitgemm.driver import Arguments, Launch, ensure_context
+from jitgemm.errors import DriverError
+from jitgemm.families.gemm import MMA_M, SCALE_GROUP, GemmConfig, GemmProblem, KernelShape, kernel_shape
 from jitgemm.kernel import Kernel
-from jitgemm.tensor_map import ALIGNMENT, BYTES, OperandMap
+from jitgemm.tensor_map import ALIGNMENT, BYTES, OperandMap, operand_map, replace_address
 
 # The template's `Params`: five tensor maps, then d_plain, c, row_scale_matrix, column_scale_matrix, raster,
-# m, n, k_blocks, store_by_tma.
+# m, n, k_blocks, store_by_tma, weights_static.
 _MAPS = ("rows", "columns", "row_scales", "column_scales", "d")
-_TAIL = struct.Struct("<Qq Qq Qiiii Qiiii iii iiii")
+_TAIL = struct.Struct("<Qq Qq Qiiii Qiiii iii iii ii")
 _TAIL_OFFSET = len(_MAPS) * BYTES
 PARAMS_BYTES = -(-(_TAIL_OFFSET + _TAIL.size) // BYTES) * BYTES
 
 
-@dataclass(frozen=True)
-class Matrix:
+class Matrix(NamedTuple):
     """A matrix as the kernel sees it; strides in elements."""
 
     rows: int
@@ -28,16 +28,14 @@ class Matrix:
     row_stride: int
 
 
-@dataclass(frozen=True)
-class ScaleStrides:
+class ScaleStrides(NamedTuple):
     """Strides of a scale tensor, in elements: along the operand's rows (or blocks of rows) and along K."""
 
     mn: int
     k: int
 
 
-@dataclass(frozen=True)
-class Addresses:
+class Addresses(NamedTuple):
     """Where the tensors of one call are; 0 where there is none."""
 
     a: int
@@ -62,6 +60,8 @@ class GemmGeometry:
         a_scales: strides of A's scales, as the kernel takes them.
         b_scales: strides of B's scales, as the kernel takes them.
         num_sms: multiprocessors to use.
+        pdl: launch with programmatic dependent launch.
+        weights_static: B and its scales are written by no kernel that is still running at the launch.
     """
 
     def __init__(
@@ -76,30 +76,33 @@ class GemmGeometry:
         a_scales: ScaleStrides,
         b_scales: ScaleStrides,
         num_sms: int,
+        pdl: bool = False,
+        weights_static: bool = False,
     ) -> None:
-        assert problem.m is not None
-        shape = KernelShape(problem, config)
-        self._shape, self._kernel = shape, kernel
-        # A store clips the last columns in steps of 16 bytes: D must end on one, or what lies behind it is overwritten.
-        self._d_by_tma = d.row_stride * shape.d_bytes % ALIGNMENT == 0 and d.columns * shape.d_bytes % ALIGNMENT == 0
+        m, n = problem.m, problem.n
+        assert m is not None
+        shape = kernel_shape(problem.without_sizes(), config)
+        self._device = kernel.device
         self._swap = config.swap_ab
         k_blocks = -(-problem.k // config.tile_k)
 
-        rows_shared = config.cluster_m if config.swap_ab else config.cluster_n
-        columns_shared = config.cluster_n if config.swap_ab else config.cluster_m
-        m_side, n_side = (b, a) if config.swap_ab else (a, b)
-        self._rows = _operand(shape, m_side, shape.m_side_major, shape.mma_m, rows_shared)
-        self._columns = _operand(shape, n_side, shape.n_side_major, shape.mma_n, columns_shared)
-        m_length, n_length = (problem.n, problem.m) if config.swap_ab else (problem.m, problem.n)
-        m_scales, n_scales = (b_scales, a_scales) if config.swap_ab else (a_scales, b_scales)
-        self._row_scales = _scales(shape.m_side_scales, m_length, k_blocks, m_scales, shape.mma_m)
-        self._column_scales = _scales(shape.n_side_scales, n_length, k_blocks, n_scales, shape.mma_n)
-        self._d = self._d_map(d)
+        rows_shared, columns_shared = config.cluster_n, config.cluster_m
+        m_side, n_side, m_length, n_length, m_scales, n_scales = a, b, m, n, a_scales, b_scales
+        if config.swap_ab:
+            rows_shared, columns_shared = columns_shared, rows_shared
+            m_side, n_side, m_length, n_length, m_scales, n_scales = b, a, n, m, b_scales, a_scales
+        self._maps = (
+            _operand(shape, m_side, shape.m_side_major, shape.mma_m, rows_shared),
+            _operand(shape, n_side, shape.n_side_major, shape.mma_n, columns_shared),
+            _scales(shape.m_side_scales, m_length, k_blocks, m_scales, shape.mma_m),
+            _scales(shape.n_side_scales, n_length, k_blocks, n_scales, shape.mma_n),
+            _output(shape, d),
+        )
+        self._encoded: tuple[bytes, tuple[int, ...]] | None = None  # the maps of the first call, and their addresses
 
-        cluster_size = config.cluster_m * config.cluster_n * config.split_k
-        clusters_m = -(-problem.m // (config.tile_m * config.cluster_m))
-        clusters_n = -(-problem.n // (config.tile_n * config.cluster_n))
-        clusters = clusters_m * clusters_n
+        clusters_m = -(-m // (config.tile_m * config.cluster_m))
+        clusters_n = -(-n // (config.tile_n * config.cluster_n))
+        clusters, cluster_size = clusters_m * clusters_n, config.cluster_m * config.cluster_n * config.split_k
         if config.split_k > 1:
             resident = clusters  # one tile per cluster; the hardware queues what does not fit
         else:
@@ -107,84 +110,52 @@ class GemmGeometry:
             waves = -(-clusters // slots)
             resident = -(-clusters // waves)  # as many tiles for each as can be
         self.grid = (resident * cluster_size, 1, 1)
-        self._pack_tail = _TailPacker(
-            d_row_stride=d.row_stride,
-            c_row_stride=c_row_stride,
-            row_scales=_scale_fields(shape.m_side_scales, m_scales, m_length),
-            column_scales=_scale_fields(shape.n_side_scales, n_scales, n_length),
-            raster=(clusters_m, clusters_n, raster_group(problem, config, num_sms)),
-            sizes=(problem.m, problem.n, k_blocks),
-        )
+        self.launch = Launch(kernel.handle, self.grid, kernel.num_threads, kernel.smem_bytes, kernel.device, pdl)
+        self._strides = d.row_stride, c_row_stride
+        self._row_scales = _scale_fields(shape.m_side_scales, m_scales, m_length)
+        self._column_scales = _scale_fields(shape.n_side_scales, n_scales, n_length)
+        self._sizes = (clusters_m, clusters_n, raster_group(problem, config, num_sms), m, n, k_blocks)
+        self._weights_static = weights_static
 
-    def _d_map(self, d: Matrix) -> OperandMap | None:
-        if not self._d_by_tma or self._shape.config.split_k > 1:
-            return None
-        shape = self._shape
-        width = shape.store_row_bytes
-        height = shape.store_columns if shape.config.swap_ab else MMA_M
-        dtype = shape.problem.d_dtype
-        return OperandMap(dtype, d.columns, d.rows, d.row_stride, width // shape.d_bytes, height, width)
-
-    def bind(self, at: Addresses) -> Launch:
-        """Pack the parameter block for one set of addresses.
+    def bind(self, at: Addresses) -> Arguments:
+        """The parameter block for one set of addresses.
 
         Raises:
             DriverError: the driver refuses a tensor map.
         """
-        ensure_context(self._kernel.device)  # encoding a tensor map needs one
-        block = ctypes.create_string_buffer(PARAMS_BYTES + BYTES)
-        start = -ctypes.addressof(block) % BYTES
-        rows, columns = (at.b, at.a) if self._swap else (at.a, at.b)
-        row_scales, column_scales = (at.b_scales, at.a_scales) if self._swap else (at.a_scales, at.b_scales)
-        store_by_tma = self._d is not None and at.d % ALIGNMENT == 0
-        maps = (
-            (self._rows, rows),
-            (self._columns, columns),
-            (self._row_scales, row_scales),
-            (self._column_scales, column_scales),
-            (self._d if store_by_tma else None, at.d),
+        arguments = Arguments(PARAMS_BYTES)
+        rows, columns, row_scales, column_scales = at.a, at.b, at.a_scales, at.b_scales
+        if self._swap:
+            rows, columns, row_scales, column_scales = columns, rows, column_scales, row_scales
+        store_by_tma = self._maps[4] is not None and at.d % ALIGNMENT == 0
+        mapped = (rows, columns, row_scales, column_scales, at.d // ALIGNMENT * ALIGNMENT)
+        try:
+            self._write_maps(arguments.address, mapped)
+        except DriverError:
+            ensure_context(self._device)  # a thread's first CUDA call
+            self._write_maps(arguments.address, mapped)
+        (d_stride, c_stride), row_fields, column_fields = self._strides, self._row_scales, self._column_scales
+        tail = _TAIL.pack(
+            *(at.d, d_stride, at.c, c_stride, row_scales, *row_fields, 0, column_scales, *column_fields, 0),
+            *self._sizes,
+            store_by_tma,
+            self._weights_static,
         )
-        for index, (operand, address) in enumerate(maps):
-            if operand is not None:
-                offset = start + index * BYTES
-                ctypes.memmove(ctypes.addressof(block) + offset, operand.encoded(address), BYTES)
-        self._pack_tail(block, start + _TAIL_OFFSET, at.d, at.c, row_scales, column_scales, store_by_tma)
-        kernel = self._kernel
-        return Launch(
-            kernel.handle,
-            self.grid,
-            kernel.num_threads,
-            kernel.smem_bytes,
-            ctypes.addressof(block) + start,
-            block,
-            kernel.device,
-        )
+        ctypes.memmove(arguments.address + _TAIL_OFFSET, tail, _TAIL.size)
+        return arguments
 
-
-@dataclass(frozen=True)
-class _TailPacker:
-    """The part of ``Params`` after the tensor maps."""
-
-    d_row_stride: int
-    c_row_stride: int
-    row_scales: tuple[int, int, int]  # stride along rows, stride along K, 128-row blocks
-    column_scales: tuple[int, int, int]
-    raster: tuple[int, int, int]
-    sizes: tuple[int, int, int]
-
-    def __call__(
-        self, block: ctypes.Array[ctypes.c_char], offset: int, d: int, c: int, rows: int, columns: int, tma: bool
-    ) -> None:
-        _TAIL.pack_into(
-            block,
-            offset,
-            *(d, self.d_row_stride, c, self.c_row_stride),
-            *(rows, *self.row_scales, 0),
-            *(columns, *self.column_scales, 0),
-            *self.raster,
-            *self.sizes,
-            tma,
-        )
+    def _write_maps(self, target: int, addresses: tuple[int, ...]) -> None:
+        if self._encoded is None:
+            for index, (operand, address) in enumerate(zip(self._maps, addresses, strict=True)):
+                if operand is not None:
+                    operand.write(target + index * BYTES, address)
+            self._encoded = ctypes.string_at(target, _TAIL_OFFSET), addresses
+            return
+        encoded, before = self._encoded
+        ctypes.memmove(target, encoded, _TAIL_OFFSET)
+        for index, operand in enumerate(self._maps):
+            if operand is not None and addresses[index] != before[index]:
+                replace_address(target + index * BYTES, addresses[index])
 
 
 def raster_group(problem: GemmProblem, config: GemmConfig, num_sms: int) -> int:
@@ -205,17 +176,31 @@ def _operand(shape: KernelShape, matrix: Matrix, major: str, tile_rows: int, sha
     dtype = "uint8" if shape.problem.traits.is_fp8 else "bf16"
     tile_k = shape.config.tile_k
     box = (tile_k, tile_rows // shared_by) if major == "k" else (64, tile_k // shared_by)
-    return OperandMap(dtype, matrix.columns, matrix.rows, matrix.row_stride, *box, swizzle=128)
+    return operand_map(dtype, matrix.columns, matrix.rows, matrix.row_stride, *box, 128)
 
 
 def _scales(granularity: str, length: int, k_blocks: int, strides: ScaleStrides, tile_rows: int) -> OperandMap | None:
     """The map of scales that go through the ring: one per row and 128 of K, MN-major."""
     if granularity != "row_k":
         return None
-    return OperandMap("fp32", length, k_blocks, strides.k, tile_rows, 1, swizzle=16)
+    return operand_map("fp32", length, k_blocks, strides.k, tile_rows, 1, 16)
+
+
+def _output(shape: KernelShape, d: Matrix) -> OperandMap | None:
+    """The map of D, where TMA can store it."""
+    # A store clips the last columns in steps of 16 bytes: D must end on one, or what lies behind it is overwritten.
+    aligned = d.row_stride * shape.d_bytes % ALIGNMENT == 0 and d.columns * shape.d_bytes % ALIGNMENT == 0
+    if not aligned or shape.config.split_k > 1:
+        return None
+    width = shape.store_row_bytes
+    height = shape.store_columns if shape.config.swap_ab else MMA_M
+    return operand_map(
+        shape.problem.d_dtype, d.columns, d.rows, d.row_stride, width // shape.d_bytes, height, width
+    )
 
 
 def _scale_fields(granularity: str, strides: ScaleStrides, length: int) -> tuple[int, int, int]:
+    """Stride along rows, stride along K, and 128-row blocks."""
     if granularity == "tensor":
         return 0, 0, 0
     return strides.mn, strides.k, -(-length // SCALE_GROUP)

@@ -2,32 +2,51 @@
 
 from __future__ import annotations
 
-from typing import Any
+import itertools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from jitgemm import settings
-from jitgemm.driver import Launch
 from jitgemm.errors import ProblemError
-from jitgemm.families.gemm import FAMILY, RECIPES, SCALE_GROUP, GemmConfig, GemmProblem
+from jitgemm.families.gemm import FAMILY, LAYOUTS, RECIPES, SCALE_GROUP, GemmProblem
 from jitgemm.families.gemm_launch import Addresses, GemmGeometry, Matrix, ScaleStrides
 from jitgemm.heuristics import choose_config
 from jitgemm.kernel import load
-from jitgemm.ops.dispatch import needs_dispatch
+from jitgemm.ops.dispatch import are_plain, dispatch_modes, function_modes, needs_dispatch
 from jitgemm.ops.layout import copy_to_mn_major
-from jitgemm.plan import BOUND_LAUNCHES, Table, device_facts, num_sms_limit, raw_stream
+from jitgemm.plan import BOUND_LAUNCHES, Table, current_device, device_facts, matcher, raw_stream
 from jitgemm.reference import gemm as reference
 from jitgemm.reference.layout import get_tma_aligned_size
+from jitgemm.settings import Settings
 
 Scaled = tuple[Tensor, Tensor]
 
 _D_DTYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 _ALIGNMENT = 16  # bytes: TMA's, of addresses and row strides
-_current_device: Any = getattr(torch._C, "_cuda_getDevice", None)
+_GPU = "cuda"  # the type of the devices that kernels run on
 
 # The peer's (rows of A, rows of B, K) per scale.
 _PEER_RECIPES = {(1, 128, 128): "fp8_1x128_128x128", (1, 1, 128): "fp8_1x128_1x128"}
+
+
+class Operation(NamedTuple):
+    """What a call asks for beyond its tensors; one object each, in ``_OPERATIONS``."""
+
+    recipe: str
+    layout: str
+    fast_accum: bool
+
+
+_OPERATIONS = {
+    (recipe, layout, fast_accum): Operation(recipe, layout, fast_accum)
+    for recipe, layout, fast_accum in itertools.product(RECIPES, LAYOUTS, (False, True))
+}
+_FP8 = _OPERATIONS["fp8_1x128_128x128", "nt", False]
+_BF16_NT, _BF16_NN, _BF16_TN, _BF16_TT = (_OPERATIONS["bf16", layout, False] for layout in LAYOUTS)
 
 
 def fp8_gemm_nt(
@@ -71,10 +90,15 @@ def fp8_gemm_nt(
         ProblemError: an argument is not of these; nothing has been launched.
         CacheMissError: the kernel is not cached and compiling is forbidden.
     """
-    name = _recipe_name(recipe, recipe_a, recipe_b)
+    operation = _FP8
+    if recipe is not None or recipe_a is not None or recipe_b is not None or fast_accum is not False:
+        if not isinstance(fast_accum, bool):
+            raise ProblemError(f"fast_accum is {fast_accum!r}; accepted is a boolean")
+        operation = _OPERATIONS[_recipe_name(recipe, recipe_a, recipe_b), "nt", fast_accum]
     if type(a) is not tuple or type(b) is not tuple or len(a) != 2 or len(b) != 2:
         a, b = _pair("a", a), _pair("b", b)
-    _gemm(a[0], a[1], b[0], b[1], d, c, name, "nt", fast_accum)
+    if not _launch_again(a[0], a[1], b[0], b[1], d, c, operation):
+        _launch(a[0], a[1], b[0], b[1], d, c, operation)
 
 
 def bf16_gemm_nt(a: Tensor, b: Tensor, d: Tensor, c: Tensor | None = None, compiled_dims: str = "") -> None:
@@ -91,22 +115,26 @@ def bf16_gemm_nt(a: Tensor, b: Tensor, d: Tensor, c: Tensor | None = None, compi
         ProblemError: an argument is not of these; nothing has been launched.
         CacheMissError: the kernel is not cached and compiling is forbidden.
     """
-    _gemm(a, None, b, None, d, c, "bf16", "nt", False)
+    if not _launch_again(a, None, b, None, d, c, _BF16_NT):
+        _launch(a, None, b, None, d, c, _BF16_NT)
 
 
 def bf16_gemm_nn(a: Tensor, b: Tensor, d: Tensor, c: Tensor | None = None, compiled_dims: str = "") -> None:
     """``d = a @ b (+ c)``: a ``[m, k]``, b ``[k, n]``; else as ``bf16_gemm_nt``."""
-    _gemm(a, None, b, None, d, c, "bf16", "nn", False)
+    if not _launch_again(a, None, b, None, d, c, _BF16_NN):
+        _launch(a, None, b, None, d, c, _BF16_NN)
 
 
 def bf16_gemm_tn(a: Tensor, b: Tensor, d: Tensor, c: Tensor | None = None, compiled_dims: str = "") -> None:
     """``d = a.T @ b (+ c)``: a ``[k, m]``, b ``[k, n]``; else as ``bf16_gemm_nt``."""
-    _gemm(a, None, b, None, d, c, "bf16", "tn", False)
+    if not _launch_again(a, None, b, None, d, c, _BF16_TN):
+        _launch(a, None, b, None, d, c, _BF16_TN)
 
 
 def bf16_gemm_tt(a: Tensor, b: Tensor, d: Tensor, c: Tensor | None = None, compiled_dims: str = "") -> None:
     """``d = a.T @ b.T (+ c)``: a ``[k, m]``, b ``[n, k]``; else as ``bf16_gemm_nt``."""
-    _gemm(a, None, b, None, d, c, "bf16", "tt", False)
+    if not _launch_again(a, None, b, None, d, c, _BF16_TT):
+        _launch(a, None, b, None, d, c, _BF16_TT)
 
 
 def _recipe_name(recipe: object, recipe_a: object, recipe_b: object) -> str:
@@ -135,45 +163,100 @@ def _pair(name: str, operand: Any) -> Scaled:
     return operand[0], operand[1]
 
 
-def _gemm(
+_Recent = tuple[Operation, Settings, int, Callable[..., bool], tuple[int, ...], Callable[[], int], "_GemmPlan"]
+"""A call that may be repeated: what it asked for, the settings, the device, a function that says whether tensors are
+like its own, the stream and addresses, the launch of these, and the plan. A plain tuple is the fastest to take apart.
+"""
+
+_recent: Table[int, _Recent] = Table(4096)
+"""The last call with some B, by the tensor's ``id``: a guess, for another tensor may have that id by now."""
+
+
+def _launch_again(
     a: Tensor,
     a_scales: Tensor | None,
     b: Tensor,
     b_scales: Tensor | None,
     d: Tensor,
     c: Tensor | None,
-    recipe: str,
-    layout: str,
-    fast_accum: bool,
+    operation: Operation,
+) -> bool:
+    """Launch as the last call with ``b`` did, if all that plans are keyed by is the same; whether it was.
+
+    The host time of a call is spent here: see benchmarks/host_time.py before adding to it.
+    """
+    if is_dynamo_compiling() or dispatch_modes() or function_modes():
+        return False
+    recent = _recent.get(id(b))
+    if recent is None:
+        return False
+    known_operation, known_settings, device, match, known_addresses, run, plan = recent
+    if known_operation is not operation or known_settings is not settings.current() or device != current_device():
+        return False
+    try:
+        if c is None:
+            same = match(a, b, d) if a_scales is None else match(a, a_scales, b, b_scales, d)
+        else:
+            same = match(a, b, d, c) if a_scales is None else match(a, a_scales, b, b_scales, d, c)
+    except TypeError:  # another number of tensors
+        return False
+    if not same:
+        return False
+    addresses = (
+        raw_stream(device),
+        a.data_ptr(),
+        0 if a_scales is None else a_scales.data_ptr(),
+        b.data_ptr(),
+        0 if b_scales is None else b_scales.data_ptr(),
+        d.data_ptr(),
+        0 if c is None else c.data_ptr(),
+    )
+    if addresses != known_addresses:
+        if (addresses[2] | addresses[4]) % _ALIGNMENT:  # scales that are copied first, if the kernel loads them by TMA
+            return False
+        run = plan.bound.get(addresses) or plan.bind(addresses)
+        _recent.put(id(b), (operation, known_settings, device, match, addresses, run, plan))
+    status = run()
+    if status:
+        plan.retry(run, status)
+    return True
+
+
+def _launch(
+    a: Tensor,
+    a_scales: Tensor | None,
+    b: Tensor,
+    b_scales: Tensor | None,
+    d: Tensor,
+    c: Tensor | None,
+    operation: Operation,
 ) -> None:
-    if needs_dispatch(a, a_scales, b, b_scales, d, c):
-        _check_tensors(a=a, a_scales=a_scales, b=b, b_scales=b_scales, d=d, c=c)
-        in_place = c is d
-        torch.ops.jitgemm.gemm(
-            a, a_scales, b, b_scales, d, None if in_place else c, in_place, recipe, layout, fast_accum
-        )
+    """A call that is not like the one before it, or that must go through torch's dispatcher."""
+    if not needs_dispatch(a, a_scales, b, b_scales, d, c):
+        _run(a, a_scales, b, b_scales, d, c, operation)
         return
-    run_gemm(a, a_scales, b, b_scales, d, c, recipe, layout, fast_accum)
+    _check_tensors(a=a, a_scales=a_scales, b=b, b_scales=b_scales, d=d, c=c)
+    in_place = c is d
+    recipe, layout, fast_accum = operation
+    torch.ops.jitgemm.gemm(a, a_scales, b, b_scales, d, None if in_place else c, in_place, recipe, layout, fast_accum)
 
 
 _plans: Table[Any, Any] = Table(4096)
 
 
-def run_gemm(
+def _run(
     a: Tensor,
     a_scales: Tensor | None,
     b: Tensor,
     b_scales: Tensor | None,
     d: Tensor,
     c: Tensor | None,
-    recipe: str,
-    layout: str,
-    fast_accum: bool,
+    operation: Operation,
 ) -> None:
     """Find or make the plan of a call and launch it; CPU tensors go to the reference."""
     try:
         key = (
-            recipe, layout, fast_accum, settings.current().generation, num_sms_limit(),
+            operation, settings.current().generation,
             a.shape, a.stride(), a.dtype, a.device, b.shape, b.stride(), b.dtype, b.device,
             d.shape, d.stride(), d.dtype, d.device,
             None if a_scales is None else _scales_key(a_scales),
@@ -185,7 +268,7 @@ def run_gemm(
         raise
     plan = _plans.get(key)
     if plan is None:
-        plan = _plans.put(key, _make_plan(a, a_scales, b, b_scales, d, c, recipe, layout, fast_accum))
+        plan = _plans.put(key, _make_plan(a, a_scales, b, b_scales, d, c, operation))
     plan(a, a_scales, b, b_scales, d, c)
 
 
@@ -197,38 +280,72 @@ def _scales_key(scales: Tensor) -> tuple[object, ...]:
 class _GemmPlan:
     """A checked problem with its kernel and geometry."""
 
-    def __init__(self, operands: _Operands, geometry: GemmGeometry, transposes: tuple[bool, bool], device: int) -> None:
-        self._operands, self._geometry, self._device = operands, geometry, device
+    def __init__(
+        self,
+        operation: Operation,
+        in_force: Settings,
+        operands: _Operands,
+        geometry: GemmGeometry,
+        transposes: tuple[bool, bool],
+        device: int,
+    ) -> None:
+        self._operation, self._settings, self._device = operation, in_force, device
+        self._operands, self._geometry = operands, geometry
         self._transpose_a, self._transpose_b = transposes
-        self._bound: Table[tuple[int, ...], Launch] = Table(BOUND_LAUNCHES)
+        self.bound: Table[tuple[int, ...], Callable[[], int]] = Table(BOUND_LAUNCHES)
+        self.retry = geometry.launch.retry
 
     def __call__(
         self, a: Tensor, a_scales: Tensor | None, b: Tensor, b_scales: Tensor | None, d: Tensor, c: Tensor | None
     ) -> None:
-        if _current_device() != self._device:
-            with torch.cuda.device(self._device):
+        device = self._device
+        if current_device() != device:
+            with torch.cuda.device(device):
                 return self(a, a_scales, b, b_scales, d, c)
         if self._transpose_a or self._transpose_b:
-            self._operands.check_overlap(*_addresses(a, a_scales, b, b_scales, d, c))
-            if self._transpose_a:
-                a_scales = copy_to_mn_major(a_scales)  # type: ignore[arg-type]
-            if self._transpose_b:
-                b_scales = copy_to_mn_major(b_scales)  # type: ignore[arg-type]
-        at = _addresses(a, a_scales, b, b_scales, d, c)
-        launch = self._bound.get(at)
-        if launch is None:
-            self._operands.check_alignment(at[0], at[2])
-            if not (self._transpose_a or self._transpose_b):
-                self._operands.check_overlap(*at)
-            launch = self._bound.put(at, self._geometry.bind(Addresses(*at)))
-        launch(raw_stream(self._device))
+            return self._transpose_and_launch(a, a_scales, b, b_scales, d, c)
+        addresses = (raw_stream(device), *_addresses(a, a_scales, b, b_scales, d, c))
+        run = self.bound.get(addresses) or self.bind(addresses)
+        tensors = tuple(tensor for tensor in (a, a_scales, b, b_scales, d, c) if tensor is not None)
+        if are_plain(*tensors):
+            match = matcher(*tensors)
+            _recent.put(id(b), (self._operation, self._settings, device, match, addresses, run, self))
+        status = run()
+        if status:
+            self.retry(run, status)
         return None
+
+    def bind(self, addresses: tuple[int, ...]) -> Callable[[], int]:
+        """The launch on a stream, whose handle comes first, with tensors at the addresses that follow.
+
+        Raises:
+            ProblemError: TMA can't start at an address, or d overlaps an input.
+            DriverError: the driver refuses a tensor map.
+        """
+        stream, *rest = addresses
+        at = Addresses(*rest)
+        self._operands.check_alignment(at.a, at.b)
+        self._operands.check_overlap(*at)
+        return self.bound.put(addresses, self._geometry.launch.prepare(self._geometry.bind(at), stream))
+
+    def _transpose_and_launch(
+        self, a: Tensor, a_scales: Tensor | None, b: Tensor, b_scales: Tensor | None, d: Tensor, c: Tensor | None
+    ) -> None:
+        at = _addresses(a, a_scales, b, b_scales, d, c)
+        self._operands.check_alignment(at.a, at.b)
+        self._operands.check_overlap(*at)
+        copies = [
+            copy_to_mn_major(scales) if transpose and scales is not None else scales
+            for scales, transpose in ((a_scales, self._transpose_a), (b_scales, self._transpose_b))
+        ]
+        arguments = self._geometry.bind(_addresses(a, copies[0], b, copies[1], d, c))
+        self._geometry.launch(arguments, raw_stream(self._device))
 
 
 def _addresses(
     a: Tensor, a_scales: Tensor | None, b: Tensor, b_scales: Tensor | None, d: Tensor, c: Tensor | None
-) -> tuple[int, int, int, int, int, int]:
-    return (
+) -> Addresses:
+    return Addresses(
         a.data_ptr(),
         0 if a_scales is None else a_scales.data_ptr(),
         b.data_ptr(),
@@ -274,10 +391,9 @@ class _Operands:
         b_scales: Tensor | None,
         d: Tensor,
         c: Tensor | None,
-        recipe: str,
-        layout: str,
-        fast_accum: bool,
+        operation: Operation,
     ) -> None:
+        recipe, layout, fast_accum = operation
         _check_tensors(a=a, a_scales=a_scales, b=b, b_scales=b_scales, d=d, c=c)
         traits = RECIPES[recipe]
         operand_dtype = torch.float8_e4m3fn if traits.is_fp8 else torch.bfloat16
@@ -484,25 +600,23 @@ def _make_plan(
     b_scales: Tensor | None,
     d: Tensor,
     c: Tensor | None,
-    recipe: str,
-    layout: str,
-    fast_accum: bool,
-    config: GemmConfig | None = None,
+    operation: Operation,
 ) -> Any:
-    operands = _Operands(a, a_scales, b, b_scales, d, c, recipe, layout, fast_accum)
+    operands = _Operands(a, a_scales, b, b_scales, d, c, operation)
     problem = operands.problem
-    if d.device.type == "cpu":
-        return _ReferencePlan(operands, recipe, layout, problem.d_dtype)
-    if d.device.type != "cuda":
+    kind = d.device.type
+    if kind == "cpu" != _GPU:
+        return _ReferencePlan(operands, operation.recipe, operation.layout, problem.d_dtype)
+    if kind != _GPU:
         raise ProblemError(f"d is on {d.device}; accepted are CUDA and CPU tensors")
     operands.check_for_tma()
     if problem.m == 0:
         return _EmptyPlan()
     assert problem.m is not None
-    ordinal = d.device.index
+    ordinal = d.get_device()
+    in_force = settings.current()
     device, num_sms = device_facts(ordinal)
-    if config is None:
-        config = choose_config(problem, device)
+    config = choose_config(problem, device)
     kernel = load(FAMILY.spec(problem, config, device.arch.name), ordinal)
 
     strides, transposes = [operands.a_scales, operands.b_scales], [False, False]
@@ -525,9 +639,11 @@ def _make_plan(
         c_row_stride=operands.c_row_stride,
         a_scales=strides[0],
         b_scales=strides[1],
-        num_sms=min(num_sms, num_sms_limit() or num_sms),
+        num_sms=min(num_sms, in_force.num_sms or num_sms),
+        pdl=in_force.pdl,
+        weights_static=in_force.static_weights and not transposes[1],  # a copy has just been written
     )
-    return _GemmPlan(operands, geometry, (transposes[0], transposes[1]), ordinal)
+    return _GemmPlan(operation, in_force, operands, geometry, (transposes[0], transposes[1]), ordinal)
 
 
 def _gemm_operator(
@@ -542,7 +658,9 @@ def _gemm_operator(
     layout: str,
     fast_accum: bool,
 ) -> None:
-    run_gemm(a, a_scales, b, b_scales, d, d if accumulate else c, recipe, layout, fast_accum)
+    operation, c = _OPERATIONS[recipe, layout, fast_accum], d if accumulate else c
+    if not _launch_again(a, a_scales, b, b_scales, d, c, operation):
+        _run(a, a_scales, b, b_scales, d, c, operation)
 
 
 def _gemm_fake(

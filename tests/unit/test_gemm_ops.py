@@ -18,7 +18,7 @@ import jitgemm
 from benchmarks.operands import Embedded, Operands, quantize, random_matrix
 from jitgemm.errors import ProblemError
 from jitgemm.families.gemm import LAYOUTS, RECIPES
-from jitgemm.ops.gemm import _Operands
+from jitgemm.ops.gemm import _OPERATIONS, _Operands
 from jitgemm.reference import gemm as reference
 
 M, N, K = 5, 40, 272
@@ -264,7 +264,7 @@ def test_layouts_read_shapes_their_way(layout: str) -> None:
 def checked(a: Tensor, b: Tensor, d: Tensor, c: Tensor | None = None, recipe: str = "bf16") -> _Operands:
     fp8 = recipe != "bf16"
     one = torch.ones(1) if fp8 else None
-    return _Operands(a, one, b, one, d, c, recipe, "nt", False)
+    return _Operands(a, one, b, one, d, c, _OPERATIONS[recipe, "nt", False])
 
 
 def addresses(a: Tensor, b: Tensor, d: Tensor, c: Tensor | None = None) -> tuple[int, ...]:
@@ -323,7 +323,7 @@ def test_scales_may_not_overlap_d() -> None:
     storage = buffer(1024, torch.float32)
     d, scales = storage[: M * N].view(M, N), storage[M * N - 1 : M * N]
     a, b = empty(M, K), empty(N, K)
-    operands = _Operands(a, scales, b, torch.ones(1), d, None, "fp8_tensorwise", "nt", False)
+    operands = _Operands(a, scales, b, torch.ones(1), d, None, _OPERATIONS["fp8_tensorwise", "nt", False])
     align = 1 << 20
     with pytest.raises(ProblemError, match="d overlaps a_scales"):
         operands.check_overlap(align, scales.data_ptr(), 2 * align, 3 * align, d.data_ptr(), 0)
