@@ -2,11 +2,22 @@
 
 from jitgemm.heuristics.gemm import (
     Candidate,
+    Chooser,
     Explanation,
     choose_config,
+    chooser,
     enumerate_configs,
     enumerate_specs,
     explain,
 )
 
-__all__ = ["Candidate", "Explanation", "choose_config", "enumerate_configs", "enumerate_specs", "explain"]
+__all__ = [
+    "Candidate",
+    "Chooser",
+    "Explanation",
+    "choose_config",
+    "chooser",
+    "enumerate_configs",
+    "enumerate_specs",
+    "explain",
+]

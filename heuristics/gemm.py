@@ -35,6 +35,8 @@ from jitgemm.heuristics import sm90a
 ANCHORS = (1, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 16384)
 """Values of m whose winners serve every m."""
 
+_CHOICES = 65536  # kept of one problem
+
 _NEIGHBOURS = 1  # anchors on each side of m whose winners are considered
 
 MAX_STAGES = 12
@@ -60,7 +62,12 @@ def choose_config(problem: GemmProblem, device: Device) -> GemmConfig:
         ConfigError: no legal config meets the overrides in force.
     """
     assert problem.m is not None
-    return _choose(problem, device, _overrides())
+    return chooser(problem, device)(problem.m)
+
+
+def chooser(problem: GemmProblem, device: Device) -> Chooser:
+    """``choose_config`` for a problem with any m, under the overrides in force."""
+    return _chooser(problem.without_m(), device, _overrides())
 
 
 def enumerate_configs(problem: GemmProblem, device: Device) -> tuple[GemmConfig, ...]:
@@ -378,13 +385,42 @@ def _rank(problem: GemmProblem, config: GemmConfig, device: Device) -> tuple[flo
     return predict(problem, config, device)["total"], -config.stages, config
 
 
-@functools.lru_cache(maxsize=65536)
-def _choose(problem: GemmProblem, device: Device, overrides: Overrides) -> GemmConfig:
-    assert problem.m is not None
-    middle = bisect.bisect_left(ANCHORS, problem.m)
-    near = ANCHORS[max(0, middle - _NEIGHBOURS) : middle + _NEIGHBOURS]
-    winners = sorted({_anchor_winner(problem.without_m(), m, device, overrides) for m in near})
-    return min(winners, key=lambda config: _rank(problem, config, device))
+class Chooser:
+    """The table from m to config of one problem; it fills as it is asked."""
+
+    def __init__(self, problem: GemmProblem, device: Device, overrides: Overrides) -> None:
+        self._problem, self._device, self._overrides = problem, device, overrides
+        self._chosen: dict[int, GemmConfig] = {}
+        self._near: dict[int, list[GemmConfig]] = {}  # winners of the anchors around an m, by its place among them
+
+    def __call__(self, m: int) -> GemmConfig:
+        """The config for an m.
+
+        Raises:
+            ConfigError: no legal config meets the overrides.
+        """
+        config = self._chosen.get(m)
+        if config is None:
+            winners = self._winners_near(bisect.bisect_left(ANCHORS, m))
+            config = winners[0]
+            if len(winners) > 1:
+                at = self._problem.with_m(m)
+                config = min(winners, key=lambda winner: _rank(at, winner, self._device))
+            if len(self._chosen) >= _CHOICES:
+                self._chosen = {}
+            self._chosen[m] = config
+        return config
+
+    def _winners_near(self, middle: int) -> list[GemmConfig]:
+        winners = self._near.get(middle)
+        if winners is None:
+            near = ANCHORS[max(0, middle - _NEIGHBOURS) : middle + _NEIGHBOURS]
+            found = {_anchor_winner(self._problem, anchor, self._device, self._overrides) for anchor in near}
+            winners = self._near[middle] = sorted(found)
+        return winners
+
+
+_chooser = functools.lru_cache(maxsize=1024)(Chooser)
 
 
 @functools.lru_cache(maxsize=65536)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import struct
 from collections.abc import Callable
 from typing import Any
 
@@ -105,7 +104,6 @@ class _LaunchConfig(ctypes.Structure):
     )
 
 
-_POINTER = struct.Struct("<Q")
 _PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CUlaunchAttributeID
 _PDL = _LaunchAttribute(id=_PROGRAMMATIC_STREAM_SERIALIZATION, value=1)
 
@@ -122,20 +120,25 @@ class Arguments:
     """Memory for a kernel's one parameter.
 
     Args:
-        size: its bytes; they start at ``address``, aligned to 128.
+        size: its bytes, a multiple of 8; they start at ``address``, aligned to 128, which is ``words[first]``.
     """
 
-    __slots__ = ("address", "reference")
+    __slots__ = ("address", "first", "reference", "words")
 
     def __init__(self, size: int) -> None:
         # Behind the parameter its address, which is what the driver is pointed to.
-        end = -(-size // 8) * 8
-        memory = ctypes.create_string_buffer(128 + end + 8)
-        base = ctypes.addressof(memory)
-        self.address = -(-base // 128) * 128
-        pointer = self.address - base + end
-        _POINTER.pack_into(memory, pointer, self.address)
-        self.reference = ctypes.byref(memory, pointer)  # keeps the memory
+        self.words = words = _memory(size)()
+        base = ctypes.addressof(words)
+        self.address = address = -(-base // 128) * 128
+        self.first = (address - base) // 8
+        behind = self.first + size // 8
+        words[behind] = address
+        self.reference = ctypes.byref(words, behind * 8)  # keeps the memory
+
+
+@functools.cache
+def _memory(size: int) -> Any:
+    return ctypes.c_uint64 * (128 // 8 + size // 8 + 1)
 
 
 class Launch:

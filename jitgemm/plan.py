@@ -7,7 +7,7 @@ was checked when it was made.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -103,8 +103,10 @@ def _find_tensor_guards() -> Any:
 
         x = torch.empty((2, 4))
         match = TensorGuards(x, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
-        others = (x[:1], x[:, :2], x.as_strided((2, 4), (1, 2)), x.view(torch.int32), torch.nn.Parameter(x), None)
-        return TensorGuards if match(x) and not any(match(other) for other in others) else None
+        match_columns = TensorGuards(x, dynamic_dims_sizes=[[None, 4]], dynamic_dims_strides=[[4, 1]]).check
+        others = (x[:, :2], x.as_strided((2, 4), (1, 2)), x.view(torch.int32), torch.nn.Parameter(x), None)
+        right = match(x) and match_columns(x[:1]) and not match(x[:1])
+        return TensorGuards if right and not any(match(y) or match_columns(y) for y in others) else None
     except Exception:  # whatever another version of torch may do
         return None
 
@@ -112,11 +114,18 @@ def _find_tensor_guards() -> Any:
 _tensor_guards = _find_tensor_guards()
 
 
-def matcher(*tensors: Tensor) -> Callable[..., bool]:
-    """A function that says whether as many tensors are alike in all but their addresses: it may say no, but not yes,
-    without cause. It raises TypeError for another number of tensors.
+Sizes = list[list[int | None]]
+
+
+def matcher(
+    tensors: Sequence[Tensor], sizes: Sizes | None = None, strides: Sizes | None = None
+) -> Callable[..., bool]:
+    """A function that says whether as many tensors are like these in all but their addresses.
+
+    It may say no, but not yes, without cause. It raises TypeError for another number of tensors. Of the sizes and
+    strides, where given, a None matches all.
     """
     if _tensor_guards is None:
         return lambda *_: False
-    match: Callable[..., bool] = _tensor_guards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
+    match: Callable[..., bool] = _tensor_guards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
     return match

@@ -17,6 +17,7 @@ from jitgemm.tensor_map import ALIGNMENT, BYTES, OperandMap, operand_map, replac
 _MAPS = ("rows", "columns", "row_scales", "column_scales", "d")
 _TAIL = struct.Struct("<Qq Qq Qiiii Qiiii iii iii ii")
 _TAIL_OFFSET = len(_MAPS) * BYTES
+_D, _C, _ROW_SCALES, _COLUMN_SCALES = (_TAIL_OFFSET // 8 + word for word in (0, 2, 4, 7))  # words of these pointers
 PARAMS_BYTES = -(-(_TAIL_OFFSET + _TAIL.size) // BYTES) * BYTES
 
 
@@ -33,17 +34,6 @@ class ScaleStrides(NamedTuple):
 
     mn: int
     k: int
-
-
-class Addresses(NamedTuple):
-    """Where the tensors of one call are; 0 where there is none."""
-
-    a: int
-    a_scales: int
-    b: int
-    b_scales: int
-    d: int
-    c: int
 
 
 class GemmGeometry:
@@ -98,7 +88,8 @@ class GemmGeometry:
             _scales(shape.n_side_scales, n_length, k_blocks, n_scales, shape.mma_n),
             _output(shape, d),
         )
-        self._encoded: tuple[bytes, tuple[int, ...]] | None = None  # the maps of the first call, and their addresses
+        # The parameters of a first call and the addresses of its maps, by whether D is stored by TMA.
+        self._first: dict[bool, tuple[bytes, tuple[int, ...]]] = {}
 
         clusters_m = -(-m // (config.tile_m * config.cluster_m))
         clusters_n = -(-n // (config.tile_n * config.cluster_n))
@@ -117,45 +108,52 @@ class GemmGeometry:
         self._sizes = (clusters_m, clusters_n, raster_group(problem, config, num_sms), m, n, k_blocks)
         self._weights_static = weights_static
 
-    def bind(self, at: Addresses) -> Arguments:
-        """The parameter block for one set of addresses.
+    def bind(self, a: int, a_scales: int, b: int, b_scales: int, d: int, c: int) -> Arguments:
+        """The parameter block for tensors at these addresses, 0 where there is none.
 
         Raises:
             DriverError: the driver refuses a tensor map.
         """
-        arguments = Arguments(PARAMS_BYTES)
-        rows, columns, row_scales, column_scales = at.a, at.b, at.a_scales, at.b_scales
         if self._swap:
-            rows, columns, row_scales, column_scales = columns, rows, column_scales, row_scales
-        store_by_tma = self._maps[4] is not None and at.d % ALIGNMENT == 0
-        mapped = (rows, columns, row_scales, column_scales, at.d // ALIGNMENT * ALIGNMENT)
+            a, a_scales, b, b_scales = b, b_scales, a, a_scales
+        store_by_tma = d % ALIGNMENT == 0 and self._maps[4] is not None
+        addresses = (a, b, a_scales, b_scales, d)
         try:
-            self._write_maps(arguments.address, mapped)
+            arguments = self._arguments(addresses, store_by_tma)
         except DriverError:
             ensure_context(self._device)  # a thread's first CUDA call
-            self._write_maps(arguments.address, mapped)
-        (d_stride, c_stride), row_fields, column_fields = self._strides, self._row_scales, self._column_scales
-        tail = _TAIL.pack(
-            *(at.d, d_stride, at.c, c_stride, row_scales, *row_fields, 0, column_scales, *column_fields, 0),
-            *self._sizes,
-            store_by_tma,
-            self._weights_static,
-        )
-        ctypes.memmove(arguments.address + _TAIL_OFFSET, tail, _TAIL.size)
+            arguments = self._arguments(addresses, store_by_tma)
+        words, first = arguments.words, arguments.first
+        words[first + _D] = d
+        words[first + _C] = c
+        words[first + _ROW_SCALES] = a_scales
+        words[first + _COLUMN_SCALES] = b_scales
         return arguments
 
-    def _write_maps(self, target: int, addresses: tuple[int, ...]) -> None:
-        if self._encoded is None:
-            for index, (operand, address) in enumerate(zip(self._maps, addresses, strict=True)):
-                if operand is not None:
-                    operand.write(target + index * BYTES, address)
-            self._encoded = ctypes.string_at(target, _TAIL_OFFSET), addresses
-            return
-        encoded, before = self._encoded
-        ctypes.memmove(target, encoded, _TAIL_OFFSET)
-        for index, operand in enumerate(self._maps):
-            if operand is not None and addresses[index] != before[index]:
-                replace_address(target + index * BYTES, addresses[index])
+    def _arguments(self, addresses: tuple[int, ...], store_by_tma: bool) -> Arguments:
+        """All but the plain pointers."""
+        arguments = Arguments(PARAMS_BYTES)
+        known = self._first.get(store_by_tma)
+        if known is not None:
+            params, before = known
+            target = arguments.address
+            ctypes.memmove(target, params, PARAMS_BYTES)
+            for operand, address, old in zip(self._maps, addresses, before, strict=True):
+                if operand is not None and address != old:
+                    replace_address(target, address)
+                target += BYTES
+            return arguments
+        for index, (operand, address) in enumerate(zip(self._maps, addresses, strict=True)):
+            if operand is not None and (index < 4 or store_by_tma):
+                operand.write(arguments.address + index * BYTES, address)
+        (d_stride, c_stride), row_fields, column_fields = self._strides, self._row_scales, self._column_scales
+        tail = _TAIL.pack(
+            *(0, d_stride, 0, c_stride, 0, *row_fields, 0, 0, *column_fields, 0),
+            *(*self._sizes, store_by_tma, self._weights_static),
+        )
+        ctypes.memmove(arguments.address + _TAIL_OFFSET, tail, _TAIL.size)
+        self._first[store_by_tma] = ctypes.string_at(arguments.address, PARAMS_BYTES), addresses
+        return arguments
 
 
 def raster_group(problem: GemmProblem, config: GemmConfig, num_sms: int) -> int:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,13 +13,13 @@ from torch.compiler import is_dynamo_compiling
 
 from jitgemm import settings
 from jitgemm.errors import ProblemError
-from jitgemm.families.gemm import FAMILY, LAYOUTS, RECIPES, SCALE_GROUP, GemmProblem
-from jitgemm.families.gemm_launch import Addresses, GemmGeometry, Matrix, ScaleStrides
-from jitgemm.heuristics import choose_config
-from jitgemm.kernel import load
+from jitgemm.families.gemm import FAMILY, LAYOUTS, RECIPES, SCALE_GROUP, GemmConfig, GemmProblem
+from jitgemm.families.gemm_launch import GemmGeometry, Matrix, ScaleStrides
+from jitgemm.heuristics import chooser
+from jitgemm.kernel import Kernel, load
 from jitgemm.ops.dispatch import are_plain, dispatch_modes, function_modes, needs_dispatch
 from jitgemm.ops.layout import copy_to_mn_major
-from jitgemm.plan import BOUND_LAUNCHES, Table, current_device, device_facts, matcher, raw_stream
+from jitgemm.plan import BOUND_LAUNCHES, Sizes, Table, current_device, device_facts, matcher, raw_stream
 from jitgemm.reference import gemm as reference
 from jitgemm.reference.layout import get_tma_aligned_size
 from jitgemm.settings import Settings
@@ -88,7 +89,7 @@ def fp8_gemm_nt(
 
     Raises:
         ProblemError: an argument is not of these; nothing has been launched.
-        CacheMissError: the kernel is not cached and compiling is forbidden.
+        CacheMissError: the kernel is not cached, and compiling is forbidden or a CUDA graph is being captured.
     """
     operation = _FP8
     if recipe is not None or recipe_a is not None or recipe_b is not None or fast_accum is not False:
@@ -113,7 +114,7 @@ def bf16_gemm_nt(a: Tensor, b: Tensor, d: Tensor, c: Tensor | None = None, compi
 
     Raises:
         ProblemError: an argument is not of these; nothing has been launched.
-        CacheMissError: the kernel is not cached and compiling is forbidden.
+        CacheMissError: the kernel is not cached, and compiling is forbidden or a CUDA graph is being captured.
     """
     if not _launch_again(a, None, b, None, d, c, _BF16_NT):
         _launch(a, None, b, None, d, c, _BF16_NT)
@@ -254,6 +255,12 @@ def _run(
     operation: Operation,
 ) -> None:
     """Find or make the plan of a call and launch it; CPU tensors go to the reference."""
+    recent = _recent.get(id(b))
+    if recent is not None and recent[0] is operation and recent[1] is settings.current():
+        other = recent[-1].for_m(a, a_scales, b, b_scales, d, c)
+        if other is not None:
+            other(a, a_scales, b, b_scales, d, c)
+            return
     try:
         key = (
             operation, settings.current().generation,
@@ -269,6 +276,9 @@ def _run(
     plan = _plans.get(key)
     if plan is None:
         plan = _plans.put(key, _make_plan(a, a_scales, b, b_scales, d, c, operation))
+        tensors = [tensor for tensor in (a, a_scales, b, b_scales, d, c) if tensor is not None]
+        if isinstance(plan, _GemmPlan) and are_plain(*tensors):
+            plan.serve_any_m(tensors)
     plan(a, a_scales, b, b_scales, d, c)
 
 
@@ -278,22 +288,52 @@ def _scales_key(scales: Tensor) -> tuple[object, ...]:
 
 
 class _GemmPlan:
-    """A checked problem with its kernel and geometry."""
+    """A checked problem with its kernel and geometry.
+
+    Args:
+        operation: what is computed.
+        in_force: the settings that it was made under.
+        operands: of the calls that it serves.
+        scales: strides of a's and b's scales, as the kernel takes them.
+        transposes: which of these are copied first.
+        choose: config for an m.
+        device: ordinal.
+    """
 
     def __init__(
         self,
         operation: Operation,
         in_force: Settings,
         operands: _Operands,
-        geometry: GemmGeometry,
+        scales: tuple[ScaleStrides, ScaleStrides],
         transposes: tuple[bool, bool],
+        choose: Callable[[int], GemmConfig],
         device: int,
     ) -> None:
         self._operation, self._settings, self._device = operation, in_force, device
-        self._operands, self._geometry = operands, geometry
-        self._transpose_a, self._transpose_b = transposes
+        self._operands, self._scales, self._transposes, self._choose = operands, scales, transposes, choose
+        problem = operands.problem
+        m = problem.m
+        assert m is not None
+        facts, num_sms = device_facts(device)
+        config = choose(m)
+        self._geometry = GemmGeometry(
+            problem,
+            config,
+            _load(problem.without_sizes(), config, facts.arch.name, device),
+            a=operands.a.matrix(),
+            b=operands.b.matrix(),
+            d=Matrix(m, problem.n, operands.d_row_stride),
+            c_row_stride=operands.c_row_stride,
+            a_scales=scales[0],
+            b_scales=scales[1],
+            num_sms=min(num_sms, in_force.num_sms or num_sms),
+            pdl=in_force.pdl,
+            weights_static=in_force.static_weights and not transposes[1],  # a copy has just been written
+        )
         self.bound: Table[tuple[int, ...], Callable[[], int]] = Table(BOUND_LAUNCHES)
-        self.retry = geometry.launch.retry
+        self.retry = self._geometry.launch.retry
+        self._others: _PlansOfAnyM | None = None
 
     def __call__(
         self, a: Tensor, a_scales: Tensor | None, b: Tensor, b_scales: Tensor | None, d: Tensor, c: Tensor | None
@@ -302,13 +342,13 @@ class _GemmPlan:
         if current_device() != device:
             with torch.cuda.device(device):
                 return self(a, a_scales, b, b_scales, d, c)
-        if self._transpose_a or self._transpose_b:
+        if any(self._transposes):
             return self._transpose_and_launch(a, a_scales, b, b_scales, d, c)
         addresses = (raw_stream(device), *_addresses(a, a_scales, b, b_scales, d, c))
         run = self.bound.get(addresses) or self.bind(addresses)
         tensors = tuple(tensor for tensor in (a, a_scales, b, b_scales, d, c) if tensor is not None)
         if are_plain(*tensors):
-            match = matcher(*tensors)
+            match = matcher(tensors)
             _recent.put(id(b), (self._operation, self._settings, device, match, addresses, run, self))
         status = run()
         if status:
@@ -322,30 +362,118 @@ class _GemmPlan:
             ProblemError: TMA can't start at an address, or d overlaps an input.
             DriverError: the driver refuses a tensor map.
         """
-        stream, *rest = addresses
-        at = Addresses(*rest)
-        self._operands.check_alignment(at.a, at.b)
-        self._operands.check_overlap(*at)
-        return self.bound.put(addresses, self._geometry.launch.prepare(self._geometry.bind(at), stream))
+        stream, a, a_scales, b, b_scales, d, c = addresses
+        self._operands.check_addresses(a, a_scales, b, b_scales, d, c)
+        arguments = self._geometry.bind(a, a_scales, b, b_scales, d, c)
+        return self.bound.put(addresses, self._geometry.launch.prepare(arguments, stream))
 
     def _transpose_and_launch(
         self, a: Tensor, a_scales: Tensor | None, b: Tensor, b_scales: Tensor | None, d: Tensor, c: Tensor | None
     ) -> None:
-        at = _addresses(a, a_scales, b, b_scales, d, c)
-        self._operands.check_alignment(at.a, at.b)
-        self._operands.check_overlap(*at)
+        self._operands.check_addresses(*_addresses(a, a_scales, b, b_scales, d, c))
         copies = [
             copy_to_mn_major(scales) if transpose and scales is not None else scales
-            for scales, transpose in ((a_scales, self._transpose_a), (b_scales, self._transpose_b))
+            for scales, transpose in zip((a_scales, b_scales), self._transposes, strict=True)
         ]
-        arguments = self._geometry.bind(_addresses(a, copies[0], b, copies[1], d, c))
+        arguments = self._geometry.bind(*_addresses(a, copies[0], b, copies[1], d, c))
         self._geometry.launch(arguments, raw_stream(self._device))
+
+
+    def for_m(
+        self, a: Tensor, a_scales: Tensor | None, b: Tensor, b_scales: Tensor | None, d: Tensor, c: Tensor | None
+    ) -> _GemmPlan | None:
+        """The plan for tensors that are like this plan's but for their rows, if that is all: made without their checks."""
+        if self._others is None:
+            return None
+        return self._others.find(self, a, a_scales, b, b_scales, d, c)
+
+    def serve_any_m(self, tensors: Sequence[Tensor]) -> None:
+        """Let ``for_m`` find plans, from the tensors of a call that this plan serves."""
+        problem = self._operands.problem
+        assert problem.m is not None
+        if problem.m > 1 and self._operation.layout[0] == "n" and problem.a_major == "k" and not any(self._transposes):
+            self._others = _PlansOfAnyM(problem, tensors)
+
+    def with_rows(self, m: int, a_scales: Tensor | None, others: _PlansOfAnyM) -> _GemmPlan:
+        """The plan for another m, and a's scales of as many rows."""
+        operands, (a_strides, b_strides) = self._operands.with_rows(m, a_scales), self._scales
+        if a_scales is not None and operands.scales_by_tma[0]:
+            k_blocks = a_scales.shape[1]
+            a_strides = ScaleStrides(1, a_scales.stride(1) if k_blocks > 1 else get_tma_aligned_size(m, 4))
+        plan = _GemmPlan(
+            self._operation,
+            self._settings,
+            operands,
+            (a_strides, b_strides),
+            self._transposes,
+            self._choose,
+            self._device,
+        )
+        plan._others = others
+        return plan
+
+
+class _PlansOfAnyM:
+    """Plans of calls that differ in m, and what goes with it, alone.
+
+    Whatever is checked of a call's tensors then holds for all if it holds for one, but for what ``find`` checks; that is
+    so for m from 2 on (the stride between one row means nothing) and an A that is contiguous along k.
+    """
+
+    def __init__(self, problem: GemmProblem, tensors: Sequence[Tensor]) -> None:
+        self._plans: Table[tuple[int, int], _GemmPlan] = Table(4096)
+        self._a_scales = problem.traits.a_scales
+        with_m = {0, len(tensors) - 1} | ({1} if self._a_scales in ("row", "row_k") else set())
+        if self._a_scales == "none":
+            with_m |= {2}
+        else:
+            with_m |= {4}
+        sizes: Sizes = [list(tensor.shape) for tensor in tensors]
+        strides: Sizes = [list(tensor.stride()) for tensor in tensors]
+        for index in with_m:
+            sizes[index][0] = None
+        if self._a_scales == "row_k":
+            strides[1][1] = None
+        self._match = matcher(tensors, sizes, strides)
+
+    def find(
+        self,
+        like: _GemmPlan,
+        a: Tensor,
+        a_scales: Tensor | None,
+        b: Tensor,
+        b_scales: Tensor | None,
+        d: Tensor,
+        c: Tensor | None,
+    ) -> _GemmPlan | None:
+        """The plan for these tensors, or None where they differ in more than m."""
+        try:
+            if c is None:
+                same = self._match(a, b, d) if a_scales is None else self._match(a, a_scales, b, b_scales, d)
+            else:
+                same = self._match(a, b, d, c) if a_scales is None else self._match(a, a_scales, b, b_scales, d, c)
+        except TypeError:  # another number of tensors
+            return None
+        m = a.shape[0] if same else 0
+        if m < 2 or d.shape[0] != m or (c is not None and c.shape[0] != m):
+            return None
+        stride = 0
+        if a_scales is not None and b_scales is not None:
+            if self._a_scales in ("row", "row_k") and a_scales.shape[0] != m:
+                return None
+            if (a_scales.data_ptr() | b_scales.data_ptr()) % _ALIGNMENT:  # a copy may be needed
+                return None
+            if self._a_scales == "row_k":
+                stride = a_scales.stride(1)
+                if not _loads_in_place(ScaleStrides(1, stride), m, a_scales.shape[1]):
+                    return None
+        return self._plans.get((m, stride)) or self._plans.put((m, stride), like.with_rows(m, a_scales, self))
 
 
 def _addresses(
     a: Tensor, a_scales: Tensor | None, b: Tensor, b_scales: Tensor | None, d: Tensor, c: Tensor | None
-) -> Addresses:
-    return Addresses(
+) -> tuple[int, int, int, int, int, int]:
+    return (
         a.data_ptr(),
         0 if a_scales is None else a_scales.data_ptr(),
         b.data_ptr(),
@@ -374,6 +502,19 @@ class _EmptyPlan:
 
     def __call__(self, *_: object) -> None:
         return None
+
+
+_T = TypeVar("_T")
+
+
+def _clone(one: _T) -> _T:
+    """``copy.copy`` in a quarter of its time."""
+    clone = object.__new__(type(one))
+    clone.__dict__.update(one.__dict__)
+    return clone
+
+
+_INPUTS = ("a", "a_scales", "b", "b_scales", "c")
 
 
 class _Operands:
@@ -445,14 +586,33 @@ class _Operands:
         self.scales_by_tma = (traits.a_scales == "row_k", traits.b_scales == "row_k")
 
         size, d_size = operand_dtype.itemsize, d.element_size()
-        self._lengths = {
-            "a": _extent(a) * size,
-            "a_scales": _extent(a_scales) * 4,
-            "b": _extent(b) * size,
-            "b_scales": _extent(b_scales) * 4,
-            "c": _extent(c) * d_size,
-        }
+        self._lengths = (  # bytes, of _INPUTS
+            _extent(a) * size,
+            _extent(a_scales) * 4,
+            _extent(b) * size,
+            _extent(b_scales) * 4,
+            _extent(c) * d_size,
+        )
         self._d_length = _extent(d) * d_size
+        self._sizes = size, d_size
+
+    def with_rows(self, m: int, a_scales: Tensor | None) -> _Operands:
+        """The same operands but for m, of which both have at least 2, and a's scales."""
+        others = _clone(self)
+        others.problem = self.problem.with_m(m)
+        others.a = self.a.with_rows(m)
+        size, d_size = self._sizes
+        _, _, b_length, b_scales_length, _ = self._lengths
+        n, rows = self.problem.n, m - 1
+        others._lengths = (
+            (rows * self.a.matrix().row_stride + self.problem.k) * size,
+            _extent(a_scales) * 4,
+            b_length,
+            b_scales_length,
+            (rows * self.c_row_stride + n) * d_size if self._lengths[4] else 0,
+        )
+        others._d_length = (rows * self.d_row_stride + n) * d_size
+        return others
 
     def check_for_tma(self) -> None:
         """Check that TMA can address A and B.
@@ -465,17 +625,18 @@ class _Operands:
         if self.problem.traits.is_fp8 and self.problem.layout != "nt":
             raise ProblemError("a and b must have stride 1 along k: FP8 operands are K-major")
 
-    def check_alignment(self, a: int, b: int) -> None:
-        """Check that TMA can start at the operands' addresses.
+    def check_addresses(self, a: int, a_scales: int, b: int, b_scales: int, d: int, c: int) -> None:
+        """Check that TMA can start at the operands' addresses, and ``check_overlap``.
 
         Raises:
             ProblemError: it can't.
         """
-        for name, address in (("a", a), ("b", b)):
-            if address % _ALIGNMENT:
-                raise ProblemError(
-                    f"{name} starts at address {address:#x}; accepted is a multiple of {_ALIGNMENT} bytes (TMA)"
-                )
+        if (a | b) % _ALIGNMENT:
+            name, address = ("a", a) if a % _ALIGNMENT else ("b", b)
+            raise ProblemError(
+                f"{name} starts at address {address:#x}; accepted is a multiple of {_ALIGNMENT} bytes (TMA)"
+            )
+        self.check_overlap(a, a_scales, b, b_scales, d, c)
 
     def check_overlap(self, a: int, a_scales: int, b: int, b_scales: int, d: int, c: int) -> None:
         """Check that the output lies apart from the inputs; 0 stands for an input that is not there.
@@ -483,11 +644,11 @@ class _Operands:
         Raises:
             ProblemError: d overlaps an input, and is not c itself.
         """
-        inputs = {"a": a, "a_scales": a_scales, "b": b, "b_scales": b_scales, "c": c}
-        for name, address in inputs.items():
-            if not address or (name == "c" and c == d and self.c_row_stride == self.d_row_stride):
-                continue
-            if address < d + self._d_length and d < address + self._lengths[name]:
+        end = d + self._d_length
+        for name, address, length in zip(_INPUTS, (a, a_scales, b, b_scales, c), self._lengths, strict=True):
+            if address < end and d < address + length and address:
+                if name == "c" and c == d and self.c_row_stride == self.d_row_stride:
+                    continue
                 same = "; c may be d itself, with the same strides" if name == "c" else ""
                 raise ProblemError(f"d overlaps {name}; accepted is an output apart from the inputs{same}")
 
@@ -512,7 +673,7 @@ class _Rows:
         else:
             self.k_major = k_unit
         self._unit = k_unit or mn_unit
-        self._shown = f"shape {tuple(tensor.shape)} and strides {tensor.stride()}"
+        self._tensor = tuple(tensor.shape), tensor.stride()
 
     def check_for_tma(self) -> None:
         """Check contiguity and the row stride.
@@ -520,14 +681,21 @@ class _Rows:
         Raises:
             ProblemError: TMA can't address the operand.
         """
+        shown = "{} has shape {} and strides {}"
         if not self._unit:
-            raise ProblemError(f"{self.name} has {self._shown}; accepted is stride 1 along one of them")
+            raise ProblemError(f"{shown.format(self.name, *self._tensor)}; accepted is stride 1 along one of them")
         stride, rows, width = self._row_stride()
         if rows > 1 and (stride * self._itemsize % _ALIGNMENT or stride < width):
             raise ProblemError(
-                f"{self.name} has {self._shown}; TMA needs rows that don't overlap and start a multiple of"
+                f"{shown.format(self.name, *self._tensor)}; TMA needs rows that don't overlap and start a multiple of"
                 f" {_ALIGNMENT} bytes ({_ALIGNMENT // self._itemsize} elements) apart"
             )
+
+    def with_rows(self, mn: int) -> _Rows:
+        """The same but for ``mn``."""
+        others = _clone(self)
+        others.mn = mn
+        return others
 
     def matrix(self) -> Matrix:
         """The operand as stored."""
@@ -583,14 +751,25 @@ def _check_scales(
 
 def _extent(tensor: Tensor | None) -> int:
     """Elements from the first to behind the last."""
-    if tensor is None or tensor.numel() == 0:
+    if tensor is None:
         return 0
-    return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    extent = 1
+    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        if size == 0:
+            return 0
+        extent += (size - 1) * stride
+    return extent
 
 
 def _loads_in_place(strides: ScaleStrides, mn: int, k_blocks: int) -> bool:
     """Whether TMA can load scales of rows and 128 of K as they are: MN-major, aligned steps along K."""
     return (strides.mn == 1 or mn == 1) and (k_blocks == 1 or (strides.k >= mn and strides.k % 4 == 0))
+
+
+@functools.lru_cache(maxsize=4096)
+def _load(problem: GemmProblem, config: GemmConfig, arch: str, ordinal: int) -> Kernel:
+    """``load`` without the time that a spec takes."""
+    return load(FAMILY.spec(problem, config, arch), ordinal)
 
 
 def _make_plan(
@@ -613,12 +792,6 @@ def _make_plan(
     if problem.m == 0:
         return _EmptyPlan()
     assert problem.m is not None
-    ordinal = d.get_device()
-    in_force = settings.current()
-    device, num_sms = device_facts(ordinal)
-    config = choose_config(problem, device)
-    kernel = load(FAMILY.spec(problem, config, device.arch.name), ordinal)
-
     strides, transposes = [operands.a_scales, operands.b_scales], [False, False]
     k_blocks = -(-problem.k // SCALE_GROUP)
     for index, mn in enumerate((problem.m, problem.n)):
@@ -629,21 +802,16 @@ def _make_plan(
         transposes[index] = not (aligned and _loads_in_place(strides[index], mn, k_blocks))
         if transposes[index] or k_blocks == 1:
             strides[index] = ScaleStrides(1, get_tma_aligned_size(mn, 4))
-    geometry = GemmGeometry(
-        problem,
-        config,
-        kernel,
-        a=operands.a.matrix(),
-        b=operands.b.matrix(),
-        d=Matrix(problem.m, problem.n, operands.d_row_stride),
-        c_row_stride=operands.c_row_stride,
-        a_scales=strides[0],
-        b_scales=strides[1],
-        num_sms=min(num_sms, in_force.num_sms or num_sms),
-        pdl=in_force.pdl,
-        weights_static=in_force.static_weights and not transposes[1],  # a copy has just been written
+    ordinal = d.get_device()
+    return _GemmPlan(
+        operation,
+        settings.current(),
+        operands,
+        (strides[0], strides[1]),
+        (transposes[0], transposes[1]),
+        chooser(problem, device_facts(ordinal)[0]),
+        ordinal,
     )
-    return _GemmPlan(operation, in_force, operands, geometry, (transposes[0], transposes[1]), ordinal)
 
 
 def _gemm_operator(
@@ -680,10 +848,13 @@ def _gemm_fake(
             raise ProblemError(f"{name} has {tensor.dim()} dimensions; accepted is 2")
 
 
-torch.library.custom_op(
-    "jitgemm::gemm",
-    _gemm_operator,
-    mutates_args=("d",),
-    schema="(Tensor a, Tensor? a_scales, Tensor b, Tensor? b_scales, Tensor(d!) d, Tensor? c, bool accumulate,"
+# Defined by hand: ``torch.library.custom_op`` would pass every call through Python twice more.
+_library = torch.library.Library("jitgemm", "FRAGMENT")
+_library.define(
+    "gemm(Tensor a, Tensor? a_scales, Tensor b, Tensor? b_scales, Tensor(d!) d, Tensor? c, bool accumulate,"
     " str recipe, str layout, bool fast_accum) -> ()",
-).register_fake(_gemm_fake)
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.impl("gemm", _gemm_operator, "CPU")
+_library.impl("gemm", _gemm_operator, "CUDA")
+torch.library.register_fake("jitgemm::gemm", _gemm_fake, lib=_library)
