@@ -117,9 +117,7 @@ _tensor_guards = _find_tensor_guards()
 Sizes = list[list[int | None]]
 
 
-def matcher(
-    tensors: Sequence[Tensor], sizes: Sizes | None = None, strides: Sizes | None = None
-) -> Callable[..., bool]:
+def matcher(tensors: Sequence[Tensor], sizes: Sizes | None = None, strides: Sizes | None = None) -> Callable[..., bool]:
     """A function that says whether as many tensors are like these in all but their addresses.
 
     It may say no, but not yes, without cause. It raises TypeError for another number of tensors. Of the sizes and

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import functools
-import struct
 
 from jitgemm.driver import encode_tensor_map_function, error_of, replace_tensor_map_address_function
 
@@ -14,7 +12,7 @@ ALIGNMENT = 16  # bytes, of base addresses and strides
 _TYPES = {"uint8": (0, 1), "bf16": (9, 2), "fp32": (7, 4)}  # CUtensorMapDataType, bytes of an element
 _SWIZZLES = {16: 0, 32: 1, 64: 2, 128: 3}  # CUtensorMapSwizzle by the bytes of a box row
 _L2_PROMOTION_128B = 2  # as fast as 256 or faster: the boxes are 128 bytes wide
-_GEOMETRY = struct.Struct("<2Q Q 2I 2I")  # dimensions, stride in bytes, box, steps through the box
+_Geometry = ctypes.c_uint64 * 5  # two dimensions, stride in bytes, and pairs of 32 bits: box, steps through the box
 
 
 class OperandMap:
@@ -30,13 +28,16 @@ class OperandMap:
         swizzle: bytes of the swizzle's span (16 means none); a box row must not be wider.
     """
 
-    __slots__ = ("_arguments", "_encoded")
+    __slots__ = ("_arguments", "_geometry", "_type")
 
     def __init__(
         self, dtype: str, width: int, height: int, stride: int, box_width: int, box_height: int, swizzle: int
     ) -> None:
-        self._arguments = (dtype, width, height, stride, box_width, box_height, swizzle)
-        self._encoded: bytes | None = None  # for the first address; another address is put into a copy
+        code, size = _TYPES[dtype]
+        geometry = self._geometry = _Geometry(width, height, stride * size, box_width | box_height << 32, 1 | 1 << 32)
+        at = ctypes.addressof(geometry)
+        self._arguments = at, at + 16, at + 24, at + 32, 0, _SWIZZLES[swizzle], _L2_PROMOTION_128B, 0
+        self._type = code
 
     def write(self, target: int, address: int) -> None:
         """Put the map for a base address into memory at ``target``, which is aligned to 64 bytes.
@@ -44,30 +45,11 @@ class OperandMap:
         Raises:
             DriverError: the driver refuses the geometry or the address.
         """
-        if self._encoded is None:
-            self._encode(target, address)
-            self._encoded = ctypes.string_at(target, BYTES)
-        else:
-            ctypes.memmove(target, self._encoded, BYTES)
-            replace_address(target, address)
-
-    def _encode(self, target: int, address: int) -> None:
-        dtype, width, height, stride, box_width, box_height, swizzle = self._arguments
-        code, size = _TYPES[dtype]
-        numbers = ctypes.create_string_buffer(
-            _GEOMETRY.pack(width, height, stride * size, box_width, box_height, 1, 1), _GEOMETRY.size
-        )
-        at = ctypes.addressof(numbers)
-        status = encode_tensor_map_function()(
-            target, code, 2, address, at, at + 16, at + 24, at + 32, 0, _SWIZZLES[swizzle], _L2_PROMOTION_128B, 0
-        )
+        status = encode_tensor_map_function()(target, self._type, 2, address, *self._arguments)
         if status:
-            what = f"{width}x{height} {dtype}, row stride {stride}, box {box_width}x{box_height}"
+            width, height, stride, box, _ = self._geometry
+            what = f"{width}x{height}, {stride} bytes between rows, box {box & 0xFFFFFFFF}x{box >> 32}"
             raise error_of(status, f"tensor map of {what} at {address:#x}")
-
-
-operand_map = functools.lru_cache(maxsize=4096)(OperandMap)
-"""The ``OperandMap`` of some arguments, from a bounded table: calls that differ in m share that of the weights."""
 
 
 def replace_address(target: int, address: int) -> None:

@@ -10,7 +10,7 @@ from jitgemm.driver import Arguments, Launch, ensure_context
 from jitgemm.errors import DriverError
 from jitgemm.families.gemm import MMA_M, SCALE_GROUP, GemmConfig, GemmProblem, KernelShape, kernel_shape
 from jitgemm.kernel import Kernel
-from jitgemm.tensor_map import ALIGNMENT, BYTES, OperandMap, operand_map, replace_address
+from jitgemm.tensor_map import ALIGNMENT, BYTES, OperandMap, replace_address
 
 # The template's `Params`: five tensor maps, then d_plain, c, row_scale_matrix, column_scale_matrix, raster,
 # m, n, k_blocks, store_by_tma, weights_static.
@@ -69,25 +69,50 @@ class GemmGeometry:
         pdl: bool = False,
         weights_static: bool = False,
     ) -> None:
-        m, n = problem.m, problem.n
-        assert m is not None
-        shape = kernel_shape(problem.without_sizes(), config)
-        self._device = kernel.device
+        self._problem, self._config, self._kernel = problem.without_m(), config, kernel
+        self._num_sms, self._pdl, self._weights_static = num_sms, pdl, weights_static
+        self._shape = shape = kernel_shape(problem.without_sizes(), config)
         self._swap = config.swap_ab
-        k_blocks = -(-problem.k // config.tile_k)
+        self._k_blocks = -(-problem.k // config.tile_k)
+        self._a, self._d, self._c_row_stride = a, d, c_row_stride
 
-        rows_shared, columns_shared = config.cluster_n, config.cluster_m
-        m_side, n_side, m_length, n_length, m_scales, n_scales = a, b, m, n, a_scales, b_scales
+        # The MMA's M side takes A, or B where they are swapped.
         if config.swap_ab:
-            rows_shared, columns_shared = columns_shared, rows_shared
-            m_side, n_side, m_length, n_length, m_scales, n_scales = b, a, n, m, b_scales, a_scales
-        self._maps = (
-            _operand(shape, m_side, shape.m_side_major, shape.mma_m, rows_shared),
-            _operand(shape, n_side, shape.n_side_major, shape.mma_n, columns_shared),
-            _scales(shape.m_side_scales, m_length, k_blocks, m_scales, shape.mma_m),
-            _scales(shape.n_side_scales, n_length, k_blocks, n_scales, shape.mma_n),
-            _output(shape, d),
-        )
+            self._b_map = _operand(shape, b, shape.m_side_major, shape.mma_m, config.cluster_m)
+            self._b_scales_map = _scales(shape.m_side_scales, problem.n, self._k_blocks, b_scales, shape.mma_m)
+            self._b_fields = _scale_fields(shape.m_side_scales, b_scales, problem.n)
+        else:
+            self._b_map = _operand(shape, b, shape.n_side_major, shape.mma_n, config.cluster_m)
+            self._b_scales_map = _scales(shape.n_side_scales, problem.n, self._k_blocks, b_scales, shape.mma_n)
+            self._b_fields = _scale_fields(shape.n_side_scales, b_scales, problem.n)
+        assert problem.m is not None
+        self._set_m(problem.m, a_scales)
+
+    def with_m(self, m: int, a_scales: ScaleStrides) -> GemmGeometry:
+        """The same for another m, where A is K-major; with the strides of as many scales."""
+        other = object.__new__(GemmGeometry)
+        other.__dict__.update(self.__dict__)
+        other._a, other._d = self._a._replace(rows=m), self._d._replace(rows=m)
+        other._set_m(m, a_scales)
+        return other
+
+    def _set_m(self, m: int, a_scales: ScaleStrides) -> None:
+        """All that depends on m."""
+        shape, config, k_blocks, n = self._shape, self._config, self._k_blocks, self._problem.n
+        if self._swap:
+            major, granularity, tile_rows = shape.n_side_major, shape.n_side_scales, shape.mma_n
+        else:
+            major, granularity, tile_rows = shape.m_side_major, shape.m_side_scales, shape.mma_m
+        a_map = _operand(shape, self._a, major, tile_rows, config.cluster_n)
+        a_scales_map = _scales(granularity, m, k_blocks, a_scales, tile_rows)
+        d_map = _output(shape, self._d)
+        a_fields, b_fields = _scale_fields(granularity, a_scales, m), self._b_fields
+        if self._swap:
+            self._maps = (self._b_map, a_map, self._b_scales_map, a_scales_map, d_map)
+            row_fields, column_fields = b_fields, a_fields
+        else:
+            self._maps = (a_map, self._b_map, a_scales_map, self._b_scales_map, d_map)
+            row_fields, column_fields = a_fields, b_fields
         # The parameters of a first call and the addresses of its maps, by whether D is stored by TMA.
         self._first: dict[bool, tuple[bytes, tuple[int, ...]]] = {}
 
@@ -97,16 +122,17 @@ class GemmGeometry:
         if config.split_k > 1:
             resident = clusters  # one tile per cluster; the hardware queues what does not fit
         else:
-            slots = max(1, num_sms * shape.blocks_per_sm // cluster_size)
+            slots = max(1, self._num_sms * shape.blocks_per_sm // cluster_size)
             waves = -(-clusters // slots)
             resident = -(-clusters // waves)  # as many tiles for each as can be
         self.grid = (resident * cluster_size, 1, 1)
-        self.launch = Launch(kernel.handle, self.grid, kernel.num_threads, kernel.smem_bytes, kernel.device, pdl)
-        self._strides = d.row_stride, c_row_stride
-        self._row_scales = _scale_fields(shape.m_side_scales, m_scales, m_length)
-        self._column_scales = _scale_fields(shape.n_side_scales, n_scales, n_length)
-        self._sizes = (clusters_m, clusters_n, raster_group(problem, config, num_sms), m, n, k_blocks)
-        self._weights_static = weights_static
+        kernel = self._kernel
+        self.launch = Launch(kernel.handle, self.grid, kernel.num_threads, kernel.smem_bytes, kernel.device, self._pdl)
+        raster = clusters_m, clusters_n, raster_group(m, config, self._num_sms)
+        self._tail = (
+            *(0, self._d.row_stride, 0, self._c_row_stride, 0, *row_fields, 0, 0, *column_fields, 0),
+            *(*raster, m, n, k_blocks),
+        )
 
     def bind(self, a: int, a_scales: int, b: int, b_scales: int, d: int, c: int) -> Arguments:
         """The parameter block for tensors at these addresses, 0 where there is none.
@@ -117,11 +143,11 @@ class GemmGeometry:
         if self._swap:
             a, a_scales, b, b_scales = b, b_scales, a, a_scales
         store_by_tma = d % ALIGNMENT == 0 and self._maps[4] is not None
-        addresses = (a, b, a_scales, b_scales, d)
+        addresses = (a, b, a_scales, b_scales, d if store_by_tma else 0)
         try:
             arguments = self._arguments(addresses, store_by_tma)
         except DriverError:
-            ensure_context(self._device)  # a thread's first CUDA call
+            ensure_context(self._kernel.device)  # a thread's first CUDA call
             arguments = self._arguments(addresses, store_by_tma)
         words, first = arguments.words, arguments.first
         words[first + _D] = d
@@ -146,25 +172,22 @@ class GemmGeometry:
         for index, (operand, address) in enumerate(zip(self._maps, addresses, strict=True)):
             if operand is not None and (index < 4 or store_by_tma):
                 operand.write(arguments.address + index * BYTES, address)
-        (d_stride, c_stride), row_fields, column_fields = self._strides, self._row_scales, self._column_scales
-        tail = _TAIL.pack(
-            *(0, d_stride, 0, c_stride, 0, *row_fields, 0, 0, *column_fields, 0),
-            *(*self._sizes, store_by_tma, self._weights_static),
-        )
+        tail = _TAIL.pack(*self._tail, store_by_tma, self._weights_static)
         ctypes.memmove(arguments.address + _TAIL_OFFSET, tail, _TAIL.size)
         self._first[store_by_tma] = ctypes.string_at(arguments.address, PARAMS_BYTES), addresses
         return arguments
 
 
-def raster_group(problem: GemmProblem, config: GemmConfig, num_sms: int) -> int:
+def raster_group(m: int, config: GemmConfig, num_sms: int) -> int:
     """Clusters along m that are walked before n advances: those that keep the tiles in flight nearest a square.
 
     The operands that the tiles in flight touch then take the fewest bytes of L2.
     """
-    assert problem.m is not None
-    clusters_m = -(-problem.m // (config.tile_m * config.cluster_m))
-    in_flight = max(1, num_sms // (config.cluster_m * config.cluster_n * config.split_k))
     height, width = config.tile_m * config.cluster_m, config.tile_n * config.cluster_n
+    clusters_m = -(-m // height)
+    if clusters_m == 1:
+        return 1
+    in_flight = max(1, num_sms // (config.cluster_m * config.cluster_n * config.split_k))
     candidates = [group for group in (1, 2, 4, 8, 16, 32) if group < clusters_m] + [clusters_m]
     return min(candidates, key=lambda group: group * height + -(-in_flight // group) * width)
 
@@ -174,14 +197,14 @@ def _operand(shape: KernelShape, matrix: Matrix, major: str, tile_rows: int, sha
     dtype = "uint8" if shape.problem.traits.is_fp8 else "bf16"
     tile_k = shape.config.tile_k
     box = (tile_k, tile_rows // shared_by) if major == "k" else (64, tile_k // shared_by)
-    return operand_map(dtype, matrix.columns, matrix.rows, matrix.row_stride, *box, 128)
+    return OperandMap(dtype, matrix.columns, matrix.rows, matrix.row_stride, *box, 128)
 
 
 def _scales(granularity: str, length: int, k_blocks: int, strides: ScaleStrides, tile_rows: int) -> OperandMap | None:
     """The map of scales that go through the ring: one per row and 128 of K, MN-major."""
     if granularity != "row_k":
         return None
-    return operand_map("fp32", length, k_blocks, strides.k, tile_rows, 1, 16)
+    return OperandMap("fp32", length, k_blocks, strides.k, tile_rows, 1, 16)
 
 
 def _output(shape: KernelShape, d: Matrix) -> OperandMap | None:
@@ -192,9 +215,7 @@ def _output(shape: KernelShape, d: Matrix) -> OperandMap | None:
         return None
     width = shape.store_row_bytes
     height = shape.store_columns if shape.config.swap_ab else MMA_M
-    return operand_map(
-        shape.problem.d_dtype, d.columns, d.rows, d.row_stride, width // shape.d_bytes, height, width
-    )
+    return OperandMap(shape.problem.d_dtype, d.columns, d.rows, d.row_stride, width // shape.d_bytes, height, width)
 
 
 def _scale_fields(granularity: str, strides: ScaleStrides, length: int) -> tuple[int, int, int]:

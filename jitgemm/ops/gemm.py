@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from jitgemm.errors import ProblemError
 from jitgemm.families.gemm import FAMILY, LAYOUTS, RECIPES, SCALE_GROUP, GemmConfig, GemmProblem
 from jitgemm.families.gemm_launch import GemmGeometry, Matrix, ScaleStrides
 from jitgemm.heuristics import chooser
-from jitgemm.kernel import Kernel, load
+from jitgemm.kernel import load
 from jitgemm.ops.dispatch import are_plain, dispatch_modes, function_modes, needs_dispatch
 from jitgemm.ops.layout import copy_to_mn_major
 from jitgemm.plan import BOUND_LAUNCHES, Sizes, Table, current_device, device_facts, matcher, raw_stream
@@ -257,9 +257,10 @@ def _run(
     """Find or make the plan of a call and launch it; CPU tensors go to the reference."""
     recent = _recent.get(id(b))
     if recent is not None and recent[0] is operation and recent[1] is settings.current():
-        other = recent[-1].for_m(a, a_scales, b, b_scales, d, c)
-        if other is not None:
-            other(a, a_scales, b, b_scales, d, c)
+        of_any_m = recent[-1].of_any_m
+        plan = None if of_any_m is None else of_any_m.find(a, a_scales, b, b_scales, d, c)
+        if plan is not None:
+            plan(a, a_scales, b, b_scales, d, c)
             return
     try:
         key = (
@@ -276,9 +277,6 @@ def _run(
     plan = _plans.get(key)
     if plan is None:
         plan = _plans.put(key, _make_plan(a, a_scales, b, b_scales, d, c, operation))
-        tensors = [tensor for tensor in (a, a_scales, b, b_scales, d, c) if tensor is not None]
-        if isinstance(plan, _GemmPlan) and are_plain(*tensors):
-            plan.serve_any_m(tensors)
     plan(a, a_scales, b, b_scales, d, c)
 
 
@@ -293,10 +291,9 @@ class _GemmPlan:
     Args:
         operation: what is computed.
         in_force: the settings that it was made under.
-        operands: of the calls that it serves.
-        scales: strides of a's and b's scales, as the kernel takes them.
-        transposes: which of these are copied first.
-        choose: config for an m.
+        extents: of the tensors, for the checks of their addresses.
+        geometry: of the launch.
+        transposes: whether a's and b's scales are copied first.
         device: ordinal.
     """
 
@@ -304,36 +301,16 @@ class _GemmPlan:
         self,
         operation: Operation,
         in_force: Settings,
-        operands: _Operands,
-        scales: tuple[ScaleStrides, ScaleStrides],
+        extents: _Extents,
+        geometry: GemmGeometry,
         transposes: tuple[bool, bool],
-        choose: Callable[[int], GemmConfig],
         device: int,
     ) -> None:
         self._operation, self._settings, self._device = operation, in_force, device
-        self._operands, self._scales, self._transposes, self._choose = operands, scales, transposes, choose
-        problem = operands.problem
-        m = problem.m
-        assert m is not None
-        facts, num_sms = device_facts(device)
-        config = choose(m)
-        self._geometry = GemmGeometry(
-            problem,
-            config,
-            _load(problem.without_sizes(), config, facts.arch.name, device),
-            a=operands.a.matrix(),
-            b=operands.b.matrix(),
-            d=Matrix(m, problem.n, operands.d_row_stride),
-            c_row_stride=operands.c_row_stride,
-            a_scales=scales[0],
-            b_scales=scales[1],
-            num_sms=min(num_sms, in_force.num_sms or num_sms),
-            pdl=in_force.pdl,
-            weights_static=in_force.static_weights and not transposes[1],  # a copy has just been written
-        )
+        self._extents, self._geometry, self._transposes = extents, geometry, transposes
         self.bound: Table[tuple[int, ...], Callable[[], int]] = Table(BOUND_LAUNCHES)
-        self.retry = self._geometry.launch.retry
-        self._others: _PlansOfAnyM | None = None
+        self.retry = geometry.launch.retry
+        self.of_any_m: _PlansOfAnyM | None = None
 
     def __call__(
         self, a: Tensor, a_scales: Tensor | None, b: Tensor, b_scales: Tensor | None, d: Tensor, c: Tensor | None
@@ -363,14 +340,14 @@ class _GemmPlan:
             DriverError: the driver refuses a tensor map.
         """
         stream, a, a_scales, b, b_scales, d, c = addresses
-        self._operands.check_addresses(a, a_scales, b, b_scales, d, c)
+        self._extents.check(a, a_scales, b, b_scales, d, c)
         arguments = self._geometry.bind(a, a_scales, b, b_scales, d, c)
         return self.bound.put(addresses, self._geometry.launch.prepare(arguments, stream))
 
     def _transpose_and_launch(
         self, a: Tensor, a_scales: Tensor | None, b: Tensor, b_scales: Tensor | None, d: Tensor, c: Tensor | None
     ) -> None:
-        self._operands.check_addresses(*_addresses(a, a_scales, b, b_scales, d, c))
+        self._extents.check(*_addresses(a, a_scales, b, b_scales, d, c))
         copies = [
             copy_to_mn_major(scales) if transpose and scales is not None else scales
             for scales, transpose in zip((a_scales, b_scales), self._transposes, strict=True)
@@ -379,72 +356,35 @@ class _GemmPlan:
         self._geometry.launch(arguments, raw_stream(self._device))
 
 
-    def for_m(
-        self, a: Tensor, a_scales: Tensor | None, b: Tensor, b_scales: Tensor | None, d: Tensor, c: Tensor | None
-    ) -> _GemmPlan | None:
-        """The plan for tensors that are like this plan's but for their rows, if that is all: made without their checks."""
-        if self._others is None:
-            return None
-        return self._others.find(self, a, a_scales, b, b_scales, d, c)
-
-    def serve_any_m(self, tensors: Sequence[Tensor]) -> None:
-        """Let ``for_m`` find plans, from the tensors of a call that this plan serves."""
-        problem = self._operands.problem
-        assert problem.m is not None
-        if problem.m > 1 and self._operation.layout[0] == "n" and problem.a_major == "k" and not any(self._transposes):
-            self._others = _PlansOfAnyM(problem, tensors)
-
-    def with_rows(self, m: int, a_scales: Tensor | None, others: _PlansOfAnyM) -> _GemmPlan:
-        """The plan for another m, and a's scales of as many rows."""
-        operands, (a_strides, b_strides) = self._operands.with_rows(m, a_scales), self._scales
-        if a_scales is not None and operands.scales_by_tma[0]:
-            k_blocks = a_scales.shape[1]
-            a_strides = ScaleStrides(1, a_scales.stride(1) if k_blocks > 1 else get_tma_aligned_size(m, 4))
-        plan = _GemmPlan(
-            self._operation,
-            self._settings,
-            operands,
-            (a_strides, b_strides),
-            self._transposes,
-            self._choose,
-            self._device,
-        )
-        plan._others = others
-        return plan
-
-
 class _PlansOfAnyM:
-    """Plans of calls that differ in m, and what goes with it, alone.
+    """Plans of calls that differ in m, and in what goes with it, alone.
 
-    Whatever is checked of a call's tensors then holds for all if it holds for one, but for what ``find`` checks; that is
-    so for m from 2 on (the stride between one row means nothing) and an A that is contiguous along k.
+    All that is checked of a call's tensors then holds for each if it holds for one, but for what ``find`` checks. That
+    is so from m = 2 on (with one row the stride between rows means nothing) and for an A that is contiguous along k.
+
+    Args:
+        plan_of: makes a plan for an m.
+        operands: of one of the calls.
+        tensors: the tensors of that call.
     """
 
-    def __init__(self, problem: GemmProblem, tensors: Sequence[Tensor]) -> None:
+    def __init__(
+        self, plan_of: Callable[[int, ScaleStrides, _Extents], _GemmPlan], operands: _Operands, tensors: list[Tensor]
+    ) -> None:
+        self._plan_of, self._operands = plan_of, operands
         self._plans: Table[tuple[int, int], _GemmPlan] = Table(4096)
-        self._a_scales = problem.traits.a_scales
-        with_m = {0, len(tensors) - 1} | ({1} if self._a_scales in ("row", "row_k") else set())
-        if self._a_scales == "none":
-            with_m |= {2}
-        else:
-            with_m |= {4}
+        self._granularity = granularity = operands.problem.traits.a_scales
         sizes: Sizes = [list(tensor.shape) for tensor in tensors]
         strides: Sizes = [list(tensor.stride()) for tensor in tensors]
-        for index in with_m:
+        outputs = range(2 if granularity == "none" else 4, len(tensors))
+        for index in (0, *outputs, *((1,) if granularity in ("row", "row_k") else ())):
             sizes[index][0] = None
-        if self._a_scales == "row_k":
+        if granularity == "row_k":
             strides[1][1] = None
         self._match = matcher(tensors, sizes, strides)
 
     def find(
-        self,
-        like: _GemmPlan,
-        a: Tensor,
-        a_scales: Tensor | None,
-        b: Tensor,
-        b_scales: Tensor | None,
-        d: Tensor,
-        c: Tensor | None,
+        self, a: Tensor, a_scales: Tensor | None, b: Tensor, b_scales: Tensor | None, d: Tensor, c: Tensor | None
     ) -> _GemmPlan | None:
         """The plan for these tensors, or None where they differ in more than m."""
         try:
@@ -457,17 +397,24 @@ class _PlansOfAnyM:
         m = a.shape[0] if same else 0
         if m < 2 or d.shape[0] != m or (c is not None and c.shape[0] != m):
             return None
-        stride = 0
+        strides = self._operands.a_scales
         if a_scales is not None and b_scales is not None:
-            if self._a_scales in ("row", "row_k") and a_scales.shape[0] != m:
-                return None
             if (a_scales.data_ptr() | b_scales.data_ptr()) % _ALIGNMENT:  # a copy may be needed
                 return None
-            if self._a_scales == "row_k":
-                stride = a_scales.stride(1)
-                if not _loads_in_place(ScaleStrides(1, stride), m, a_scales.shape[1]):
+            if self._granularity in ("row", "row_k") and a_scales.shape[0] != m:
+                return None
+            if self._granularity == "row_k":
+                k_blocks = a_scales.shape[1]
+                strides = ScaleStrides(1, a_scales.stride(1) if k_blocks > 1 else get_tma_aligned_size(m, 4))
+                if not _loads_in_place(strides, m, k_blocks):
                     return None
-        return self._plans.get((m, stride)) or self._plans.put((m, stride), like.with_rows(m, a_scales, self))
+        key = m, strides.k
+        plan = self._plans.get(key)
+        if plan is None:
+            extents = self._operands.extents_of(m, a_scales)
+            plan = self._plans.put(key, self._plan_of(m, strides, extents))
+            plan.of_any_m = self
+        return plan
 
 
 def _addresses(
@@ -486,14 +433,14 @@ def _addresses(
 class _ReferencePlan:
     """The same on the CPU: the reference computes."""
 
-    def __init__(self, operands: _Operands, recipe: str, layout: str, d_dtype: str) -> None:
-        self._operands = operands
+    def __init__(self, extents: _Extents, recipe: str, layout: str, d_dtype: str) -> None:
+        self._extents = extents
         self._arguments = {"recipe": recipe, "layout": layout, "d_dtype": d_dtype}
 
     def __call__(
         self, a: Tensor, a_scales: Tensor | None, b: Tensor, b_scales: Tensor | None, d: Tensor, c: Tensor | None
     ) -> None:
-        self._operands.check_overlap(*_addresses(a, a_scales, b, b_scales, d, c))
+        self._extents.check_overlap(*_addresses(a, a_scales, b, b_scales, d, c))
         d.copy_(reference.gemm(a, b, c, a_scales=a_scales, b_scales=b_scales, **self._arguments))
 
 
@@ -504,17 +451,42 @@ class _EmptyPlan:
         return None
 
 
-_T = TypeVar("_T")
-
-
-def _clone(one: _T) -> _T:
-    """``copy.copy`` in a quarter of its time."""
-    clone = object.__new__(type(one))
-    clone.__dict__.update(one.__dict__)
-    return clone
-
-
 _INPUTS = ("a", "a_scales", "b", "b_scales", "c")
+
+
+class _Extents(NamedTuple):
+    """How far a call's tensors reach: what their addresses are checked with."""
+
+    lengths: tuple[int, ...]  # bytes, of _INPUTS
+    d_length: int
+    c_may_be_d: bool
+
+    def check(self, a: int, a_scales: int, b: int, b_scales: int, d: int, c: int) -> None:
+        """Check that TMA can start at the operands' addresses, and ``check_overlap``.
+
+        Raises:
+            ProblemError: it can't.
+        """
+        if (a | b) % _ALIGNMENT:
+            name, address = ("a", a) if a % _ALIGNMENT else ("b", b)
+            raise ProblemError(
+                f"{name} starts at address {address:#x}; accepted is a multiple of {_ALIGNMENT} bytes (TMA)"
+            )
+        self.check_overlap(a, a_scales, b, b_scales, d, c)
+
+    def check_overlap(self, a: int, a_scales: int, b: int, b_scales: int, d: int, c: int) -> None:
+        """Check that the output lies apart from the inputs; 0 stands for an input that is not there.
+
+        Raises:
+            ProblemError: d overlaps an input, and is not c itself.
+        """
+        end = d + self.d_length
+        for name, address, length in zip(_INPUTS, (a, a_scales, b, b_scales, c), self.lengths, strict=True):
+            if address < end and d < address + length and address:
+                if name == "c" and c == d and self.c_may_be_d:
+                    continue
+                same = "; c may be d itself, with the same strides" if name == "c" else ""
+                raise ProblemError(f"d overlaps {name}; accepted is an output apart from the inputs{same}")
 
 
 class _Operands:
@@ -586,33 +558,29 @@ class _Operands:
         self.scales_by_tma = (traits.a_scales == "row_k", traits.b_scales == "row_k")
 
         size, d_size = operand_dtype.itemsize, d.element_size()
-        self._lengths = (  # bytes, of _INPUTS
+        lengths = (
             _extent(a) * size,
             _extent(a_scales) * 4,
             _extent(b) * size,
             _extent(b_scales) * 4,
             _extent(c) * d_size,
         )
-        self._d_length = _extent(d) * d_size
+        self.extents = _Extents(lengths, _extent(d) * d_size, self.c_row_stride == self.d_row_stride)
         self._sizes = size, d_size
 
-    def with_rows(self, m: int, a_scales: Tensor | None) -> _Operands:
-        """The same operands but for m, of which both have at least 2, and a's scales."""
-        others = _clone(self)
-        others.problem = self.problem.with_m(m)
-        others.a = self.a.with_rows(m)
+    def extents_of(self, m: int, a_scales: Tensor | None) -> _Extents:
+        """The extents for another m; both are at least 2, and A is contiguous along k."""
         size, d_size = self._sizes
-        _, _, b_length, b_scales_length, _ = self._lengths
-        n, rows = self.problem.n, m - 1
-        others._lengths = (
-            (rows * self.a.matrix().row_stride + self.problem.k) * size,
+        _, _, b, b_scales, c = self.extents.lengths
+        n, last = self.problem.n, m - 1
+        lengths = (
+            (last * self.a.matrix().row_stride + self.problem.k) * size,
             _extent(a_scales) * 4,
-            b_length,
-            b_scales_length,
-            (rows * self.c_row_stride + n) * d_size if self._lengths[4] else 0,
+            b,
+            b_scales,
+            c and (last * self.c_row_stride + n) * d_size,
         )
-        others._d_length = (rows * self.d_row_stride + n) * d_size
-        return others
+        return _Extents(lengths, (last * self.d_row_stride + n) * d_size, self.extents.c_may_be_d)
 
     def check_for_tma(self) -> None:
         """Check that TMA can address A and B.
@@ -624,33 +592,6 @@ class _Operands:
             rows.check_for_tma()
         if self.problem.traits.is_fp8 and self.problem.layout != "nt":
             raise ProblemError("a and b must have stride 1 along k: FP8 operands are K-major")
-
-    def check_addresses(self, a: int, a_scales: int, b: int, b_scales: int, d: int, c: int) -> None:
-        """Check that TMA can start at the operands' addresses, and ``check_overlap``.
-
-        Raises:
-            ProblemError: it can't.
-        """
-        if (a | b) % _ALIGNMENT:
-            name, address = ("a", a) if a % _ALIGNMENT else ("b", b)
-            raise ProblemError(
-                f"{name} starts at address {address:#x}; accepted is a multiple of {_ALIGNMENT} bytes (TMA)"
-            )
-        self.check_overlap(a, a_scales, b, b_scales, d, c)
-
-    def check_overlap(self, a: int, a_scales: int, b: int, b_scales: int, d: int, c: int) -> None:
-        """Check that the output lies apart from the inputs; 0 stands for an input that is not there.
-
-        Raises:
-            ProblemError: d overlaps an input, and is not c itself.
-        """
-        end = d + self._d_length
-        for name, address, length in zip(_INPUTS, (a, a_scales, b, b_scales, c), self._lengths, strict=True):
-            if address < end and d < address + length and address:
-                if name == "c" and c == d and self.c_row_stride == self.d_row_stride:
-                    continue
-                same = "; c may be d itself, with the same strides" if name == "c" else ""
-                raise ProblemError(f"d overlaps {name}; accepted is an output apart from the inputs{same}")
 
 
 class _Rows:
@@ -690,12 +631,6 @@ class _Rows:
                 f"{shown.format(self.name, *self._tensor)}; TMA needs rows that don't overlap and start a multiple of"
                 f" {_ALIGNMENT} bytes ({_ALIGNMENT // self._itemsize} elements) apart"
             )
-
-    def with_rows(self, mn: int) -> _Rows:
-        """The same but for ``mn``."""
-        others = _clone(self)
-        others.mn = mn
-        return others
 
     def matrix(self) -> Matrix:
         """The operand as stored."""
@@ -766,12 +701,6 @@ def _loads_in_place(strides: ScaleStrides, mn: int, k_blocks: int) -> bool:
     return (strides.mn == 1 or mn == 1) and (k_blocks == 1 or (strides.k >= mn and strides.k % 4 == 0))
 
 
-@functools.lru_cache(maxsize=4096)
-def _load(problem: GemmProblem, config: GemmConfig, arch: str, ordinal: int) -> Kernel:
-    """``load`` without the time that a spec takes."""
-    return load(FAMILY.spec(problem, config, arch), ordinal)
-
-
 def _make_plan(
     a: Tensor,
     a_scales: Tensor | None,
@@ -785,7 +714,7 @@ def _make_plan(
     problem = operands.problem
     kind = d.device.type
     if kind == "cpu" != _GPU:
-        return _ReferencePlan(operands, operation.recipe, operation.layout, problem.d_dtype)
+        return _ReferencePlan(operands.extents, operation.recipe, operation.layout, problem.d_dtype)
     if kind != _GPU:
         raise ProblemError(f"d is on {d.device}; accepted are CUDA and CPU tensors")
     operands.check_for_tma()
@@ -802,16 +731,38 @@ def _make_plan(
         transposes[index] = not (aligned and _loads_in_place(strides[index], mn, k_blocks))
         if transposes[index] or k_blocks == 1:
             strides[index] = ScaleStrides(1, get_tma_aligned_size(mn, 4))
-    ordinal = d.get_device()
-    return _GemmPlan(
-        operation,
-        settings.current(),
-        operands,
-        (strides[0], strides[1]),
-        (transposes[0], transposes[1]),
-        chooser(problem, device_facts(ordinal)[0]),
-        ordinal,
-    )
+    ordinal, in_force = d.get_device(), settings.current()
+    device, num_sms = device_facts(ordinal)
+    choose = chooser(problem, device)
+
+    @functools.cache
+    def geometry_of(config: GemmConfig) -> GemmGeometry:
+        return GemmGeometry(
+            problem,
+            config,
+            load(FAMILY.spec(problem, config, device.arch.name), ordinal),
+            a=operands.a.matrix(),
+            b=operands.b.matrix(),
+            d=Matrix(operands.a.mn, problem.n, operands.d_row_stride),
+            c_row_stride=operands.c_row_stride,
+            a_scales=strides[0],
+            b_scales=strides[1],
+            num_sms=min(num_sms, in_force.num_sms or num_sms),
+            pdl=in_force.pdl,
+            weights_static=in_force.static_weights and not transposes[1],  # a copy has just been written
+        )
+
+    def plan_of(m: int, a_scales: ScaleStrides, extents: _Extents) -> _GemmPlan:
+        geometry = geometry_of(choose(m)).with_m(m, a_scales)
+        return _GemmPlan(operation, in_force, extents, geometry, (False, False), ordinal)
+
+    geometry = geometry_of(choose(problem.m))
+    plan = _GemmPlan(operation, in_force, operands.extents, geometry, (transposes[0], transposes[1]), ordinal)
+    tensors = [tensor for tensor in (a, a_scales, b, b_scales, d, c) if tensor is not None]
+    if problem.m > 1 and operation.layout[0] == "n" and problem.a_major == "k" and not any(transposes):
+        if are_plain(*tensors):
+            plan.of_any_m = _PlansOfAnyM(plan_of, operands, tensors)
+    return plan
 
 
 def _gemm_operator(
