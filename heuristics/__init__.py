@@ -9,6 +9,7 @@ from jitgemm.heuristics.gemm import (
     enumerate_configs,
     enumerate_specs,
     explain,
+    prepare,
 )
 
 __all__ = [
@@ -20,4 +21,5 @@ __all__ = [
     "enumerate_configs",
     "enumerate_specs",
     "explain",
+    "prepare",
 ]

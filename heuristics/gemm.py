@@ -385,6 +385,14 @@ def _rank(problem: GemmProblem, config: GemmConfig, device: Device) -> tuple[flo
     return predict(problem, config, device)["total"], -config.stages, config
 
 
+def prepare(problem: GemmProblem, arch: Architecture) -> None:
+    """Compute all of a choice that depends on neither the problem's sizes nor the chip: half of a first call's."""
+    kind = problem.without_sizes()
+    for config in _menu(kind):
+        if _illegal_kernel(kind, config, arch) is None:
+            _traits(kind, config)
+
+
 class Chooser:
     """The table from m to config of one problem; it fills as it is asked."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 
-from jitgemm.driver import encode_tensor_map_function, error_of, replace_tensor_map_address_function
+from jitgemm.driver import encode_tensor_map_function, error_of
 
 BYTES = 128  # of one encoded map
 ALIGNMENT = 16  # bytes, of base addresses and strides
@@ -50,14 +50,3 @@ class OperandMap:
             width, height, stride, box, _ = self._geometry
             what = f"{width}x{height}, {stride} bytes between rows, box {box & 0xFFFFFFFF}x{box >> 32}"
             raise error_of(status, f"tensor map of {what} at {address:#x}")
-
-
-def replace_address(target: int, address: int) -> None:
-    """Change the base address of the encoded map at ``target``.
-
-    Raises:
-        DriverError: the driver refuses the address.
-    """
-    status = replace_tensor_map_address_function()(target, address)
-    if status:
-        raise error_of(status, f"address {address:#x} of a tensor map")

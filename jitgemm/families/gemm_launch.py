@@ -6,11 +6,11 @@ import ctypes
 import struct
 from typing import NamedTuple
 
-from jitgemm.driver import Arguments, Launch, ensure_context
+from jitgemm.driver import Arguments, Launch, ensure_context, replace_tensor_map_address_function
 from jitgemm.errors import DriverError
 from jitgemm.families.gemm import MMA_M, SCALE_GROUP, GemmConfig, GemmProblem, KernelShape, kernel_shape
 from jitgemm.kernel import Kernel
-from jitgemm.tensor_map import ALIGNMENT, BYTES, OperandMap, replace_address
+from jitgemm.tensor_map import ALIGNMENT, BYTES, OperandMap
 
 # The template's `Params`: five tensor maps, then d_plain, c, row_scale_matrix, column_scale_matrix, raster,
 # m, n, k_blocks, store_by_tma, weights_static.
@@ -162,12 +162,15 @@ class GemmGeometry:
         known = self._first.get(store_by_tma)
         if known is not None:
             params, before = known
-            target = arguments.address
+            target, status = arguments.address, 0
             ctypes.memmove(target, params, PARAMS_BYTES)
+            replace = replace_tensor_map_address_function()
             for operand, address, old in zip(self._maps, addresses, before, strict=True):
-                if operand is not None and address != old:
-                    replace_address(target, address)
+                if address != old and operand is not None:
+                    status |= replace(target, address)
                 target += BYTES
+            if status:
+                raise DriverError(f"the driver refuses one of the addresses {', '.join(map(hex, addresses))}")
             return arguments
         for index, (operand, address) in enumerate(zip(self._maps, addresses, strict=True)):
             if operand is not None and (index < 4 or store_by_tma):

@@ -12,16 +12,18 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
 from jitgemm import settings
+from jitgemm.device import SM90A
 from jitgemm.errors import ProblemError
 from jitgemm.families.gemm import FAMILY, LAYOUTS, RECIPES, SCALE_GROUP, GemmConfig, GemmProblem
 from jitgemm.families.gemm_launch import GemmGeometry, Matrix, ScaleStrides
-from jitgemm.heuristics import chooser
+from jitgemm.heuristics import chooser, prepare
 from jitgemm.kernel import load
 from jitgemm.ops.dispatch import are_plain, dispatch_modes, function_modes, needs_dispatch
 from jitgemm.ops.layout import copy_to_mn_major
 from jitgemm.plan import BOUND_LAUNCHES, Sizes, Table, current_device, device_facts, matcher, raw_stream
 from jitgemm.reference import gemm as reference
 from jitgemm.reference.layout import get_tma_aligned_size
+from jitgemm.render import template_digest
 from jitgemm.settings import Settings
 
 Scaled = tuple[Tensor, Tensor]
@@ -759,9 +761,9 @@ def _make_plan(
     geometry = geometry_of(choose(problem.m))
     plan = _GemmPlan(operation, in_force, operands.extents, geometry, (transposes[0], transposes[1]), ordinal)
     tensors = [tensor for tensor in (a, a_scales, b, b_scales, d, c) if tensor is not None]
-    if problem.m > 1 and operation.layout[0] == "n" and problem.a_major == "k" and not any(transposes):
-        if are_plain(*tensors):
-            plan.of_any_m = _PlansOfAnyM(plan_of, operands, tensors)
+    rows_of_k = operation.layout[0] == "n" and problem.a_major == "k"
+    if problem.m > 1 and rows_of_k and not any(transposes) and are_plain(*tensors):
+        plan.of_any_m = _PlansOfAnyM(plan_of, operands, tensors)
     return plan
 
 
@@ -809,3 +811,8 @@ _library.define(
 _library.impl("gemm", _gemm_operator, "CPU")
 _library.impl("gemm", _gemm_operator, "CUDA")
 torch.library.register_fake("jitgemm::gemm", _gemm_fake, lib=_library)
+
+# What every first call of the usual kinds needs is better waited for here, where torch is imported, than there.
+for _operation in (_FP8, _BF16_NT):
+    prepare(GemmProblem(1, 1, _operation.recipe), SM90A)
+template_digest()

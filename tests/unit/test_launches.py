@@ -20,7 +20,7 @@ from benchmarks.operands import Operands, quantize, random_matrix
 from jitgemm import driver, plan, settings, tensor_map
 from jitgemm.device import H200
 from jitgemm.errors import DriverError, ProblemError
-from jitgemm.families import KernelSpec, family_of
+from jitgemm.families import KernelSpec, family_of, gemm_launch
 from jitgemm.families.gemm import RECIPES
 from jitgemm.families.gemm_launch import PARAMS_BYTES
 from jitgemm.kernel import Kernel
@@ -114,7 +114,7 @@ def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
     monkeypatch.setattr(gemm, "raw_stream", lambda _: fake.stream)
     monkeypatch.setattr(driver, "_launch_function", lambda: fake.launch)
     monkeypatch.setattr(tensor_map, "encode_tensor_map_function", lambda: fake.encode)
-    monkeypatch.setattr(tensor_map, "replace_tensor_map_address_function", lambda: fake.replace)
+    monkeypatch.setattr(gemm_launch, "replace_tensor_map_address_function", lambda: fake.replace)
     if request.param == "no guards":
         monkeypatch.setattr(plan, "_tensor_guards", None)
     yield fake
