@@ -1,6 +1,7 @@
 """From a problem and a device to a config: candidates, limits, cost model, overrides."""
 
 from jitgemm.heuristics.gemm import (
+    ANCHORS,
     Candidate,
     Chooser,
     Explanation,
@@ -13,6 +14,7 @@ from jitgemm.heuristics.gemm import (
 )
 
 __all__ = [
+    "ANCHORS",
     "Candidate",
     "Chooser",
     "Explanation",

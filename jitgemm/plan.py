@@ -7,6 +7,7 @@ was checked when it was made.
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Generic, TypeVar
 
@@ -99,14 +100,13 @@ def _find_tensor_guards() -> Any:
     It is internal to torch, and so is used only if it does what is expected of it here.
     """
     try:
-        from torch._C._dynamo.guards import TensorGuards
-
+        guards: Any = importlib.import_module("torch._C._dynamo.guards").TensorGuards
         x = torch.empty((2, 4))
-        match = TensorGuards(x, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
-        match_columns = TensorGuards(x, dynamic_dims_sizes=[[None, 4]], dynamic_dims_strides=[[4, 1]]).check
+        match = guards(x, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
+        match_columns = guards(x, dynamic_dims_sizes=[[None, 4]], dynamic_dims_strides=[[4, 1]]).check
         others = (x[:, :2], x.as_strided((2, 4), (1, 2)), x.view(torch.int32), torch.nn.Parameter(x), None)
         right = match(x) and match_columns(x[:1]) and not match(x[:1])
-        return TensorGuards if right and not any(match(y) or match_columns(y) for y in others) else None
+        return guards if right and not any(match(y) or match_columns(y) for y in others) else None
     except Exception:  # whatever another version of torch may do
         return None
 

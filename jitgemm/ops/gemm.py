@@ -801,16 +801,15 @@ def _gemm_fake(
             raise ProblemError(f"{name} has {tensor.dim()} dimensions; accepted is 2")
 
 
-# Defined by hand: ``torch.library.custom_op`` would pass every call through Python twice more.
-_library = torch.library.Library("jitgemm", "FRAGMENT")
-_library.define(
-    "gemm(Tensor a, Tensor? a_scales, Tensor b, Tensor? b_scales, Tensor(d!) d, Tensor? c, bool accumulate,"
+# Not by ``torch.library.custom_op``, which would pass every call through two more layers of Python.
+torch.library.define(
+    "jitgemm::gemm",
+    "(Tensor a, Tensor? a_scales, Tensor b, Tensor? b_scales, Tensor(d!) d, Tensor? c, bool accumulate,"
     " str recipe, str layout, bool fast_accum) -> ()",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
-_library.impl("gemm", _gemm_operator, "CPU")
-_library.impl("gemm", _gemm_operator, "CUDA")
-torch.library.register_fake("jitgemm::gemm", _gemm_fake, lib=_library)
+torch.library.impl("jitgemm::gemm", ("cpu", "cuda"), _gemm_operator)
+torch.library.register_fake("jitgemm::gemm", _gemm_fake)
 
 # What every first call of the usual kinds needs is better waited for here, where torch is imported, than there.
 for _operation in (_FP8, _BF16_NT):
