@@ -31,6 +31,7 @@ from jitgemm.families.gemm import (
     kernel_shape,
 )
 from jitgemm.heuristics import sm90a
+from jitgemm.settings import Settings
 
 ANCHORS = (1, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 16384)
 """Values of m whose winners serve every m."""
@@ -65,9 +66,9 @@ def choose_config(problem: GemmProblem, device: Device) -> GemmConfig:
     return chooser(problem, device)(problem.m)
 
 
-def chooser(problem: GemmProblem, device: Device) -> Chooser:
-    """``choose_config`` for a problem with any m, under the overrides in force."""
-    return _chooser(problem.without_m(), device, _overrides())
+def chooser(problem: GemmProblem, device: Device, in_force: Settings | None = None) -> Chooser:
+    """``choose_config`` for a problem with any m, under the overrides of some settings, or those in force."""
+    return _chooser(problem.without_m(), device, _overrides(in_force))
 
 
 def enumerate_configs(problem: GemmProblem, device: Device) -> tuple[GemmConfig, ...]:
@@ -376,8 +377,8 @@ def _resident(num_sms: int, cluster_size: int, blocks_per_sm: int) -> int:
 Overrides = tuple[tuple[str, Any], ...]
 
 
-def _overrides() -> Overrides:
-    return tuple(settings.current().tuning().items())
+def _overrides(in_force: Settings | None = None) -> Overrides:
+    return tuple((in_force or settings.current()).tuning().items())
 
 
 def _rank(problem: GemmProblem, config: GemmConfig, device: Device) -> tuple[float, int, GemmConfig]:

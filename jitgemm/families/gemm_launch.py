@@ -92,7 +92,8 @@ class GemmGeometry:
         """The same for another m, where A is K-major; with the strides of as many scales."""
         other = object.__new__(GemmGeometry)
         other.__dict__.update(self.__dict__)
-        other._a, other._d = self._a._replace(rows=m), self._d._replace(rows=m)
+        a, d = self._a, self._d
+        other._a, other._d = Matrix(m, a.columns, a.row_stride), Matrix(m, d.columns, d.row_stride)
         other._set_m(m, a_scales)
         return other
 

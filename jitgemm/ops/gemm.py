@@ -100,8 +100,10 @@ def fp8_gemm_nt(
         operation = _OPERATIONS[_recipe_name(recipe, recipe_a, recipe_b), "nt", fast_accum]
     if type(a) is not tuple or type(b) is not tuple or len(a) != 2 or len(b) != 2:
         a, b = _pair("a", a), _pair("b", b)
-    if not _launch_again(a[0], a[1], b[0], b[1], d, c, operation):
-        _launch(a[0], a[1], b[0], b[1], d, c, operation)
+    a_data, a_scales = a
+    b_data, b_scales = b
+    if not _launch_again(a_data, a_scales, b_data, b_scales, d, c, operation):
+        _launch(a_data, a_scales, b_data, b_scales, d, c, operation)
 
 
 def bf16_gemm_nt(a: Tensor, b: Tensor, d: Tensor, c: Tensor | None = None, compiled_dims: str = "") -> None:
@@ -257,8 +259,9 @@ def _run(
     operation: Operation,
 ) -> None:
     """Find or make the plan of a call and launch it; CPU tensors go to the reference."""
+    in_force = settings.current()
     recent = _recent.get(id(b))
-    if recent is not None and recent[0] is operation and recent[1] is settings.current():
+    if recent is not None and recent[0] is operation and recent[1] is in_force:
         of_any_m = recent[-1].of_any_m
         plan = None if of_any_m is None else of_any_m.find(a, a_scales, b, b_scales, d, c)
         if plan is not None:
@@ -266,7 +269,7 @@ def _run(
             return
     try:
         key = (
-            operation, settings.current().generation,
+            operation, in_force.generation,
             a.shape, a.stride(), a.dtype, a.device, b.shape, b.stride(), b.dtype, b.device,
             d.shape, d.stride(), d.dtype, d.device,
             None if a_scales is None else _scales_key(a_scales),
@@ -278,7 +281,7 @@ def _run(
         raise
     plan = _plans.get(key)
     if plan is None:
-        plan = _plans.put(key, _make_plan(a, a_scales, b, b_scales, d, c, operation))
+        plan = _plans.put(key, _make_plan(a, a_scales, b, b_scales, d, c, operation, in_force))
     plan(a, a_scales, b, b_scales, d, c)
 
 
@@ -321,14 +324,18 @@ class _GemmPlan:
         if current_device() != device:
             with torch.cuda.device(device):
                 return self(a, a_scales, b, b_scales, d, c)
+        tensors = tuple(tensor for tensor in (a, a_scales, b, b_scales, d, c) if tensor is not None)
+        repeatable = not any(self._transposes) and are_plain(*tensors)
         if any(self._transposes):
-            return self._transpose_and_launch(a, a_scales, b, b_scales, d, c)
+            self._extents.check(*_addresses(a, a_scales, b, b_scales, d, c))
+            a_scales, b_scales = (
+                copy_to_mn_major(scales) if transpose and scales is not None else scales
+                for scales, transpose in zip((a_scales, b_scales), self._transposes, strict=True)
+            )
         addresses = (raw_stream(device), *_addresses(a, a_scales, b, b_scales, d, c))
         run = self.bound.get(addresses) or self.bind(addresses)
-        tensors = tuple(tensor for tensor in (a, a_scales, b, b_scales, d, c) if tensor is not None)
-        if are_plain(*tensors):
-            match = matcher(tensors)
-            _recent.put(id(b), (self._operation, self._settings, device, match, addresses, run, self))
+        if repeatable:
+            _recent.put(id(b), (self._operation, self._settings, device, matcher(tensors), addresses, run, self))
         status = run()
         if status:
             self.retry(run, status)
@@ -345,17 +352,6 @@ class _GemmPlan:
         self._extents.check(a, a_scales, b, b_scales, d, c)
         arguments = self._geometry.bind(a, a_scales, b, b_scales, d, c)
         return self.bound.put(addresses, self._geometry.launch.prepare(arguments, stream))
-
-    def _transpose_and_launch(
-        self, a: Tensor, a_scales: Tensor | None, b: Tensor, b_scales: Tensor | None, d: Tensor, c: Tensor | None
-    ) -> None:
-        self._extents.check(*_addresses(a, a_scales, b, b_scales, d, c))
-        copies = [
-            copy_to_mn_major(scales) if transpose and scales is not None else scales
-            for scales, transpose in zip((a_scales, b_scales), self._transposes, strict=True)
-        ]
-        arguments = self._geometry.bind(*_addresses(a, copies[0], b, copies[1], d, c))
-        self._geometry.launch(arguments, raw_stream(self._device))
 
 
 class _PlansOfAnyM:
@@ -711,6 +707,7 @@ def _make_plan(
     d: Tensor,
     c: Tensor | None,
     operation: Operation,
+    in_force: Settings,
 ) -> Any:
     operands = _Operands(a, a_scales, b, b_scales, d, c, operation)
     problem = operands.problem
@@ -733,9 +730,9 @@ def _make_plan(
         transposes[index] = not (aligned and _loads_in_place(strides[index], mn, k_blocks))
         if transposes[index] or k_blocks == 1:
             strides[index] = ScaleStrides(1, get_tma_aligned_size(mn, 4))
-    ordinal, in_force = d.get_device(), settings.current()
+    ordinal = d.get_device()
     device, num_sms = device_facts(ordinal)
-    choose = chooser(problem, device)
+    choose = chooser(problem, device, in_force)
 
     @functools.cache
     def geometry_of(config: GemmConfig) -> GemmGeometry:
