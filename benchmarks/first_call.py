@@ -190,7 +190,7 @@ def preset_and_list(samples: int, jobs: int, cache: Path) -> Iterator[Measuremen
 
 def with_gpu(samples: int, with_peers: bool) -> Iterator[Measurement]:
     """First calls, from a cold and a warm cache on disk."""
-    libraries: dict[str, tuple[str, float | None, float | None]] = {"jitgemm": ("JITGEMM_CACHE_DIR", 0.8, 0.005)}
+    libraries: dict[str, tuple[str, float | None, float | None]] = {"jitgemm": ("JITGEMM_CACHE_DIR", 0.5, 0.002)}
     if with_peers:
         libraries["deep_gemm"] = ("DG_JIT_CACHE_DIR", None, None)
     for library, (variable, cold_target, warm_target) in libraries.items():

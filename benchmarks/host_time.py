@@ -4,13 +4,16 @@
 
 A batch of calls is timed until the last one returns, and the GPU is waited for between batches, so that the launch
 queue never fills; contenders take turns, and the median over batches counts. The problem is tiny: the host is what
-takes long. ``N sets`` means that the tensors differ from call to call, N sets in turn. The loop itself is the row
-``loop``; it is not subtracted. Exit codes: 0 done, 1 something of ours is missing, 3 no GPU.
+takes long. ``N sets`` means that the tensors differ from call to call, N sets in turn; ``new activations`` that a, its
+scales and d are at addresses that no call has had lately. ``new m`` is the median of single calls, each with an m that
+no call has had, whose kernel is loaded. The loop itself is the row ``loop``; it is not subtracted. Exit codes: 0 done,
+1 something of ours is missing, 3 no GPU.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import gc
 import itertools
 import statistics
@@ -29,10 +32,13 @@ from benchmarks.harness import CsvLog, Timing, say
 from benchmarks.operands import Operands, quantize, random_matrix
 from benchmarks.shapes import Shape
 from jitgemm.families.gemm import GemmProblem
+from jitgemm.heuristics import ANCHORS
 
 COLUMNS = ("case", "us", "over_matmul", "error")
 MATMUL = "torch.matmul(out=)"
 FEW_SETS, MANY_SETS = 64, 1000
+ACTIVATIONS = 4000  # more than the launches that a plan keeps
+NEW_M = 1500  # the largest of them
 _FP8 = "fp8_1x128_128x128"
 
 
@@ -42,6 +48,7 @@ class Contender:
 
     function: Callable[..., object]
     sets: Sequence[tuple[Any, ...]]
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # in force during its calls
 
 
 def measure(
@@ -53,8 +60,9 @@ def measure(
     errors: dict[str, str] = {}
     for name, contender in contenders.items():
         try:
-            for arguments in (*contender.sets, *contender.sets[:batch]):  # all plans and launches are made
-                contender.function(*arguments)
+            with jitgemm.override(**contender.settings):
+                for arguments in (*contender.sets, *contender.sets[:batch]):  # all plans and launches are made
+                    contender.function(*arguments)
         except Exception as error:
             errors[name] = harness.error_text(error)
         synchronize()
@@ -64,7 +72,8 @@ def measure(
     try:
         for _ in range(batches):
             for name in running:
-                times[name].append(_batch(contenders[name].function, list(itertools.islice(turns[name], batch))))
+                with jitgemm.override(**contenders[name].settings):
+                    times[name].append(_batch(contenders[name].function, list(itertools.islice(turns[name], batch))))
                 synchronize()
     finally:
         if collecting:
@@ -82,10 +91,37 @@ def _batch(function: Callable[..., object], sets: Sequence[tuple[Any, ...]]) -> 
     return (time.perf_counter() - begin) / len(sets) * 1e6
 
 
+def measure_new_m(
+    function: Callable[..., object], sets: Mapping[int, tuple[Any, ...]], synchronize: Callable[[], None]
+) -> Timing:
+    """The median time of one call in microseconds for an m that has not been seen; half of them warm up."""
+    times: list[float] = []
+    warm = {m for m in sets if m in ANCHORS} | {m for index, m in enumerate(sets) if index % 2}
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        for m in warm:
+            function(*sets[m])
+        synchronize()
+        for index, m in enumerate(sorted(set(sets) - warm)):
+            if index % 200 == 0:
+                synchronize()
+            times.append(_batch(function, [sets[m]]))
+        synchronize()
+    except Exception as error:
+        return Timing(None, error=harness.error_text(error))
+    finally:
+        if collecting:
+            gc.enable()
+    return Timing(statistics.median(times), len(times))
+
+
 # -- Contenders. Each is called through one lambda, so that all pay the same for it.
 
 
-def contenders(shape: Shape, with_peers: bool = True, device: str = "cuda") -> dict[str, Contender | str]:
+def contenders(
+    shape: Shape, with_peers: bool = True, compiled: bool = False, device: str = "cuda"
+) -> dict[str, Contender | str]:
     """Everything that is timed, or why it is missing."""
     generator = torch.Generator(device).manual_seed(0)
     fp8 = [_tensors(shape, _FP8, generator) for _ in range(MANY_SETS)]
@@ -107,6 +143,18 @@ def contenders(shape: Shape, with_peers: bool = True, device: str = "cuda") -> d
         MATMUL: Contender(lambda a, b, d: torch.matmul(a, b, out=d), transposed[:1]),
         f"{MATMUL}, {FEW_SETS} sets": Contender(lambda a, b, d: torch.matmul(a, b, out=d), transposed),
     }
+    one = prepared[:1]
+    found["jitgemm fp8, PDL"] = Contender(lambda a, b, d: ours_fp8(a, b, d), one, {"pdl": True})
+    found["jitgemm fp8, new activations"] = Contender(lambda a, b, d: ours_fp8(a, b, d), _activations(shape, generator))
+    operator = torch.ops.jitgemm.gemm
+    found["jitgemm fp8, operator"] = Contender(
+        lambda a, b, d: operator(a[0], a[1], b[0], b[1], d, None, False, _FP8, "nt", False), one
+    )
+    if compiled:
+        ours = torch.compile(lambda a, a_scales, b, b_scales, d: ours_fp8((a, a_scales), (b, b_scales), d))
+        matmul = torch.compile(lambda a, b, d: torch.matmul(a, b, out=d))
+        found["jitgemm fp8, torch.compile"] = Contender(lambda a, b, d: ours(a[0], a[1], b[0], b[1], d), one)
+        found[f"{MATMUL}, torch.compile"] = Contender(lambda a, b, d: matmul(a, b, d), transposed[:1])
     if not with_peers:
         return found
     try:
@@ -120,6 +168,27 @@ def contenders(shape: Shape, with_peers: bool = True, device: str = "cuda") -> d
     found["deepgemm fp8, row-major scales"] = Contender(lambda a, b, d: peer_fp8(a, b, d), unprepared)
     found["deepgemm bf16"] = Contender(lambda a, b, d: peer_bf16(a, b, d), plain[:1])
     return found
+
+
+def _activations(shape: Shape, generator: torch.Generator) -> list[tuple[Any, ...]]:
+    operands, d = _tensors(shape, _FP8, generator)
+    (a, a_scales), b, _ = _prepared(operands, d)
+    many = (torch.empty((ACTIVATIONS, *a.shape), dtype=a.dtype, device=a.device), d.new_empty((ACTIVATIONS, *d.shape)))
+    width = -(-a_scales.stride(1) // 4) * 4
+    scales = a_scales.new_ones((ACTIVATIONS, a_scales.shape[1], width)).transpose(1, 2)[:, : shape.m]
+    return [((one, its_scales), b, out) for one, its_scales, out in zip(many[0], scales, many[1], strict=True)]
+
+
+def new_m_sets(shape: Shape, recipe: str, device: str = "cuda") -> dict[int, tuple[Any, ...]]:
+    """Arguments by m, for the same weights."""
+    generator = torch.Generator(device).manual_seed(0)
+    operands, d = _tensors(Shape(NEW_M, shape.n, shape.k), recipe, generator)
+    if recipe == "bf16":
+        return {m: (operands.a[:m], operands.b, d[:m]) for m in range(1, NEW_M + 1)}
+    assert operands.a_scales is not None
+    transform, scales = jitgemm.get_mn_major_tma_aligned_tensor, operands.a_scales
+    b = operands.b, operands.b_scales
+    return {m: ((operands.a[:m], transform(scales[:m].contiguous())), b, d[:m]) for m in range(1, NEW_M + 1)}
 
 
 def _tensors(shape: Shape, recipe: str, generator: torch.Generator) -> tuple[Operands, Tensor]:
@@ -140,6 +209,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch", type=harness.positive, default=200, help="calls in a batch (default 200)")
     parser.add_argument("--batches", type=harness.positive, default=50, help="batches of each (default 50)")
     parser.add_argument("--no-peers", action="store_true", help="without DeepGEMM")
+    parser.add_argument("--no-compile", action="store_true", help="without torch.compile, which needs a C compiler")
     parser.add_argument("--out", type=Path, help="CSV file to write")
     return parser.parse_args(arguments)
 
@@ -150,10 +220,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     harness.require_gpu()
     say(harness.machine())
     shape = Shape(*options.shape)
-    harness.prewarm([GemmProblem(shape.n, shape.k, recipe, shape.m) for recipe in (_FP8, "bf16")], 2)
-    found = contenders(shape, not options.no_peers)
+    harness.prewarm([GemmProblem(shape.n, shape.k, recipe) for recipe in (_FP8, "bf16")], 2)
+    found = contenders(shape, not options.no_peers, not options.no_compile)
     running = {name: contender for name, contender in found.items() if isinstance(contender, Contender)}
     timings = measure(running, options.batch, options.batches, torch.cuda.synchronize)
+    for recipe, function in ((_FP8, jitgemm.fp8_gemm_nt), ("bf16", jitgemm.bf16_gemm_nt)):
+        name = f"jitgemm {recipe[:4].rstrip('_')}, new m"
+        timings[name] = measure_new_m(function, new_m_sets(shape, recipe), torch.cuda.synchronize)
     timings.update({name: Timing(None, error=text) for name, text in found.items() if isinstance(text, str)})
 
     matmul = timings[MATMUL].median_us

@@ -1,6 +1,7 @@
 """From a problem and a device to a config: candidates, limits, cost model, overrides."""
 
 from jitgemm.heuristics.gemm import (
+    ANCHORS,
     Candidate,
     Chooser,
     Explanation,
@@ -9,9 +10,11 @@ from jitgemm.heuristics.gemm import (
     enumerate_configs,
     enumerate_specs,
     explain,
+    prepare,
 )
 
 __all__ = [
+    "ANCHORS",
     "Candidate",
     "Chooser",
     "Explanation",
@@ -20,4 +23,5 @@ __all__ = [
     "enumerate_configs",
     "enumerate_specs",
     "explain",
+    "prepare",
 ]

@@ -33,9 +33,11 @@ from jitgemm.families.gemm import (
     GemmConfig,
     GemmProblem,
     KernelShape,
+    kernel_shape,
 )
 from jitgemm.heuristics import sm90a, tuned
 from jitgemm.heuristics.pruning import assign
+from jitgemm.settings import Settings
 
 ANCHORS = (1, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 16384)
 """Values of m whose winners serve every m."""
@@ -68,17 +70,19 @@ def choose_config(problem: GemmProblem, device: Device, limit: int = MAX_KERNELS
         ConfigError: no legal config meets the overrides in force.
     """
     assert problem.m is not None
-    return chooser(problem, device, limit)(problem.m)
+    return chooser(problem, device, limit=limit)(problem.m)
 
 
-def chooser(problem: GemmProblem, device: Device, limit: int = MAX_KERNELS) -> Chooser:
-    """``choose_config`` for a problem with any m, under the settings and tables in force."""
-    return _chooser(problem.without_m(), device, _rules(device), limit)
+def chooser(
+    problem: GemmProblem, device: Device, in_force: Settings | None = None, limit: int = MAX_KERNELS
+) -> Chooser:
+    """``choose_config`` for a problem with any m, under some settings, or those in force."""
+    return _chooser(problem.without_m(), device, _rules(device, in_force or settings.current()), limit)
 
 
 def enumerate_configs(problem: GemmProblem, device: Device, limit: int = MAX_KERNELS) -> tuple[GemmConfig, ...]:
     """Every config that ``choose_config`` can return for the problem, whatever its m; at most ``limit``."""
-    return tuple(sorted({winner.config for winner in chooser(problem, device, limit).winners}))
+    return tuple(sorted({winner.config for winner in chooser(problem, device, limit=limit).winners}))
 
 
 def enumerate_specs(problem: GemmProblem, device: Device) -> tuple[KernelSpec, ...]:
@@ -128,7 +132,7 @@ def explain(problem: GemmProblem, device: Device) -> Explanation:
         ConfigError: no legal config meets the overrides in force.
     """
     assert problem.m is not None
-    rules = _rules(device)
+    rules = _rules(device, settings.current())
     served = chooser(problem, device).serving(problem.m)
     menu = candidates(problem, rules.overrides)
     offered = [assess(problem, config, device) for config in dict.fromkeys((*menu, served.config))]
@@ -188,16 +192,7 @@ def _fitting(problem: GemmProblem, config: GemmConfig) -> GemmConfig:
     return config
 
 
-@functools.lru_cache(maxsize=4096)
-def _shape(problem: GemmProblem, config: GemmConfig) -> KernelShape:
-    """The kernel's derived facts, computed once for all that asks."""
-    return KernelShape(problem, config)
-
-
-@functools.lru_cache(maxsize=1024)
-def _signature(problem: GemmProblem) -> GemmProblem:
-    """The problem without its sizes."""
-    return dataclasses.replace(problem, m=None, n=1, k=1)
+_shape, _signature = kernel_shape, GemmProblem.without_sizes
 
 
 _TILE_NS = (16, 24, 32, 40, 48, 56, 64, 72, 80, 88, 96, 104, 112, 120, 128, 136, 144, 160, 176, 192, 208, 224, 240, 256)
@@ -448,11 +443,10 @@ class _Rules(NamedTuple):
     tables: tuned.Tables
 
 
-def _rules(device: Device) -> _Rules:
-    current = settings.current()
+def _rules(device: Device, current: Settings) -> _Rules:
     overrides = tuple(current.tuning().items())
     measured = not overrides and not current.batch_invariant
-    return _Rules(overrides, current.batch_invariant, tuned.tables(device) if measured else tuned.NONE)
+    return _Rules(overrides, current.batch_invariant, tuned.tables(device, current) if measured else tuned.NONE)
 
 
 class _Winner(NamedTuple):
@@ -467,6 +461,14 @@ class _Winner(NamedTuple):
 def _rank(config: GemmConfig, cost: float) -> tuple[float, int, GemmConfig]:
     """Cheapest first; of configs that the model can't tell apart, the one with the deeper ring."""
     return cost, -config.stages, config
+
+
+def prepare(problem: GemmProblem, arch: Architecture) -> None:
+    """Compute all of a choice that depends on neither the problem's sizes nor the chip: half of a first call's."""
+    kind = problem.without_sizes()
+    for config in _menu(kind):
+        if _illegal_kernel(kind, config, arch) is None:
+            _traits(kind, config)
 
 
 class Chooser:

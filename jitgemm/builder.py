@@ -69,13 +69,14 @@ _stats = Stats()
 _warned: set[Path] = set()
 
 
-def build(spec: KernelSpec) -> Built:
+def build(spec: KernelSpec, capturing: bool = False) -> Built:
     """The cubin of ``spec``: from memory, from disk, or compiled here and published.
 
-    Any number of threads and processes that ask at once cause one compile.
+    Any number of threads and processes that ask at once cause one compile. ``capturing`` says that a CUDA graph is
+    being captured, which is no time to compile.
 
     Raises:
-        CacheMissError: it would have to be compiled, and ``JITGEMM_JIT`` is ``forbid``.
+        CacheMissError: it would have to be compiled, and ``JITGEMM_JIT`` is ``forbid`` or a graph is being captured.
         CompileError: NVRTC is missing or rejected the kernel. Failures are not remembered.
         CacheError: the cache directory is not safe to use.
     """
@@ -95,14 +96,14 @@ def build(spec: KernelSpec) -> Built:
         with contextlib.suppress(CancelledError):  # its thread was interrupted: try again, maybe as the one who works
             return Built(pending.result(), "memory", time.perf_counter() - start)
     try:
-        cubin, source = _from_disk_or_compiled(spec, in_force)
+        cubin, source = _from_disk_or_compiled(spec, in_force, capturing)
     except BaseException as error:
         with _guard:
             del _pending[place]
-        if isinstance(error, Exception):
+        if isinstance(error, Exception) and not capturing:
             mine.set_exception(error)
         else:
-            mine.cancel()
+            mine.cancel()  # the others may do what this thread may not
         raise
     with _guard:
         _remember(place, cubin)
@@ -128,7 +129,7 @@ def forget() -> None:
         _memory.clear()
 
 
-def _from_disk_or_compiled(spec: KernelSpec, in_force: Settings) -> tuple[Cubin, Source]:
+def _from_disk_or_compiled(spec: KernelSpec, in_force: Settings, capturing: bool) -> tuple[Cubin, Source]:
     cache, key = default_cache(), cache_key(spec)
     find = _finder(cache, key, in_force)
     cubin = find()
@@ -137,9 +138,10 @@ def _from_disk_or_compiled(spec: KernelSpec, in_force: Settings) -> tuple[Cubin,
         _stats.misses += cubin is None
     if cubin is not None:
         return cubin, "disk"
-    if in_force.jit == "forbid":
+    if in_force.jit == "forbid" or capturing:
+        why = "JITGEMM_JIT is 'forbid'" if in_force.jit == "forbid" else "a CUDA graph is being captured"
         raise CacheMissError(
-            f"kernel {key} ({_describe(spec)}) is not in the cache {cache.directory} and JITGEMM_JIT is 'forbid'; "
+            f"kernel {key} ({_describe(spec)}) is not in the cache {cache.directory} and {why}; "
             f"build it with: jitgemm prewarm --arch {spec.arch} --shapes FILE (or --preset NAME)"
         )
     if in_force.jit == "warn":

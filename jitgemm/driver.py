@@ -1,13 +1,14 @@
-"""The CUDA driver: cold calls through cuda-bindings, the two hot ones through ctypes.
+"""The CUDA driver: cold calls through cuda-bindings, the hot ones through ctypes.
 
-A launch and the encoding of a tensor map happen at every call with new tensors; ctypes lets both work
-on prepared buffers in place, where the bindings convert Python objects field by field.
+Launches happen at every call, and tensor maps are written at every call with new tensors; ctypes lets both
+work on prepared buffers in place, where the bindings convert Python objects field by field.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Callable
 from typing import Any
 
 from cuda.bindings import driver
@@ -88,7 +89,7 @@ def use_primary_context(device: int) -> None:
 
 class _LaunchAttribute(ctypes.Structure):
     # CUlaunchAttribute: an id, and a union of 64 bytes.
-    _fields_ = (("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_char * 64))
+    _fields_ = (("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_int), ("rest", ctypes.c_char * 60))
 
 
 class _LaunchConfig(ctypes.Structure):
@@ -103,76 +104,100 @@ class _LaunchConfig(ctypes.Structure):
     )
 
 
+_PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CUlaunchAttributeID
+_PDL = _LaunchAttribute(id=_PROGRAMMATIC_STREAM_SERIALIZATION, value=1)
+
+
 @functools.cache
 def _launch_function() -> Any:
+    # Without argument types: the arguments are ctypes objects already, and need no conversion.
     function = _libcuda().cuLaunchKernelEx
-    function.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
     function.restype = ctypes.c_int
     return function
 
 
+class Arguments:
+    """Memory for a kernel's one parameter.
+
+    Args:
+        size: its bytes, a multiple of 8; they start at ``address``, aligned to 128, which is ``words[first]``.
+    """
+
+    __slots__ = ("address", "first", "reference", "words")
+
+    def __init__(self, size: int) -> None:
+        # Behind the parameter its address, which is what the driver is pointed to.
+        self.words = words = _memory(size)()
+        base = ctypes.addressof(words)
+        self.address = address = -(-base // 128) * 128
+        self.first = (address - base) // 8
+        behind = self.first + size // 8
+        words[behind] = address
+        self.reference = ctypes.byref(words, behind * 8)  # keeps the memory
+
+
+@functools.cache
+def _memory(size: int) -> Any:
+    return ctypes.c_uint64 * (128 // 8 + size // 8 + 1)
+
+
 class Launch:
-    """One kernel with its geometry and packed arguments, ready for any stream; immutable once made.
+    """A kernel and its geometry, ready for any arguments and any stream.
 
     Args:
         kernel: handle from ``load_kernel``.
         grid: blocks in x, y, z.
         threads: threads of a block.
         smem_bytes: dynamic shared memory of a block.
-        arguments: address of the kernel's one parameter; ``owner`` keeps it alive.
-        owner: what owns the argument memory.
         device: ordinal, for the context of a thread that has none yet.
+        pdl: whether to launch with programmatic dependent launch.
     """
 
-    __slots__ = ("_arguments", "_configs", "_device", "_function", "_grid", "_kernel", "_owner", "_smem", "_threads")
+    __slots__ = ("_configs", "_device", "_grid", "_kernel", "_pdl", "_smem", "_threads")
 
     _STREAMS = 64  # launch configurations kept, one a stream
 
     def __init__(
-        self,
-        kernel: int,
-        grid: tuple[int, int, int],
-        threads: int,
-        smem_bytes: int,
-        arguments: int,
-        owner: object,
-        device: int,
+        self, kernel: int, grid: tuple[int, int, int], threads: int, smem_bytes: int, device: int, pdl: bool
     ) -> None:
-        self._kernel, self._grid, self._threads, self._smem, self._device = kernel, grid, threads, smem_bytes, device
-        pointers = (ctypes.c_void_p * 1)(arguments)
-        self._owner = (owner, pointers)
-        self._arguments = ctypes.addressof(pointers)
-        self._configs: dict[int, tuple[int, _LaunchConfig]] = {}
-        self._function = _launch_function()
+        self._kernel = ctypes.c_void_p(kernel)
+        self._grid, self._threads, self._smem, self._device, self._pdl = grid, threads, smem_bytes, device, pdl
+        self._configs: dict[int, Any] = {}
 
-    def __call__(self, stream: int) -> None:
+    def __call__(self, arguments: Arguments, stream: int) -> None:
         """Enqueue the kernel on a stream, given by its raw handle.
 
         Raises:
             DriverError: the driver refused the launch.
         """
-        config = self._configs.get(stream) or self._add_stream(stream)
-        status = self._function(config[0], self._kernel, self._arguments, None)
+        run = self.prepare(arguments, stream)
+        status = run()
         if status:
-            self._retry(config[0], status)
+            self.retry(run, status)
 
-    def _add_stream(self, stream: int) -> tuple[int, _LaunchConfig]:
-        config = _LaunchConfig(
-            grid=(ctypes.c_uint * 3)(*self._grid),
-            block=(ctypes.c_uint * 3)(self._threads, 1, 1),
-            smem_bytes=self._smem,
-            stream=stream,
-        )
+    def prepare(self, arguments: Arguments, stream: int) -> Callable[[], int]:
+        """The launch as a function that returns the driver's status; for ``retry`` if that is not 0."""
+        config = self._configs.get(stream) or self._add_stream(stream)
+        return functools.partial(_launch_function(), config, self._kernel, arguments.reference, None)
+
+    def _add_stream(self, stream: int) -> Any:
+        config = _LaunchConfig((*self._grid,), (self._threads, 1, 1), self._smem, stream)
+        if self._pdl:
+            config.attributes, config.num_attributes = ctypes.pointer(_PDL), 1
         if len(self._configs) >= self._STREAMS:
             self._configs = {}  # replaced, not cleared: another thread may be reading it
-        entry = (ctypes.addressof(config), config)
-        self._configs[stream] = entry
-        return entry
+        reference = self._configs[stream] = ctypes.byref(config)  # keeps the configuration alive
+        return reference
 
-    def _retry(self, config: int, status: int) -> None:
+    def retry(self, run: Callable[[], int], status: int) -> None:
+        """Launch once more in a thread that had no context yet.
+
+        Raises:
+            DriverError: that was not the reason, or it fails again.
+        """
         if status == int(driver.CUresult.CUDA_ERROR_INVALID_CONTEXT):  # a thread's first CUDA call
             use_primary_context(self._device)
-            status = self._function(config, self._kernel, self._arguments, None)
+            status = run()
         if status:
             raise error_of(status, "launch")
 
@@ -186,5 +211,14 @@ def encode_tensor_map_function() -> Any:
         pointer, ctypes.c_int, ctypes.c_uint32, pointer, pointer, pointer, pointer, pointer,
         ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int,
     )  # fmt: skip
+    function.restype = ctypes.c_int
+    return function
+
+
+@functools.cache
+def replace_tensor_map_address_function() -> Any:
+    """``cuTensorMapReplaceAddress`` with its C signature."""
+    function = _libcuda().cuTensorMapReplaceAddress
+    function.argtypes = (ctypes.c_void_p, ctypes.c_void_p)
     function.restype = ctypes.c_int
     return function

@@ -6,6 +6,8 @@ import threading
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from jitgemm import driver
 from jitgemm.builder import build
 from jitgemm.errors import DriverError
@@ -32,14 +34,14 @@ def load(spec: KernelSpec, device: int) -> Kernel:
     """The kernel of ``spec`` on a device: loaded once, built or read from the cache before that.
 
     Raises:
-        CacheMissError: it would have to be compiled and compiling is forbidden.
+        CacheMissError: it would have to be compiled, and that is forbidden or the current stream is being captured.
         CompileError: it could not be compiled.
         DriverError: the driver refused it.
     """
     known = _kernels.get((spec, device))
     if known is not None:
         return known
-    cubin = build(spec).cubin
+    cubin = build(spec, torch.cuda.is_current_stream_capturing()).cubin
     family = family_of(spec)
     with _lock:
         known = _kernels.get((spec, device))

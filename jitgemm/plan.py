@@ -7,11 +7,14 @@ was checked when it was made.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Hashable
-from typing import Generic, TypeVar
+import importlib
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, Generic, TypeVar
 
 import torch
+from torch import Tensor
 
+from jitgemm import settings
 from jitgemm.device import ARCHITECTURES, Device, nearest_preset
 from jitgemm.errors import ProblemError
 
@@ -40,34 +43,27 @@ class Table(Generic[Key, Value]):
         self.get = self._entries.get
 
 
-_num_sms: int | None = None
-
-
 def set_num_sms(num_sms: int) -> None:
     """Use at most ``num_sms`` multiprocessors in the calls that follow; 0 means all.
 
     Raises:
         ProblemError: ``num_sms`` is not an integer from 0 to the number of the current device.
     """
-    global _num_sms
     limit = device_facts(torch.cuda.current_device())[1] if torch.cuda.is_available() else 2**31 - 1
     if not isinstance(num_sms, int) or isinstance(num_sms, bool) or not 0 <= num_sms <= limit:
         raise ProblemError(f"num_sms is {num_sms!r}; accepted is an integer from 0 (all) to {limit}")
-    _num_sms = num_sms or None
+    settings.assign("set_num_sms", "num_sms", num_sms)
 
 
 def get_num_sms() -> int:
     """Multiprocessors that calls on the current device use."""
-    if _num_sms is not None:
-        return _num_sms
+    limit = settings.current().num_sms
     if not torch.cuda.is_available():
+        if limit:
+            return limit
         raise ProblemError("get_num_sms: there is no CUDA device here")
-    return device_facts(torch.cuda.current_device())[1]
-
-
-def num_sms_limit() -> int | None:
-    """What ``set_num_sms`` asked for; part of a plan's key."""
-    return _num_sms
+    count = device_facts(torch.cuda.current_device())[1]
+    return min(limit or count, count)
 
 
 @functools.cache
@@ -92,11 +88,46 @@ def device_facts(ordinal: int) -> tuple[Device, int]:
     )
 
 
-def raw_stream(device: int) -> int:
-    """Handle of torch's current stream on a device."""
-    stream: int = torch._C._cuda_getCurrentRawStream(device)
-    return stream
+current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", lambda: -1)
+"""Ordinal of torch's current device."""
 
+raw_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", lambda _: 0)
+"""Handle of torch's current stream on a device."""
 
 BOUND_LAUNCHES = 1024
-"""Launches with packed arguments that one plan keeps, one for each set of addresses."""
+"""Launches with packed arguments that one plan keeps, one for each stream and set of addresses."""
+
+
+def _find_tensor_guards() -> Any:
+    """Torch's check of several tensors' types, dtypes, devices, sizes and strides in one call, or None.
+
+    It is internal to torch, and so is used only if it does what is expected of it here.
+    """
+    try:
+        guards: Any = importlib.import_module("torch._C._dynamo.guards").TensorGuards
+        x = torch.empty((2, 4))
+        match = guards(x, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
+        match_columns = guards(x, dynamic_dims_sizes=[[None, 4]], dynamic_dims_strides=[[4, 1]]).check
+        others = (x[:, :2], x.as_strided((2, 4), (1, 2)), x.view(torch.int32), torch.nn.Parameter(x), None)
+        right = match(x) and match_columns(x[:1]) and not match(x[:1])
+        return guards if right and not any(match(y) or match_columns(y) for y in others) else None
+    except Exception:  # whatever another version of torch may do
+        return None
+
+
+_tensor_guards = _find_tensor_guards()
+
+
+Sizes = list[list[int | None]]
+
+
+def matcher(tensors: Sequence[Tensor], sizes: Sizes | None = None, strides: Sizes | None = None) -> Callable[..., bool]:
+    """A function that says whether as many tensors are like these in all but their addresses.
+
+    It may say no, but not yes, without cause. It raises TypeError for another number of tensors. Of the sizes and
+    strides, where given, a None matches all.
+    """
+    if _tensor_guards is None:
+        return lambda *_: False
+    match: Callable[..., bool] = _tensor_guards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
+    return match

@@ -142,6 +142,28 @@ VARIABLES: tuple[Variable, ...] = (
         default_text="60",
         read="at each compile",
     ),
+    _variable(
+        "num_sms",
+        _integer(0, 2**31 - 1),
+        "Multiprocessors that calls may use; 0 means all.",
+        default=0,
+        default_text="0",
+    ),
+    _variable(
+        "pdl",
+        (_boolean, "0 or 1"),
+        "Programmatic dependent launch: a kernel may start before the one ahead of it in its stream has ended.",
+        default=False,
+        default_text="0",
+    ),
+    _variable(
+        "static_weights",
+        (_boolean, "0 or 1"),
+        "The caller's word that b and its scales are written by no kernel that is still running at a launch: with PDL,"
+        " they are loaded before the kernel ahead has ended.",
+        default=False,
+        default_text="0",
+    ),
     _variable("tile_m", _integer(1, 1024), "Rows of D in one tile."),
     _variable("tile_n", _integer(1, 1024), "Columns of D in one tile."),
     _variable("tile_k", _integer(1, 1024), "Elements of K in one pipeline stage."),
@@ -191,6 +213,9 @@ class Settings:
     nvrtc: Path | None = None
     exact_nvrtc: bool = False
     lock_timeout: float = 60.0
+    num_sms: int = 0
+    pdl: bool = False
+    static_weights: bool = False
     tile_m: int | None = None
     tile_n: int | None = None
     tile_k: int | None = None
@@ -213,7 +238,18 @@ class Settings:
 _lock = threading.Lock()
 _interned: dict[Settings, Settings] = {}
 _process: Settings | None = None
-_context: contextvars.ContextVar[Settings | None] = contextvars.ContextVar("jitgemm_settings", default=None)
+
+
+@dataclass(frozen=True)
+class _Override:
+    """What the running blocks of ``override`` change, and the settings that makes of the process's."""
+
+    values: Mapping[str, Any]
+    base: Settings
+    settings: Settings
+
+
+_context: contextvars.ContextVar[_Override | None] = contextvars.ContextVar("jitgemm_settings", default=None)
 
 
 def _intern(settings: Settings) -> Settings:
@@ -246,14 +282,61 @@ def from_environment(environ: Mapping[str, str]) -> Settings:
 
 def current() -> Settings:
     """The settings in force here and now."""
-    return _context.get() or _process or reload()
+    overridden = _context.get()
+    if overridden is None:
+        return _process or reload()
+    if overridden.base is not _process:  # the process's settings have changed since the block began
+        overridden = _overridden(overridden.values)
+        _context.set(overridden)
+    return overridden.settings
 
 
 def reload() -> Settings:
     """Read the environment again; overrides of running blocks stay in force."""
     global _process
     _process = from_environment(os.environ)
-    return _context.get() or _process
+    return current()
+
+
+def assign(function: str, field: str, value: object) -> None:
+    """Change a setting of the process until ``reload``; overrides of running blocks stay in force."""
+    global _process
+    _process = _intern(dataclasses.replace(_process or reload(), **{field: _checked(function, field, value)}))
+
+
+def set_pdl(enabled: bool) -> None:
+    """Launch kernels with programmatic dependent launch, or without it (the default), from the next call on.
+
+    A kernel may then be set up while the one ahead of it in its stream ends. It still waits for that one before it
+    reads anything, save weights that are static (``set_static_weights``).
+
+    Raises:
+        SettingsError: ``enabled`` is not a boolean.
+    """
+    assign("set_pdl", "pdl", enabled)
+
+
+def get_pdl() -> bool:
+    """Whether calls launch with programmatic dependent launch."""
+    return current().pdl
+
+
+def set_static_weights(static: bool) -> None:
+    """Give or take back the word that weights are static, from the next call on.
+
+    They are if b and its scales are written by no kernel that is still running at a launch: weights that were loaded,
+    and waited for, before inference. With programmatic dependent launch they are then loaded before the kernel ahead
+    has ended; weights that it writes after all would be read too early. Without it nothing changes.
+
+    Raises:
+        SettingsError: ``static`` is not a boolean.
+    """
+    assign("set_static_weights", "static_weights", static)
+
+
+def get_static_weights() -> bool:
+    """Whether the caller has given the word that weights are static."""
+    return current().static_weights
 
 
 @contextlib.contextmanager
@@ -265,17 +348,21 @@ def override(**values: Any) -> Iterator[Settings]:
     Raises:
         SettingsError: an unknown name, or a value that is not accepted.
     """
-    checked: dict[str, Any] = {}
-    for field, value in values.items():
-        variable = _BY_FIELD.get(field)
-        if variable is None:
-            raise SettingsError(f"override: {field!r} is not a setting; known are {', '.join(sorted(_BY_FIELD))}")
-        checked[field] = variable.default if value is None else _parsed(variable, value)
-    token = _context.set(_intern(dataclasses.replace(current(), **checked)))
+    checked = {
+        field: _BY_FIELD[field].default if value is None and field in _BY_FIELD else _checked("override", field, value)
+        for field, value in values.items()
+    }
+    running = _context.get()
+    token = _context.set(_overridden({**(running.values if running else {}), **checked}))
     try:
         yield current()
     finally:
         _context.reset(token)
+
+
+def _overridden(values: Mapping[str, Any]) -> _Override:
+    base = _process or reload()
+    return _Override(values, base, _intern(dataclasses.replace(base, **values)))
 
 
 def as_written(value: Any) -> str:
@@ -285,11 +372,15 @@ def as_written(value: Any) -> str:
     return "x".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
-def _parsed(variable: Variable, value: Any) -> Any:
+def _checked(function: str, field: str, value: Any) -> Any:
+    """A value that a caller of ``function`` gave, parsed as the variable's text would be."""
+    variable = _BY_FIELD.get(field)
+    if variable is None:
+        raise SettingsError(f"{function}: {field!r} is not a setting; known are {', '.join(sorted(_BY_FIELD))}")
     try:
         return variable.parse(as_written(value))
     except (ValueError, KeyError, RuntimeError):
-        raise SettingsError(f"override: {variable.field} is {value!r}; accepted is {variable.accepts}") from None
+        raise SettingsError(f"{function}: {field} is {value!r}; accepted is {variable.accepts}") from None
 
 
 def table() -> list[tuple[str, str, str, str]]:

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,6 +49,7 @@ _FINALISTS, _FINAL_SAMPLES = 4, 60
 _FAR = 1.25  # predicted time over the best's beyond which a config is no candidate
 _UNMEASURED = 1.02  # what a config that was not timed is taken to lose at least
 _AUTOTUNE_CANDIDATES = 12
+_PLAIN: dict[str, Any] = {"tuned": False, "batch_invariant": False, **dict.fromkeys(settings.TUNING_FIELDS)}
 _D_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 Measure = Callable[[GemmProblem, Sequence[GemmConfig], Sequence[GemmConfig]], Mapping[GemmConfig, float]]
@@ -58,8 +60,8 @@ Measure = Callable[[GemmProblem, Sequence[GemmConfig], Sequence[GemmConfig]], Ma
 
 
 def model_choice(problem: GemmProblem, device: Device) -> GemmConfig:
-    """What a call gets without tuned tables."""
-    with settings.override(tuned=False):
+    """What a call gets without tuned tables, whatever settings are in force here."""
+    with settings.override(**_PLAIN):
         return choose_config(problem, device)
 
 
@@ -343,20 +345,20 @@ class Workload:
         Raises:
             JitGemmError: the config can't be built or launched.
         """
-        forced = str(config)
+        forced = {**_PLAIN, "config": str(config)}
         problem, d = self._problem, self.d
         if self._a_scales is None or self._b_scales is None:
             a, b = self._a, self._b
             function = getattr(ops, f"bf16_gemm_{problem.layout}")
 
             def call() -> None:
-                with settings.override(config=forced):
+                with settings.override(**forced):
                     function(a, b, d)
         else:
             scaled_a, scaled_b = (self._a, self._a_scales), (self._b, self._b_scales)
 
             def call() -> None:
-                with settings.override(config=forced):
+                with settings.override(**forced):
                     ops.fp8_gemm_nt(scaled_a, scaled_b, d, recipe=problem.recipe, fast_accum=problem.fast_accum)
 
         call()

@@ -29,6 +29,7 @@ from jitgemm.cache import default_cache, logger, read_trusted
 from jitgemm.device import Device
 from jitgemm.errors import CacheError, JitGemmError
 from jitgemm.families.gemm import GemmConfig, GemmProblem
+from jitgemm.settings import Settings
 
 if TYPE_CHECKING:
     import filelock
@@ -234,9 +235,9 @@ _warned: set[tuple[Path, str]] = set()
 _warned_lock = threading.Lock()
 
 
-def tables(device: Device) -> Tables:
-    """The tables that calls on a device use; read when first asked for, and after ``forget``."""
-    current = settings.current()
+def tables(device: Device, in_force: Settings | None = None) -> Tables:
+    """The tables that calls on a device use under some settings; read when first asked for, and after ``forget``."""
+    current = in_force or settings.current()
     if not current.tuned:
         return NONE
     key = current.cache_dir, device

@@ -141,11 +141,19 @@ class GemmProblem:
 
     def without_m(self) -> GemmProblem:
         """The same problem for any m."""
-        return dataclasses.replace(self, m=None)
+        return dataclasses.replace(self, m=None) if self.m is not None else self
+
+    def without_sizes(self) -> GemmProblem:
+        """What a kernel knows of the problem; equal ones are one object."""
+        return _without_sizes(self.recipe, self.layout, self.d_dtype, self.fast_accum)
 
     def with_m(self, m: int) -> GemmProblem:
         """The same problem for one m."""
-        return dataclasses.replace(self, m=m)
+        if not isinstance(m, int) or isinstance(m, bool) or not 0 <= m < 2**31:
+            return dataclasses.replace(self, m=m)  # which says what is accepted
+        copy = object.__new__(GemmProblem)  # all else has been checked
+        copy.__dict__.update(self.__dict__, m=m)
+        return copy
 
     def to_dict(self) -> dict[str, Any]:
         """One line of a shapes file; ``from_dict`` reverses it."""
@@ -170,6 +178,11 @@ class GemmProblem:
         if missing := [name for name in ("n", "k", "recipe") if name not in values]:
             raise ProblemError(f"field {missing[0]!r} is missing")
         return cls(**values)
+
+
+@functools.cache
+def _without_sizes(recipe: str, layout: str, d_dtype: str, fast_accum: bool) -> GemmProblem:
+    return GemmProblem(1, 1, recipe, None, layout, d_dtype, fast_accum)
 
 
 _SIZE = r"([1-9][0-9]{0,3})"
@@ -203,7 +216,7 @@ class GemmConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form."""
-        return dataclasses.asdict(self)
+        return {field: getattr(self, field) for field in self.__dataclass_fields__}
 
     def __str__(self) -> str:
         parts = [f"{self.tile_m}x{self.tile_n}x{self.tile_k}", f"s{self.stages}"]
@@ -245,59 +258,59 @@ class KernelShape:
     problem: GemmProblem
     config: GemmConfig
 
-    @property
+    @functools.cached_property
     def mma_m(self) -> int:
         """Tile rows on the M side of the MMA."""
         return self.config.tile_n if self.config.swap_ab else self.config.tile_m
 
-    @property
+    @functools.cached_property
     def mma_n(self) -> int:
         """Tile rows on the N side of the MMA."""
         return self.config.tile_m if self.config.swap_ab else self.config.tile_n
 
-    @property
+    @functools.cached_property
     def m_side_major(self) -> str:
         """Contiguous dimension of the M-side operand."""
         return self.problem.b_major if self.config.swap_ab else self.problem.a_major
 
-    @property
+    @functools.cached_property
     def n_side_major(self) -> str:
         """Contiguous dimension of the N-side operand."""
         return self.problem.a_major if self.config.swap_ab else self.problem.b_major
 
-    @property
+    @functools.cached_property
     def m_side_scales(self) -> str:
         """Granularity of the M-side operand's scales."""
         traits = self.problem.traits
         return traits.b_scales if self.config.swap_ab else traits.a_scales
 
-    @property
+    @functools.cached_property
     def n_side_scales(self) -> str:
         """Granularity of the N-side operand's scales."""
         traits = self.problem.traits
         return traits.a_scales if self.config.swap_ab else traits.b_scales
 
-    @property
+    @functools.cached_property
     def math_warpgroups(self) -> int:
         """Warpgroups that issue MMAs: one for each 64 rows up to two."""
         return 3 if self.mma_m == 192 else min(2, self.mma_m // MMA_M)
 
-    @property
+    @functools.cached_property
     def waves(self) -> int:
         """Blocks of 64 rows that one warpgroup computes, one after the other."""
         return self.mma_m // (MMA_M * self.math_warpgroups)
 
-    @property
+    @functools.cached_property
     def num_threads(self) -> int:
         """Threads of a block: the math warpgroups and the producer's."""
         return WARPGROUP * (self.math_warpgroups + 1)
 
-    @property
+    @functools.cached_property
     def m_side_bytes(self) -> int:
         """Bytes of the M-side operand in one stage."""
         return self.mma_m * STAGE_ROW_BYTES
 
-    @property
+    @functools.cached_property
     def n_side_rows(self) -> int:
         """Rows of the N-side operand that a stage holds; MN-major boxes come in whole 64s."""
         return -(-self.mma_n // 64) * 64 if self.n_side_major == "mn" else self.mma_n
@@ -322,7 +335,7 @@ class KernelShape:
         """Bytes of one pipeline stage."""
         return self.m_side_bytes + self.n_side_bytes + self.scale_bytes
 
-    @property
+    @functools.cached_property
     def d_bytes(self) -> int:
         """Bytes of one element of D."""
         return D_DTYPES[self.problem.d_dtype]
@@ -345,17 +358,17 @@ class KernelShape:
         """Bytes in which all math warpgroups stage D."""
         return self._staging(self.store_columns)
 
-    @property
+    @functools.cached_property
     def staging_wave_bytes(self) -> int:
         """Bytes in which one wave of a warpgroup stages D."""
         return self.staging_bytes // (self.math_warpgroups * self.waves)
 
-    @property
+    @functools.cached_property
     def partial_bytes(self) -> int:
         """Bytes of FP32 partial sums that split-K exchanges; they take the ring's place after the main loop."""
         return self.mma_m * self.mma_n * 4 if self.config.split_k > 1 else 0
 
-    @property
+    @functools.cached_property
     def smem_bytes(self) -> int:
         """Dynamic shared memory of a block, alignment slack and barriers included."""
         barriers = self.config.stages * 16  # full and empty, 8 bytes each
@@ -367,7 +380,7 @@ class KernelShape:
         ring = max(self.config.stages * self.stage_bytes, self.partial_bytes)
         return -(-ring // SMEM_ALIGNMENT) * SMEM_ALIGNMENT
 
-    @property
+    @functools.cached_property
     def store_row_bytes(self) -> int:
         """Width of a staged row of D: the box and swizzle of its TMA store."""
         if self.config.swap_ab:
@@ -377,7 +390,7 @@ class KernelShape:
             width //= 2
         return width
 
-    @property
+    @functools.cached_property
     def column_scale_blocks(self) -> int:
         """128-wide scale blocks that a tile's N-side rows can touch, wherever the tile starts."""
         if self.n_side_scales != "block_k":
@@ -385,7 +398,7 @@ class KernelShape:
         largest_offset = SCALE_GROUP - self.column_boundary_step
         return (largest_offset + self.mma_n - 1) // SCALE_GROUP + 1
 
-    @property
+    @functools.cached_property
     def column_boundary_step(self) -> int:
         """Scale blocks begin at a multiple of it from a tile's first column, wherever the tile starts."""
         return math.gcd(self.mma_n, SCALE_GROUP)
@@ -397,23 +410,25 @@ class KernelShape:
         fits = self.waves == 1 and self.math_warpgroups < 3 and self.mma_n // 2 * 3 <= limit
         return 4 if self.problem.promotes and fits else 1
 
-    @property
+    @functools.cached_property
     def unroll(self) -> int:
-        """k-blocks in the main loop's body where promotion follows every wave: a k-block's first steps then overlap with the
-        promotion of the one before. Waves are unrolled as well.
-        """
+        """k-blocks in the main loop's body: the first steps of one then overlap with the promotion of another."""
         return 4 // self.waves if self.chain == 1 else 1
 
-    @property
+    @functools.cached_property
     def accumulator_registers(self) -> int:
         """Registers per thread that hold sums: all waves', and one wave's partial sum where it is promoted."""
         return self.mma_n // 2 * (self.waves + (min(2, self.chain) if self.problem.promotes else 0))
 
-    @property
+    @functools.cached_property
     def blocks_per_sm(self) -> int:
         """Blocks that are compiled to share an SM: two where registers and shared memory allow it."""
         small = self.math_warpgroups == 1 and self.accumulator_registers <= 64
         return 2 if small and 2 * (self.smem_bytes + SM90A.smem_reserved) <= SM90A.smem_per_sm else 1
+
+
+kernel_shape = functools.lru_cache(maxsize=4096)(KernelShape)
+"""The ``KernelShape`` of a problem without sizes and a config, from a bounded table."""
 
 
 class Gemm:

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import ctypes
 import struct
-from dataclasses import dataclass
+from typing import NamedTuple
 
-from jitgemm.driver import Launch, ensure_context
-from jitgemm.families.gemm import ROWS_STORED, SCALE_GROUP, GemmConfig, GemmProblem, KernelShape
+from jitgemm.driver import Arguments, Launch, ensure_context, replace_tensor_map_address_function
+from jitgemm.errors import DriverError
+from jitgemm.families.gemm import ROWS_STORED, SCALE_GROUP, GemmConfig, GemmProblem, KernelShape, kernel_shape
 from jitgemm.kernel import Kernel
 from jitgemm.tensor_map import ALIGNMENT, BYTES, OperandMap
 
 # The template's `Params`: five tensor maps, then d_plain, c, row_scale_matrix, column_scale_matrix, raster,
-# m, n, k_blocks, store_by_tma.
+# m, n, k_blocks, store_by_tma, programmatic, weights_static.
 _MAPS = ("rows", "columns", "row_scales", "column_scales", "d")
-_TAIL = struct.Struct("<Qq Qq Qiiii Qiiii iiii IIIIII iiii ii")
+_TAIL = struct.Struct("<Qq Qq Qiiii Qiiii iiii IIIIII iii iii")
 _TAIL_OFFSET = len(_MAPS) * BYTES
+_D, _C, _ROW_SCALES, _COLUMN_SCALES = (_TAIL_OFFSET // 8 + word for word in (0, 2, 4, 7))  # words of these pointers
 PARAMS_BYTES = -(-(_TAIL_OFFSET + _TAIL.size) // BYTES) * BYTES
 
 
-@dataclass(frozen=True)
-class Matrix:
+class Matrix(NamedTuple):
     """A matrix as the kernel sees it; strides in elements."""
 
     rows: int
@@ -28,24 +29,11 @@ class Matrix:
     row_stride: int
 
 
-@dataclass(frozen=True)
-class ScaleStrides:
+class ScaleStrides(NamedTuple):
     """Strides of a scale tensor, in elements: along the operand's rows (or blocks of rows) and along K."""
 
     mn: int
     k: int
-
-
-@dataclass(frozen=True)
-class Addresses:
-    """Where the tensors of one call are; 0 where there is none."""
-
-    a: int
-    a_scales: int
-    b: int
-    b_scales: int
-    d: int
-    c: int
 
 
 class GemmGeometry:
@@ -62,6 +50,8 @@ class GemmGeometry:
         a_scales: strides of A's scales, as the kernel takes them.
         b_scales: strides of B's scales, as the kernel takes them.
         num_sms: multiprocessors to use.
+        pdl: launch with programmatic dependent launch.
+        weights_static: B and its scales are written by no kernel that is still running at the launch.
     """
 
     def __init__(
@@ -76,127 +66,132 @@ class GemmGeometry:
         a_scales: ScaleStrides,
         b_scales: ScaleStrides,
         num_sms: int,
+        pdl: bool = False,
+        weights_static: bool = False,
     ) -> None:
-        assert problem.m is not None
-        shape = KernelShape(problem, config)
-        self._shape, self._kernel = shape, kernel
-        # A store clips the last columns in steps of 16 bytes: D must end on one, or what lies behind it is overwritten.
-        self._d_by_tma = d.row_stride * shape.d_bytes % ALIGNMENT == 0 and d.columns * shape.d_bytes % ALIGNMENT == 0
+        self._problem, self._config, self._kernel = problem.without_m(), config, kernel
+        self._num_sms, self._pdl, self._weights_static = num_sms, pdl, weights_static
+        self._shape = shape = kernel_shape(problem.without_sizes(), config)
         self._swap = config.swap_ab
-        k_blocks = -(-problem.k // config.tile_k)
+        self._k_blocks = -(-problem.k // config.tile_k)
+        self._a, self._d, self._c_row_stride = a, d, c_row_stride
 
-        rows_shared = config.cluster_m if config.swap_ab else config.cluster_n
-        columns_shared = config.cluster_n if config.swap_ab else config.cluster_m
-        m_side, n_side = (b, a) if config.swap_ab else (a, b)
-        self._rows = _operand(shape, m_side, shape.m_side_major, shape.mma_m, rows_shared)
-        self._columns = _operand(shape, n_side, shape.n_side_major, shape.mma_n, columns_shared)
-        m_length, n_length = (problem.n, problem.m) if config.swap_ab else (problem.m, problem.n)
-        m_scales, n_scales = (b_scales, a_scales) if config.swap_ab else (a_scales, b_scales)
-        self._row_scales = _scales(shape.m_side_scales, m_length, k_blocks, m_scales, shape.mma_m)
-        self._column_scales = _scales(shape.n_side_scales, n_length, k_blocks, n_scales, shape.mma_n)
-        self._d = self._d_map(d)
+        # The MMA's M side takes A, or B where they are swapped.
+        if config.swap_ab:
+            self._b_map = _operand(shape, b, shape.m_side_major, shape.mma_m, config.cluster_m)
+            self._b_scales_map = _scales(shape.m_side_scales, problem.n, self._k_blocks, b_scales, shape.mma_m)
+            self._b_fields = _scale_fields(shape.m_side_scales, b_scales, problem.n)
+        else:
+            self._b_map = _operand(shape, b, shape.n_side_major, shape.mma_n, config.cluster_m)
+            self._b_scales_map = _scales(shape.n_side_scales, problem.n, self._k_blocks, b_scales, shape.mma_n)
+            self._b_fields = _scale_fields(shape.n_side_scales, b_scales, problem.n)
+        assert problem.m is not None
+        self._set_m(problem.m, a_scales)
 
-        cluster_size = config.cluster_m * config.cluster_n * config.split_k
-        clusters_m = -(-problem.m // (config.tile_m * config.cluster_m))
-        clusters_n = -(-problem.n // (config.tile_n * config.cluster_n))
-        clusters = clusters_m * clusters_n
+    def with_m(self, m: int, a_scales: ScaleStrides) -> GemmGeometry:
+        """The same for another m, where A is K-major; with the strides of as many scales."""
+        other = object.__new__(GemmGeometry)
+        other.__dict__.update(self.__dict__)
+        a, d = self._a, self._d
+        other._a, other._d = Matrix(m, a.columns, a.row_stride), Matrix(m, d.columns, d.row_stride)
+        other._set_m(m, a_scales)
+        return other
+
+    def _set_m(self, m: int, a_scales: ScaleStrides) -> None:
+        """All that depends on m."""
+        shape, config, k_blocks, n = self._shape, self._config, self._k_blocks, self._problem.n
+        if self._swap:
+            major, granularity, tile_rows = shape.n_side_major, shape.n_side_scales, shape.mma_n
+        else:
+            major, granularity, tile_rows = shape.m_side_major, shape.m_side_scales, shape.mma_m
+        a_map = _operand(shape, self._a, major, tile_rows, config.cluster_n)
+        a_scales_map = _scales(granularity, m, k_blocks, a_scales, tile_rows)
+        d_map = _output(shape, self._d)
+        a_fields, b_fields = _scale_fields(granularity, a_scales, m), self._b_fields
+        if self._swap:
+            self._maps = (self._b_map, a_map, self._b_scales_map, a_scales_map, d_map)
+            row_fields, column_fields = b_fields, a_fields
+        else:
+            self._maps = (a_map, self._b_map, a_scales_map, self._b_scales_map, d_map)
+            row_fields, column_fields = a_fields, b_fields
+        # The parameters of a first call and the addresses of its maps, by whether D is stored by TMA.
+        self._first: dict[bool, tuple[bytes, tuple[int, ...]]] = {}
+
+        clusters_m = -(-m // (config.tile_m * config.cluster_m))
+        clusters_n = -(-n // (config.tile_n * config.cluster_n))
+        clusters, cluster_size = clusters_m * clusters_n, config.cluster_m * config.cluster_n * config.split_k
         if config.split_k > 1:
             resident = clusters  # one tile per cluster; the hardware queues what does not fit
         else:
-            slots = max(1, num_sms * shape.blocks_per_sm // cluster_size)
+            slots = max(1, self._num_sms * shape.blocks_per_sm // cluster_size)
             waves = -(-clusters // slots)
             resident = -(-clusters // waves)  # as many tiles for each as can be
         self.grid = (resident * cluster_size, 1, 1)
-        self._pack_tail = _TailPacker(
-            d_row_stride=d.row_stride,
-            c_row_stride=c_row_stride,
-            row_scales=_scale_fields(shape.m_side_scales, m_scales, m_length),
-            column_scales=_scale_fields(shape.n_side_scales, n_scales, n_length),
-            raster=_raster(clusters_m, clusters_n, raster_group(problem, config, num_sms)),
-            sizes=(problem.m, problem.n, k_blocks),
+        kernel = self._kernel
+        self.launch = Launch(kernel.handle, self.grid, kernel.num_threads, kernel.smem_bytes, kernel.device, self._pdl)
+        raster = _raster(clusters_m, clusters_n, raster_group(m, config, self._num_sms))
+        self._tail = (
+            *(0, self._d.row_stride, 0, self._c_row_stride, 0, *row_fields, 0, 0, *column_fields, 0),
+            *(*raster, m, n, k_blocks),
         )
 
-    def _d_map(self, d: Matrix) -> OperandMap | None:
-        if not self._d_by_tma or self._shape.config.split_k > 1:
-            return None
-        shape = self._shape
-        width = shape.store_row_bytes
-        height = shape.store_columns if shape.config.swap_ab else ROWS_STORED
-        dtype = shape.problem.d_dtype
-        return OperandMap(dtype, d.columns, d.rows, d.row_stride, width // shape.d_bytes, height, width)
-
-    def bind(self, at: Addresses) -> Launch:
-        """Pack the parameter block for one set of addresses.
+    def bind(self, a: int, a_scales: int, b: int, b_scales: int, d: int, c: int) -> Arguments:
+        """The parameter block for tensors at these addresses, 0 where there is none.
 
         Raises:
             DriverError: the driver refuses a tensor map.
         """
-        ensure_context(self._kernel.device)  # encoding a tensor map needs one
-        block = ctypes.create_string_buffer(PARAMS_BYTES + BYTES)
-        start = -ctypes.addressof(block) % BYTES
-        rows, columns = (at.b, at.a) if self._swap else (at.a, at.b)
-        row_scales, column_scales = (at.b_scales, at.a_scales) if self._swap else (at.a_scales, at.b_scales)
-        store_by_tma = self._d is not None and at.d % ALIGNMENT == 0
-        maps = (
-            (self._rows, rows),
-            (self._columns, columns),
-            (self._row_scales, row_scales),
-            (self._column_scales, column_scales),
-            (self._d if store_by_tma else None, at.d),
-        )
-        for index, (operand, address) in enumerate(maps):
-            if operand is not None:
-                offset = start + index * BYTES
-                ctypes.memmove(ctypes.addressof(block) + offset, operand.encoded(address), BYTES)
-        self._pack_tail(block, start + _TAIL_OFFSET, at.d, at.c, row_scales, column_scales, store_by_tma)
-        kernel = self._kernel
-        return Launch(
-            kernel.handle,
-            self.grid,
-            kernel.num_threads,
-            kernel.smem_bytes,
-            ctypes.addressof(block) + start,
-            block,
-            kernel.device,
-        )
+        if self._swap:
+            a, a_scales, b, b_scales = b, b_scales, a, a_scales
+        store_by_tma = d % ALIGNMENT == 0 and self._maps[4] is not None
+        addresses = (a, b, a_scales, b_scales, d if store_by_tma else 0)
+        try:
+            arguments = self._arguments(addresses, store_by_tma)
+        except DriverError:
+            ensure_context(self._kernel.device)  # a thread's first CUDA call
+            arguments = self._arguments(addresses, store_by_tma)
+        words, first = arguments.words, arguments.first
+        words[first + _D] = d
+        words[first + _C] = c
+        words[first + _ROW_SCALES] = a_scales
+        words[first + _COLUMN_SCALES] = b_scales
+        return arguments
+
+    def _arguments(self, addresses: tuple[int, ...], store_by_tma: bool) -> Arguments:
+        """All but the plain pointers."""
+        arguments = Arguments(PARAMS_BYTES)
+        known = self._first.get(store_by_tma)
+        if known is not None:
+            params, before = known
+            target, status = arguments.address, 0
+            ctypes.memmove(target, params, PARAMS_BYTES)
+            replace = replace_tensor_map_address_function()
+            for operand, address, old in zip(self._maps, addresses, before, strict=True):
+                if address != old and operand is not None:
+                    status |= replace(target, address)
+                target += BYTES
+            if status:
+                raise DriverError(f"the driver refuses one of the addresses {', '.join(map(hex, addresses))}")
+            return arguments
+        for index, (operand, address) in enumerate(zip(self._maps, addresses, strict=True)):
+            if operand is not None and (index < 4 or store_by_tma):
+                operand.write(arguments.address + index * BYTES, address)
+        tail = _TAIL.pack(*self._tail, store_by_tma, self._pdl, self._weights_static)
+        ctypes.memmove(arguments.address + _TAIL_OFFSET, tail, _TAIL.size)
+        self._first[store_by_tma] = ctypes.string_at(arguments.address, PARAMS_BYTES), addresses
+        return arguments
 
 
-@dataclass(frozen=True)
-class _TailPacker:
-    """The part of ``Params`` after the tensor maps."""
-
-    d_row_stride: int
-    c_row_stride: int
-    row_scales: tuple[int, int, int]  # stride along rows, stride along K, 128-row blocks
-    column_scales: tuple[int, int, int]
-    raster: tuple[int, ...]
-    sizes: tuple[int, int, int]
-
-    def __call__(
-        self, block: ctypes.Array[ctypes.c_char], offset: int, d: int, c: int, rows: int, columns: int, tma: bool
-    ) -> None:
-        _TAIL.pack_into(
-            block,
-            offset,
-            *(d, self.d_row_stride, c, self.c_row_stride),
-            *(rows, *self.row_scales, 0),
-            *(columns, *self.column_scales, 0),
-            *self.raster,
-            *self.sizes,
-            tma,
-            *(0, 0),
-        )
-
-
-def raster_group(problem: GemmProblem, config: GemmConfig, num_sms: int) -> int:
+def raster_group(m: int, config: GemmConfig, num_sms: int) -> int:
     """Clusters along m that are walked before n advances: those that keep the tiles in flight nearest a square.
 
     The operands that the tiles in flight touch then take the fewest bytes of L2.
     """
-    assert problem.m is not None
-    clusters_m = -(-problem.m // (config.tile_m * config.cluster_m))
-    in_flight = max(1, num_sms // (config.cluster_m * config.cluster_n * config.split_k))
     height, width = config.tile_m * config.cluster_m, config.tile_n * config.cluster_n
+    clusters_m = -(-m // height)
+    if clusters_m == 1:
+        return 1
+    in_flight = max(1, num_sms // (config.cluster_m * config.cluster_n * config.split_k))
     candidates = [group for group in (1, 2, 4, 8, 16, 32) if group < clusters_m] + [clusters_m]
     return min(candidates, key=lambda group: group * height + -(-in_flight // group) * width)
 
@@ -209,7 +204,7 @@ def _raster(clusters_m: int, clusters_n: int, group: int) -> tuple[int, ...]:
 
 
 def _divisor(number: int) -> tuple[int, int]:
-    """The template's ``Divisor``: dividends below 2^31 times the first, shifted by 31 and the second, are the quotients."""
+    """The template's ``Divisor``: dividend (below 2^31) times the first, shifted by 31 and the second."""
     shift = (number - 1).bit_length()
     return -(-(1 << (31 + shift)) // number), shift
 
@@ -219,17 +214,29 @@ def _operand(shape: KernelShape, matrix: Matrix, major: str, tile_rows: int, sha
     dtype = "uint8" if shape.problem.traits.is_fp8 else "bf16"
     tile_k = shape.config.tile_k
     box = (tile_k, tile_rows // shared_by) if major == "k" else (64, tile_k // shared_by)
-    return OperandMap(dtype, matrix.columns, matrix.rows, matrix.row_stride, *box, swizzle=128)
+    return OperandMap(dtype, matrix.columns, matrix.rows, matrix.row_stride, *box, 128)
 
 
 def _scales(granularity: str, length: int, k_blocks: int, strides: ScaleStrides, tile_rows: int) -> OperandMap | None:
     """The map of scales that go through the ring: one per row and 128 of K, MN-major."""
     if granularity != "row_k":
         return None
-    return OperandMap("fp32", length, k_blocks, strides.k, tile_rows, 1, swizzle=16)
+    return OperandMap("fp32", length, k_blocks, strides.k, tile_rows, 1, 16)
+
+
+def _output(shape: KernelShape, d: Matrix) -> OperandMap | None:
+    """The map of D, where TMA can store it."""
+    # A store clips the last columns in steps of 16 bytes: D must end on one, or what lies behind it is overwritten.
+    aligned = d.row_stride * shape.d_bytes % ALIGNMENT == 0 and d.columns * shape.d_bytes % ALIGNMENT == 0
+    if not aligned or shape.config.split_k > 1:
+        return None
+    width = shape.store_row_bytes
+    height = shape.store_columns if shape.config.swap_ab else ROWS_STORED
+    return OperandMap(shape.problem.d_dtype, d.columns, d.rows, d.row_stride, width // shape.d_bytes, height, width)
 
 
 def _scale_fields(granularity: str, strides: ScaleStrides, length: int) -> tuple[int, int, int]:
+    """Stride along rows, stride along K, and 128-row blocks."""
     if granularity == "tensor":
         return 0, 0, 0
     return strides.mn, strides.k, -(-length // SCALE_GROUP)

@@ -5,12 +5,8 @@ from __future__ import annotations
 import ctypes
 import struct
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from jitgemm.families.base import KernelSpec
-
-if TYPE_CHECKING:
-    from jitgemm.driver import Launch
 
 TILE = 32
 THREADS = 256
@@ -54,39 +50,39 @@ FAMILY = TransposeScales()
 _PARAMS = struct.Struct("<QQqqqqiiii")
 
 
-def bind(shape: Sequence[int], strides: Sequence[int], source: int, destination: int, device: int) -> Launch:
-    """A launch that copies fp32 scales at ``source`` to ``destination``, MN-major with TMA-aligned rows.
+def launch(shape: Sequence[int], strides: Sequence[int], source: int, destination: int, device: int) -> None:
+    """Copy fp32 scales at ``source`` to ``destination``, MN-major with TMA-aligned rows, on torch's current stream.
 
     Args:
         shape: ``[mn, k_blocks]`` or ``[groups, mn, k_blocks]``, without zeros.
         strides: of the source, in elements.
         source: its address.
         destination: address of the copy, 16-byte aligned.
-        device: ordinal.
+        device: ordinal of the current device.
     """
-    from jitgemm.driver import Launch
+    from jitgemm import settings
+    from jitgemm.driver import Arguments, Launch
     from jitgemm.kernel import load
-    from jitgemm.plan import device_facts
+    from jitgemm.plan import device_facts, raw_stream
 
     groups, mn, k_blocks = (1, *shape)[-3:]
     stride_group, stride_mn, stride_k = (0, *strides)[-3:]
     mn_aligned = -(-mn // 4) * 4
     kernel = load(FAMILY.spec(device_facts(device)[0].arch.name), device)
-    block = ctypes.create_string_buffer(
-        _PARAMS.pack(
-            *(
-                source,
-                destination,
-                stride_group,
-                stride_mn,
-                stride_k,
-                mn_aligned * k_blocks,
-                mn,
-                mn_aligned,
-                k_blocks,
-                0,
-            )
-        )
+    arguments = Arguments(_PARAMS.size)
+    params = _PARAMS.pack(
+        source,
+        destination,
+        stride_group,
+        stride_mn,
+        stride_k,
+        mn_aligned * k_blocks,
+        mn,
+        mn_aligned,
+        k_blocks,
+        0,
     )
+    ctypes.memmove(arguments.address, params, len(params))
     grid = (-(-mn // TILE), -(-k_blocks // TILE), groups)
-    return Launch(kernel.handle, grid, kernel.num_threads, 0, ctypes.addressof(block), block, device)
+    pdl = settings.current().pdl
+    Launch(kernel.handle, grid, kernel.num_threads, 0, device, pdl)(arguments, raw_stream(device))

@@ -2,33 +2,54 @@
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+import itertools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from jitgemm import settings
-from jitgemm.device import Device
-from jitgemm.driver import Launch
+from jitgemm.device import SM90A, Device
 from jitgemm.errors import ProblemError
-from jitgemm.families.gemm import FAMILY, RECIPES, SCALE_GROUP, GemmConfig, GemmProblem
-from jitgemm.families.gemm_launch import Addresses, GemmGeometry, Matrix, ScaleStrides
-from jitgemm.heuristics import choose_config
+from jitgemm.families.gemm import FAMILY, LAYOUTS, RECIPES, SCALE_GROUP, GemmConfig, GemmProblem
+from jitgemm.families.gemm_launch import GemmGeometry, Matrix, ScaleStrides
+from jitgemm.heuristics import chooser, prepare
 from jitgemm.kernel import load
-from jitgemm.ops.dispatch import needs_dispatch
+from jitgemm.ops.dispatch import are_plain, dispatch_modes, function_modes, needs_dispatch
 from jitgemm.ops.layout import copy_to_mn_major
-from jitgemm.plan import BOUND_LAUNCHES, Table, device_facts, num_sms_limit, raw_stream
+from jitgemm.plan import BOUND_LAUNCHES, Sizes, Table, current_device, device_facts, matcher, raw_stream
 from jitgemm.reference import gemm as reference
 from jitgemm.reference.layout import get_tma_aligned_size
+from jitgemm.render import template_digest
+from jitgemm.settings import Settings
 
 Scaled = tuple[Tensor, Tensor]
 
 _D_DTYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 _ALIGNMENT = 16  # bytes: TMA's, of addresses and row strides
-_current_device: Any = getattr(torch._C, "_cuda_getDevice", None)
+_GPU = "cuda"  # the type of the devices that kernels run on
 
 # The peer's (rows of A, rows of B, K) per scale.
 _PEER_RECIPES = {(1, 128, 128): "fp8_1x128_128x128", (1, 1, 128): "fp8_1x128_1x128"}
+
+
+class Operation(NamedTuple):
+    """What a call asks for beyond its tensors; one object each, in ``_OPERATIONS``."""
+
+    recipe: str
+    layout: str
+    fast_accum: bool
+
+
+_OPERATIONS = {
+    (recipe, layout, fast_accum): Operation(recipe, layout, fast_accum)
+    for recipe, layout, fast_accum in itertools.product(RECIPES, LAYOUTS, (False, True))
+}
+_FP8 = _OPERATIONS["fp8_1x128_128x128", "nt", False]
+_BF16_NT, _BF16_NN, _BF16_TN, _BF16_TT = (_OPERATIONS["bf16", layout, False] for layout in LAYOUTS)
 
 
 def fp8_gemm_nt(
@@ -70,12 +91,19 @@ def fp8_gemm_nt(
 
     Raises:
         ProblemError: an argument is not of these; nothing has been launched.
-        CacheMissError: the kernel is not cached and compiling is forbidden.
+        CacheMissError: the kernel is not cached, and compiling is forbidden or a CUDA graph is being captured.
     """
-    name = _recipe_name(recipe, recipe_a, recipe_b)
+    operation = _FP8
+    if recipe is not None or recipe_a is not None or recipe_b is not None or fast_accum is not False:
+        if not isinstance(fast_accum, bool):
+            raise ProblemError(f"fast_accum is {fast_accum!r}; accepted is a boolean")
+        operation = _OPERATIONS[_recipe_name(recipe, recipe_a, recipe_b), "nt", fast_accum]
     if type(a) is not tuple or type(b) is not tuple or len(a) != 2 or len(b) != 2:
         a, b = _pair("a", a), _pair("b", b)
-    _gemm(a[0], a[1], b[0], b[1], d, c, name, "nt", fast_accum)
+    a_data, a_scales = a
+    b_data, b_scales = b
+    if not _launch_again(a_data, a_scales, b_data, b_scales, d, c, operation):
+        _launch(a_data, a_scales, b_data, b_scales, d, c, operation)
 
 
 def bf16_gemm_nt(a: Tensor, b: Tensor, d: Tensor, c: Tensor | None = None, compiled_dims: str = "") -> None:
@@ -90,24 +118,28 @@ def bf16_gemm_nt(a: Tensor, b: Tensor, d: Tensor, c: Tensor | None = None, compi
 
     Raises:
         ProblemError: an argument is not of these; nothing has been launched.
-        CacheMissError: the kernel is not cached and compiling is forbidden.
+        CacheMissError: the kernel is not cached, and compiling is forbidden or a CUDA graph is being captured.
     """
-    _gemm(a, None, b, None, d, c, "bf16", "nt", False)
+    if not _launch_again(a, None, b, None, d, c, _BF16_NT):
+        _launch(a, None, b, None, d, c, _BF16_NT)
 
 
 def bf16_gemm_nn(a: Tensor, b: Tensor, d: Tensor, c: Tensor | None = None, compiled_dims: str = "") -> None:
     """``d = a @ b (+ c)``: a ``[m, k]``, b ``[k, n]``; else as ``bf16_gemm_nt``."""
-    _gemm(a, None, b, None, d, c, "bf16", "nn", False)
+    if not _launch_again(a, None, b, None, d, c, _BF16_NN):
+        _launch(a, None, b, None, d, c, _BF16_NN)
 
 
 def bf16_gemm_tn(a: Tensor, b: Tensor, d: Tensor, c: Tensor | None = None, compiled_dims: str = "") -> None:
     """``d = a.T @ b (+ c)``: a ``[k, m]``, b ``[k, n]``; else as ``bf16_gemm_nt``."""
-    _gemm(a, None, b, None, d, c, "bf16", "tn", False)
+    if not _launch_again(a, None, b, None, d, c, _BF16_TN):
+        _launch(a, None, b, None, d, c, _BF16_TN)
 
 
 def bf16_gemm_tt(a: Tensor, b: Tensor, d: Tensor, c: Tensor | None = None, compiled_dims: str = "") -> None:
     """``d = a.T @ b.T (+ c)``: a ``[k, m]``, b ``[n, k]``; else as ``bf16_gemm_nt``."""
-    _gemm(a, None, b, None, d, c, "bf16", "tt", False)
+    if not _launch_again(a, None, b, None, d, c, _BF16_TT):
+        _launch(a, None, b, None, d, c, _BF16_TT)
 
 
 def _recipe_name(recipe: object, recipe_a: object, recipe_b: object) -> str:
@@ -136,25 +168,82 @@ def _pair(name: str, operand: Any) -> Scaled:
     return operand[0], operand[1]
 
 
-def _gemm(
+_Recent = tuple[Operation, Settings, int, Callable[..., bool], tuple[int, ...], Callable[[], int], "_GemmPlan"]
+"""A call that may be repeated: what it asked for, the settings, the device, a function that says whether tensors are
+like its own, the stream and addresses, the launch of these, and the plan. A plain tuple is the fastest to take apart.
+"""
+
+_recent: Table[int, _Recent] = Table(4096)
+"""The last call with some B, by the tensor's ``id``: a guess, for another tensor may have that id by now."""
+
+
+def _launch_again(
     a: Tensor,
     a_scales: Tensor | None,
     b: Tensor,
     b_scales: Tensor | None,
     d: Tensor,
     c: Tensor | None,
-    recipe: str,
-    layout: str,
-    fast_accum: bool,
+    operation: Operation,
+) -> bool:
+    """Launch as the last call with ``b`` did, if all that plans are keyed by is the same; whether it was.
+
+    The host time of a call is spent here: see benchmarks/host_time.py before adding to it.
+    """
+    if is_dynamo_compiling() or dispatch_modes() or function_modes():
+        return False
+    recent = _recent.get(id(b))
+    if recent is None:
+        return False
+    known_operation, known_settings, device, match, known_addresses, run, plan = recent
+    if known_operation is not operation or known_settings is not settings.current() or device != current_device():
+        return False
+    try:
+        if c is None:
+            same = match(a, b, d) if a_scales is None else match(a, a_scales, b, b_scales, d)
+        else:
+            same = match(a, b, d, c) if a_scales is None else match(a, a_scales, b, b_scales, d, c)
+    except TypeError:  # another number of tensors
+        return False
+    if not same:
+        return False
+    addresses = (
+        raw_stream(device),
+        a.data_ptr(),
+        0 if a_scales is None else a_scales.data_ptr(),
+        b.data_ptr(),
+        0 if b_scales is None else b_scales.data_ptr(),
+        d.data_ptr(),
+        0 if c is None else c.data_ptr(),
+    )
+    if addresses != known_addresses:
+        if (addresses[2] | addresses[4]) % _ALIGNMENT:  # scales that are copied first, if the kernel loads them by TMA
+            return False
+        run = plan.bound.get(addresses) or plan.bind(addresses)
+        _recent.put(id(b), (operation, known_settings, device, match, addresses, run, plan))
+    status = run()
+    if status:
+        plan.retry(run, status)
+    return True
+
+
+def _launch(
+    a: Tensor,
+    a_scales: Tensor | None,
+    b: Tensor,
+    b_scales: Tensor | None,
+    d: Tensor,
+    c: Tensor | None,
+    operation: Operation,
 ) -> None:
-    if needs_dispatch(a, a_scales, b, b_scales, d, c):
-        _check_tensors(a=a, a_scales=a_scales, b=b, b_scales=b_scales, d=d, c=c)
-        in_place = c is d
-        torch.ops.jitgemm.gemm(
-            a, a_scales, b, b_scales, d, None if in_place else c, in_place, recipe, layout, fast_accum
-        )
+    """A call that is not like the one before it, or that must go through torch's dispatcher."""
+    if not needs_dispatch(a, a_scales, b, b_scales, d, c):
+        _run(a, a_scales, b, b_scales, d, c, operation)
         return
-    run_gemm(a, a_scales, b, b_scales, d, c, recipe, layout, fast_accum)
+    _check_tensors(a=a, a_scales=a_scales, b=b, b_scales=b_scales, d=d, c=c)
+    in_place = c is d
+    recipe, layout, fast_accum = operation
+    torch.ops.jitgemm.gemm(a, a_scales, b, b_scales, d, None if in_place else c, in_place, recipe, layout, fast_accum)
 
 
 _plans: Table[Any, Any] = Table(4096)
@@ -163,23 +252,30 @@ _plans: Table[Any, Any] = Table(4096)
 def forget_plans() -> None:
     """Make plans anew, with configs chosen anew."""
     _plans.clear()
+    _recent.clear()
 
 
-def run_gemm(
+def _run(
     a: Tensor,
     a_scales: Tensor | None,
     b: Tensor,
     b_scales: Tensor | None,
     d: Tensor,
     c: Tensor | None,
-    recipe: str,
-    layout: str,
-    fast_accum: bool,
+    operation: Operation,
 ) -> None:
     """Find or make the plan of a call and launch it; CPU tensors go to the reference."""
+    in_force = settings.current()
+    recent = _recent.get(id(b))
+    if recent is not None and recent[0] is operation and recent[1] is in_force:
+        of_any_m = recent[-1].of_any_m
+        plan = None if of_any_m is None else of_any_m.find(a, a_scales, b, b_scales, d, c)
+        if plan is not None:
+            plan(a, a_scales, b, b_scales, d, c)
+            return
     try:
         key = (
-            recipe, layout, fast_accum, settings.current().generation, num_sms_limit(),
+            operation, in_force.generation,
             a.shape, a.stride(), a.dtype, a.device, b.shape, b.stride(), b.dtype, b.device,
             d.shape, d.stride(), d.dtype, d.device,
             None if a_scales is None else _scales_key(a_scales),
@@ -191,7 +287,7 @@ def run_gemm(
         raise
     plan = _plans.get(key)
     if plan is None:
-        plan = _plans.put(key, _make_plan(a, a_scales, b, b_scales, d, c, recipe, layout, fast_accum))
+        plan = _plans.put(key, _make_plan(a, a_scales, b, b_scales, d, c, operation, in_force))
     plan(a, a_scales, b, b_scales, d, c)
 
 
@@ -201,34 +297,128 @@ def _scales_key(scales: Tensor) -> tuple[object, ...]:
 
 
 class _GemmPlan:
-    """A checked problem with its kernel and geometry."""
+    """A checked problem with its kernel and geometry.
 
-    def __init__(self, operands: _Operands, geometry: GemmGeometry, transposes: tuple[bool, bool], device: int) -> None:
-        self._operands, self._geometry, self._device = operands, geometry, device
-        self._transpose_a, self._transpose_b = transposes
-        self._bound: Table[tuple[int, ...], Launch] = Table(BOUND_LAUNCHES)
+    Args:
+        operation: what is computed.
+        in_force: the settings that it was made under.
+        extents: of the tensors, for the checks of their addresses.
+        geometry: of the launch.
+        transposes: whether a's and b's scales are copied first.
+        device: ordinal.
+    """
+
+    def __init__(
+        self,
+        operation: Operation,
+        in_force: Settings,
+        extents: _Extents,
+        geometry: GemmGeometry,
+        transposes: tuple[bool, bool],
+        device: int,
+    ) -> None:
+        self._operation, self._settings, self._device = operation, in_force, device
+        self._extents, self._geometry, self._transposes = extents, geometry, transposes
+        self.bound: Table[tuple[int, ...], Callable[[], int]] = Table(BOUND_LAUNCHES)
+        self.retry = geometry.launch.retry
+        self.of_any_m: _PlansOfAnyM | None = None
 
     def __call__(
         self, a: Tensor, a_scales: Tensor | None, b: Tensor, b_scales: Tensor | None, d: Tensor, c: Tensor | None
     ) -> None:
-        if _current_device() != self._device:
-            with torch.cuda.device(self._device):
+        device = self._device
+        if current_device() != device:
+            with torch.cuda.device(device):
                 return self(a, a_scales, b, b_scales, d, c)
-        if self._transpose_a or self._transpose_b:
-            self._operands.check_overlap(*_addresses(a, a_scales, b, b_scales, d, c))
-            if self._transpose_a:
-                a_scales = copy_to_mn_major(a_scales)  # type: ignore[arg-type]
-            if self._transpose_b:
-                b_scales = copy_to_mn_major(b_scales)  # type: ignore[arg-type]
-        at = _addresses(a, a_scales, b, b_scales, d, c)
-        launch = self._bound.get(at)
-        if launch is None:
-            self._operands.check_alignment(at[0], at[2])
-            if not (self._transpose_a or self._transpose_b):
-                self._operands.check_overlap(*at)
-            launch = self._bound.put(at, self._geometry.bind(Addresses(*at)))
-        launch(raw_stream(self._device))
+        tensors = tuple(tensor for tensor in (a, a_scales, b, b_scales, d, c) if tensor is not None)
+        repeatable = not any(self._transposes) and are_plain(*tensors)
+        if any(self._transposes):
+            self._extents.check(*_addresses(a, a_scales, b, b_scales, d, c))
+            a_scales, b_scales = (
+                copy_to_mn_major(scales) if transpose and scales is not None else scales
+                for scales, transpose in zip((a_scales, b_scales), self._transposes, strict=True)
+            )
+        addresses = (raw_stream(device), *_addresses(a, a_scales, b, b_scales, d, c))
+        run = self.bound.get(addresses) or self.bind(addresses)
+        if repeatable:
+            _recent.put(id(b), (self._operation, self._settings, device, matcher(tensors), addresses, run, self))
+        status = run()
+        if status:
+            self.retry(run, status)
         return None
+
+    def bind(self, addresses: tuple[int, ...]) -> Callable[[], int]:
+        """The launch on a stream, whose handle comes first, with tensors at the addresses that follow.
+
+        Raises:
+            ProblemError: TMA can't start at an address, or d overlaps an input.
+            DriverError: the driver refuses a tensor map.
+        """
+        stream, a, a_scales, b, b_scales, d, c = addresses
+        self._extents.check(a, a_scales, b, b_scales, d, c)
+        arguments = self._geometry.bind(a, a_scales, b, b_scales, d, c)
+        return self.bound.put(addresses, self._geometry.launch.prepare(arguments, stream))
+
+
+class _PlansOfAnyM:
+    """Plans of calls that differ in m, and in what goes with it, alone.
+
+    All that is checked of a call's tensors then holds for each if it holds for one, but for what ``find`` checks. That
+    is so from m = 2 on (with one row the stride between rows means nothing) and for an A that is contiguous along k.
+
+    Args:
+        plan_of: makes a plan for an m.
+        operands: of one of the calls.
+        tensors: the tensors of that call.
+    """
+
+    def __init__(
+        self, plan_of: Callable[[int, ScaleStrides, _Extents], _GemmPlan], operands: _Operands, tensors: list[Tensor]
+    ) -> None:
+        self._plan_of, self._operands = plan_of, operands
+        self._plans: Table[tuple[int, int], _GemmPlan] = Table(4096)
+        self._granularity = granularity = operands.problem.traits.a_scales
+        sizes: Sizes = [list(tensor.shape) for tensor in tensors]
+        strides: Sizes = [list(tensor.stride()) for tensor in tensors]
+        outputs = range(2 if granularity == "none" else 4, len(tensors))
+        for index in (0, *outputs, *((1,) if granularity in ("row", "row_k") else ())):
+            sizes[index][0] = None
+        if granularity == "row_k":
+            strides[1][1] = None
+        self._match = matcher(tensors, sizes, strides)
+
+    def find(
+        self, a: Tensor, a_scales: Tensor | None, b: Tensor, b_scales: Tensor | None, d: Tensor, c: Tensor | None
+    ) -> _GemmPlan | None:
+        """The plan for these tensors, or None where they differ in more than m."""
+        try:
+            if c is None:
+                same = self._match(a, b, d) if a_scales is None else self._match(a, a_scales, b, b_scales, d)
+            else:
+                same = self._match(a, b, d, c) if a_scales is None else self._match(a, a_scales, b, b_scales, d, c)
+        except TypeError:  # another number of tensors
+            return None
+        m = a.shape[0] if same else 0
+        if m < 2 or d.shape[0] != m or (c is not None and c.shape[0] != m):
+            return None
+        strides = self._operands.a_scales
+        if a_scales is not None and b_scales is not None:
+            if (a_scales.data_ptr() | b_scales.data_ptr()) % _ALIGNMENT:  # a copy may be needed
+                return None
+            if self._granularity in ("row", "row_k") and a_scales.shape[0] != m:
+                return None
+            if self._granularity == "row_k":
+                k_blocks = a_scales.shape[1]
+                strides = ScaleStrides(1, a_scales.stride(1) if k_blocks > 1 else get_tma_aligned_size(m, 4))
+                if not _loads_in_place(strides, m, k_blocks):
+                    return None
+        key = m, strides.k
+        plan = self._plans.get(key)
+        if plan is None:
+            extents = self._operands.extents_of(m, a_scales)
+            plan = self._plans.put(key, self._plan_of(m, strides, extents))
+            plan.of_any_m = self
+        return plan
 
 
 def _addresses(
@@ -247,14 +437,14 @@ def _addresses(
 class _ReferencePlan:
     """The same on the CPU: the reference computes."""
 
-    def __init__(self, operands: _Operands, recipe: str, layout: str, d_dtype: str) -> None:
-        self._operands = operands
+    def __init__(self, extents: _Extents, recipe: str, layout: str, d_dtype: str) -> None:
+        self._extents = extents
         self._arguments = {"recipe": recipe, "layout": layout, "d_dtype": d_dtype}
 
     def __call__(
         self, a: Tensor, a_scales: Tensor | None, b: Tensor, b_scales: Tensor | None, d: Tensor, c: Tensor | None
     ) -> None:
-        self._operands.check_overlap(*_addresses(a, a_scales, b, b_scales, d, c))
+        self._extents.check_overlap(*_addresses(a, a_scales, b, b_scales, d, c))
         d.copy_(reference.gemm(a, b, c, a_scales=a_scales, b_scales=b_scales, **self._arguments))
 
 
@@ -263,6 +453,44 @@ class _EmptyPlan:
 
     def __call__(self, *_: object) -> None:
         return None
+
+
+_INPUTS = ("a", "a_scales", "b", "b_scales", "c")
+
+
+class _Extents(NamedTuple):
+    """How far a call's tensors reach: what their addresses are checked with."""
+
+    lengths: tuple[int, ...]  # bytes, of _INPUTS
+    d_length: int
+    c_may_be_d: bool
+
+    def check(self, a: int, a_scales: int, b: int, b_scales: int, d: int, c: int) -> None:
+        """Check that TMA can start at the operands' addresses, and ``check_overlap``.
+
+        Raises:
+            ProblemError: it can't.
+        """
+        if (a | b) % _ALIGNMENT:
+            name, address = ("a", a) if a % _ALIGNMENT else ("b", b)
+            raise ProblemError(
+                f"{name} starts at address {address:#x}; accepted is a multiple of {_ALIGNMENT} bytes (TMA)"
+            )
+        self.check_overlap(a, a_scales, b, b_scales, d, c)
+
+    def check_overlap(self, a: int, a_scales: int, b: int, b_scales: int, d: int, c: int) -> None:
+        """Check that the output lies apart from the inputs; 0 stands for an input that is not there.
+
+        Raises:
+            ProblemError: d overlaps an input, and is not c itself.
+        """
+        end = d + self.d_length
+        for name, address, length in zip(_INPUTS, (a, a_scales, b, b_scales, c), self.lengths, strict=True):
+            if address < end and d < address + length and address:
+                if name == "c" and c == d and self.c_may_be_d:
+                    continue
+                same = "; c may be d itself, with the same strides" if name == "c" else ""
+                raise ProblemError(f"d overlaps {name}; accepted is an output apart from the inputs{same}")
 
 
 class _Operands:
@@ -280,10 +508,9 @@ class _Operands:
         b_scales: Tensor | None,
         d: Tensor,
         c: Tensor | None,
-        recipe: str,
-        layout: str,
-        fast_accum: bool,
+        operation: Operation,
     ) -> None:
+        recipe, layout, fast_accum = operation
         _check_tensors(a=a, a_scales=a_scales, b=b, b_scales=b_scales, d=d, c=c)
         traits = RECIPES[recipe]
         operand_dtype = torch.float8_e4m3fn if traits.is_fp8 else torch.bfloat16
@@ -335,14 +562,29 @@ class _Operands:
         self.scales_by_tma = (traits.a_scales == "row_k", traits.b_scales == "row_k")
 
         size, d_size = operand_dtype.itemsize, d.element_size()
-        self._lengths = {
-            "a": _extent(a) * size,
-            "a_scales": _extent(a_scales) * 4,
-            "b": _extent(b) * size,
-            "b_scales": _extent(b_scales) * 4,
-            "c": _extent(c) * d_size,
-        }
-        self._d_length = _extent(d) * d_size
+        lengths = (
+            _extent(a) * size,
+            _extent(a_scales) * 4,
+            _extent(b) * size,
+            _extent(b_scales) * 4,
+            _extent(c) * d_size,
+        )
+        self.extents = _Extents(lengths, _extent(d) * d_size, self.c_row_stride == self.d_row_stride)
+        self._sizes = size, d_size
+
+    def extents_of(self, m: int, a_scales: Tensor | None) -> _Extents:
+        """The extents for another m; both are at least 2, and A is contiguous along k."""
+        size, d_size = self._sizes
+        _, _, b, b_scales, c = self.extents.lengths
+        n, last = self.problem.n, m - 1
+        lengths = (
+            (last * self.a.matrix().row_stride + self.problem.k) * size,
+            _extent(a_scales) * 4,
+            b,
+            b_scales,
+            c and (last * self.c_row_stride + n) * d_size,
+        )
+        return _Extents(lengths, (last * self.d_row_stride + n) * d_size, self.extents.c_may_be_d)
 
     def check_for_tma(self) -> None:
         """Check that TMA can address A and B.
@@ -354,32 +596,6 @@ class _Operands:
             rows.check_for_tma()
         if self.problem.traits.is_fp8 and self.problem.layout != "nt":
             raise ProblemError("a and b must have stride 1 along k: FP8 operands are K-major")
-
-    def check_alignment(self, a: int, b: int) -> None:
-        """Check that TMA can start at the operands' addresses.
-
-        Raises:
-            ProblemError: it can't.
-        """
-        for name, address in (("a", a), ("b", b)):
-            if address % _ALIGNMENT:
-                raise ProblemError(
-                    f"{name} starts at address {address:#x}; accepted is a multiple of {_ALIGNMENT} bytes (TMA)"
-                )
-
-    def check_overlap(self, a: int, a_scales: int, b: int, b_scales: int, d: int, c: int) -> None:
-        """Check that the output lies apart from the inputs; 0 stands for an input that is not there.
-
-        Raises:
-            ProblemError: d overlaps an input, and is not c itself.
-        """
-        inputs = {"a": a, "a_scales": a_scales, "b": b, "b_scales": b_scales, "c": c}
-        for name, address in inputs.items():
-            if not address or (name == "c" and c == d and self.c_row_stride == self.d_row_stride):
-                continue
-            if address < d + self._d_length and d < address + self._lengths[name]:
-                same = "; c may be d itself, with the same strides" if name == "c" else ""
-                raise ProblemError(f"d overlaps {name}; accepted is an output apart from the inputs{same}")
 
 
 class _Rows:
@@ -402,7 +618,7 @@ class _Rows:
         else:
             self.k_major = k_unit
         self._unit = k_unit or mn_unit
-        self._shown = f"shape {tuple(tensor.shape)} and strides {tensor.stride()}"
+        self._tensor = tuple(tensor.shape), tensor.stride()
 
     def check_for_tma(self) -> None:
         """Check contiguity and the row stride.
@@ -410,12 +626,13 @@ class _Rows:
         Raises:
             ProblemError: TMA can't address the operand.
         """
+        shown = "{} has shape {} and strides {}"
         if not self._unit:
-            raise ProblemError(f"{self.name} has {self._shown}; accepted is stride 1 along one of them")
+            raise ProblemError(f"{shown.format(self.name, *self._tensor)}; accepted is stride 1 along one of them")
         stride, rows, width = self._row_stride()
         if rows > 1 and (stride * self._itemsize % _ALIGNMENT or stride < width):
             raise ProblemError(
-                f"{self.name} has {self._shown}; TMA needs rows that don't overlap and start a multiple of"
+                f"{shown.format(self.name, *self._tensor)}; TMA needs rows that don't overlap and start a multiple of"
                 f" {_ALIGNMENT} bytes ({_ALIGNMENT // self._itemsize} elements) apart"
             )
 
@@ -473,9 +690,14 @@ def _check_scales(
 
 def _extent(tensor: Tensor | None) -> int:
     """Elements from the first to behind the last."""
-    if tensor is None or tensor.numel() == 0:
+    if tensor is None:
         return 0
-    return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    extent = 1
+    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        if size == 0:
+            return 0
+        extent += (size - 1) * stride
+    return extent
 
 
 def _loads_in_place(strides: ScaleStrides, mn: int, k_blocks: int) -> bool:
@@ -490,29 +712,20 @@ def _make_plan(
     b_scales: Tensor | None,
     d: Tensor,
     c: Tensor | None,
-    recipe: str,
-    layout: str,
-    fast_accum: bool,
-    config: GemmConfig | None = None,
+    operation: Operation,
+    in_force: Settings,
 ) -> Any:
-    operands = _Operands(a, a_scales, b, b_scales, d, c, recipe, layout, fast_accum)
+    operands = _Operands(a, a_scales, b, b_scales, d, c, operation)
     problem = operands.problem
-    if d.device.type == "cpu":
-        return _ReferencePlan(operands, recipe, layout, problem.d_dtype)
-    if d.device.type != "cuda":
+    kind = d.device.type
+    if kind == "cpu" != _GPU:
+        return _ReferencePlan(operands.extents, operation.recipe, operation.layout, problem.d_dtype)
+    if kind != _GPU:
         raise ProblemError(f"d is on {d.device}; accepted are CUDA and CPU tensors")
     operands.check_for_tma()
     if problem.m == 0:
         return _EmptyPlan()
     assert problem.m is not None
-    ordinal = d.device.index
-    device, num_sms = device_facts(ordinal)
-    if config is None:
-        if settings.current().autotune:
-            _autotune(problem, device, ordinal)
-        config = choose_config(problem, device)
-    kernel = load(FAMILY.spec(problem, config, device.arch.name), ordinal)
-
     strides, transposes = [operands.a_scales, operands.b_scales], [False, False]
     k_blocks = -(-problem.k // SCALE_GROUP)
     for index, mn in enumerate((problem.m, problem.n)):
@@ -523,19 +736,42 @@ def _make_plan(
         transposes[index] = not (aligned and _loads_in_place(strides[index], mn, k_blocks))
         if transposes[index] or k_blocks == 1:
             strides[index] = ScaleStrides(1, get_tma_aligned_size(mn, 4))
-    geometry = GemmGeometry(
-        problem,
-        config,
-        kernel,
-        a=operands.a.matrix(),
-        b=operands.b.matrix(),
-        d=Matrix(problem.m, problem.n, operands.d_row_stride),
-        c_row_stride=operands.c_row_stride,
-        a_scales=strides[0],
-        b_scales=strides[1],
-        num_sms=min(num_sms, num_sms_limit() or num_sms),
-    )
-    return _GemmPlan(operands, geometry, (transposes[0], transposes[1]), ordinal)
+    ordinal = d.get_device()
+    device, num_sms = device_facts(ordinal)
+
+    def choose(m: int) -> GemmConfig:
+        if in_force.autotune:
+            _autotune(problem.with_m(m), device, ordinal)
+        return chooser(problem, device, in_force)(m)
+
+    @functools.cache
+    def geometry_of(config: GemmConfig) -> GemmGeometry:
+        return GemmGeometry(
+            problem,
+            config,
+            load(FAMILY.spec(problem, config, device.arch.name), ordinal),
+            a=operands.a.matrix(),
+            b=operands.b.matrix(),
+            d=Matrix(operands.a.mn, problem.n, operands.d_row_stride),
+            c_row_stride=operands.c_row_stride,
+            a_scales=strides[0],
+            b_scales=strides[1],
+            num_sms=min(num_sms, in_force.num_sms or num_sms),
+            pdl=in_force.pdl,
+            weights_static=in_force.static_weights and not transposes[1],  # a copy has just been written
+        )
+
+    def plan_of(m: int, a_scales: ScaleStrides, extents: _Extents) -> _GemmPlan:
+        geometry = geometry_of(choose(m)).with_m(m, a_scales)
+        return _GemmPlan(operation, in_force, extents, geometry, (False, False), ordinal)
+
+    geometry = geometry_of(choose(problem.m))
+    plan = _GemmPlan(operation, in_force, operands.extents, geometry, (transposes[0], transposes[1]), ordinal)
+    tensors = [tensor for tensor in (a, a_scales, b, b_scales, d, c) if tensor is not None]
+    rows_of_k = operation.layout[0] == "n" and problem.a_major == "k"
+    if problem.m > 1 and rows_of_k and not any(transposes) and are_plain(*tensors):
+        plan.of_any_m = _PlansOfAnyM(plan_of, operands, tensors)
+    return plan
 
 
 def _autotune(problem: GemmProblem, device: Device, ordinal: int) -> None:
@@ -557,7 +793,9 @@ def _gemm_operator(
     layout: str,
     fast_accum: bool,
 ) -> None:
-    run_gemm(a, a_scales, b, b_scales, d, d if accumulate else c, recipe, layout, fast_accum)
+    operation, c = _OPERATIONS[recipe, layout, fast_accum], d if accumulate else c
+    if not _launch_again(a, a_scales, b, b_scales, d, c, operation):
+        _run(a, a_scales, b, b_scales, d, c, operation)
 
 
 def _gemm_fake(
@@ -577,10 +815,17 @@ def _gemm_fake(
             raise ProblemError(f"{name} has {tensor.dim()} dimensions; accepted is 2")
 
 
-torch.library.custom_op(
+# Not by ``torch.library.custom_op``, which would pass every call through two more layers of Python.
+torch.library.define(
     "jitgemm::gemm",
-    _gemm_operator,
-    mutates_args=("d",),
-    schema="(Tensor a, Tensor? a_scales, Tensor b, Tensor? b_scales, Tensor(d!) d, Tensor? c, bool accumulate,"
+    "(Tensor a, Tensor? a_scales, Tensor b, Tensor? b_scales, Tensor(d!) d, Tensor? c, bool accumulate,"
     " str recipe, str layout, bool fast_accum) -> ()",
-).register_fake(_gemm_fake)
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+torch.library.impl("jitgemm::gemm", ("cpu", "cuda"), _gemm_operator)
+torch.library.register_fake("jitgemm::gemm", _gemm_fake)
+
+# What every first call of the usual kinds needs is better waited for here, where torch is imported, than there.
+for _operation in (_FP8, _BF16_NT):
+    prepare(GemmProblem(1, 1, _operation.recipe), SM90A)
+template_digest()

@@ -97,12 +97,10 @@ def copy_to_mn_major(sf: Tensor) -> Tensor:
 
 def _transpose_on_device(sf: Tensor) -> Tensor:
     """The same by our kernel, on the current stream of the device of ``sf``."""
-    from jitgemm.families.transpose_scales import bind  # the CUDA path only: CPU tensors need no driver
-    from jitgemm.plan import raw_stream
+    from jitgemm.families.transpose_scales import launch  # the CUDA path only: CPU tensors need no driver
 
     output = reference.empty_mn_major(sf.shape, sf.dtype, sf.device)
     if sf.numel():
         with torch.cuda.device(sf.device):
-            launch = bind(sf.shape, sf.stride(), sf.data_ptr(), output.data_ptr(), sf.device.index)
-            launch(raw_stream(sf.device.index))
+            launch(sf.shape, sf.stride(), sf.data_ptr(), output.data_ptr(), sf.device.index)
     return output

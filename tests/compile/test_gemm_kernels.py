@@ -19,6 +19,7 @@ from jitgemm.compiler import UNKNOWN, Cubin, compile_source
 from jitgemm.device import H200, PRESETS, SM90A
 from jitgemm.families.gemm import FAMILY, LAYOUTS, GemmConfig, GemmProblem, KernelShape
 from jitgemm.heuristics import choose_config, enumerate_configs, explain
+from jitgemm.heuristics.gemm import candidates
 from jitgemm.render import render
 
 # recipe, layout, fast_accum
@@ -113,6 +114,18 @@ def representative(kind: tuple[str, str, bool], d_dtype: str) -> list[tuple[Gemm
     chosen |= set(draw.sample(legal, min(DRAWN, len(legal))))
     chosen |= {choose_config(problem, H200)}
     return [(problem, config) for config in sorted(chosen)]
+
+
+@pytest.mark.parametrize("d_dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("recipe", ["fp8_1x128_128x128", "bf16"])
+def test_large_tiles_may_split_k_where_results_must_not_depend_on_m(build: Build, recipe: str, d_dtype: str) -> None:
+    problem = GemmProblem(128, 8192, recipe, None, "nt", d_dtype)
+    with settings.override(batch_invariant=True):
+        configs = enumerate_configs(problem, H200)
+    assert all(config.split_k > 1 for config in configs)
+    largest = max(configs, key=lambda config: KernelShape(problem, config).accumulator_registers)
+    assert largest not in candidates(problem, ())
+    assert faults(problem, largest, build(problem, largest)) == []
 
 
 @pytest.mark.parametrize("d_dtype", ["bf16", "fp32"])

@@ -570,6 +570,81 @@ def test_a_kernel_that_is_not_cached_may_not_be_compiled(cache_dir: Path, captur
     right(x, d)
 
 
+def test_nothing_is_compiled_during_a_capture(cache_dir: Path) -> None:
+    x = operands("fp8_rowwise", 70, 264, 512)
+    d = output(x)
+    with settings.override(tile_m=64, tile_n=56, cluster=(1, 1), split_k=1, swap_ab=False, stages=6):
+        key = cache_key(spec_of(ROWWISE))
+        with (
+            pytest.raises(CacheMissError, match=f"{key}.*a CUDA graph is being captured; .*jitgemm prewarm"),
+            torch.cuda.graph(torch.cuda.CUDAGraph()),
+        ):
+            call(x, d)
+        torch.cuda.synchronize()
+        assert untouched(d)
+        call(x, d)
+        right(x, d)
+        graph = torch.cuda.CUDAGraph()
+        d.copy_(output(x))
+        with torch.cuda.graph(graph):
+            call(x, d)
+        graph.replay()
+        right(x, d)
+
+
+@pytest.mark.parametrize("recipe", ["fp8_1x128_128x128", "bf16"])
+def test_a_captured_chain_with_programmatic_launch(recipe: str) -> None:
+    """Each call reads what the kernel before it wrote: its own D, as C."""
+    x = operands(recipe, 130, 264, 1024)
+    d, expected = output(x), None
+    assert not jitgemm.get_pdl()
+    jitgemm.set_pdl(True)
+    try:
+        assert jitgemm.get_pdl()
+        for _ in range(2):
+            call(x, d)
+            for _ in range(7):
+                call(x, d, d)
+            graph = torch.cuda.CUDAGraph()
+            expected = d.clone()
+            d.copy_(output(x))
+            with torch.cuda.graph(graph):
+                call(x, d)
+                for _ in range(7):
+                    call(x, d, d)
+            graph.replay()
+            assert same_bits(d, expected)
+    finally:
+        jitgemm.set_pdl(False)
+    once = output(x)
+    call(x, once)
+    for _ in range(7):
+        call(x, once, once)
+    assert same_bits(d, once)
+
+
+@pytest.mark.parametrize("scales", ["as they are", "transposed"])
+def test_weights_written_by_the_kernel_before(scales: str) -> None:
+    """Without the word that weights are static, a captured call waits for the kernel that writes them; the transform
+    of b's scales is such a kernel even with the word."""
+    x, y = (operands("fp8_1x128_1x128", 64, 264, 1024, seed=seed) for seed in (0, 1))
+    assert x.a_scales is not None and x.b_scales is not None
+    a_scales = jitgemm.get_mn_major_tma_aligned_tensor(x.a_scales)
+    b_scales = x.b_scales if scales == "transposed" else jitgemm.get_mn_major_tma_aligned_tensor(x.b_scales)
+    z, d = Operands(x.recipe, x.a, a_scales, x.b, b_scales), output(x)
+    call(z, d)
+    with settings.override(pdl=True, static_weights=scales == "transposed"):
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph):
+            if scales != "transposed":
+                x.b.copy_(y.b)
+                b_scales.copy_(y.b_scales)
+            call(z, d)
+        graph.replay()
+    right(x if scales == "transposed" else Operands(x.recipe, x.a, x.a_scales, y.b, y.b_scales), d)
+
+
 def in_thread(function: Callable[[], None]) -> None:
     errors: list[BaseException] = []
 

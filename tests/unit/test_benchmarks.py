@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import jitgemm
 from benchmarks import chain, dense, first_call, harness, host_time, numerics
 from benchmarks.harness import EMPTY, CsvLog, Timing, race
 from benchmarks.operands import Embedded, lay_out_scales, poisoned, quantize, random_matrix, same_bits, sample_rows
@@ -225,12 +226,27 @@ def test_dense_times_no_wrong_result(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_host_time_runs_its_contenders(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host_time, "MANY_SETS", 3)
     monkeypatch.setattr(host_time, "FEW_SETS", 2)
+    monkeypatch.setattr(host_time, "ACTIVATIONS", 4)
     found = host_time.contenders(Shape(4, 16, 32), device="cpu")
     running = {name: contender for name, contender in found.items() if isinstance(contender, host_time.Contender)}
     timings = host_time.measure(running, 2, 1, lambda: None)
     ours = [timing for name, timing in timings.items() if name.startswith(("jitgemm", host_time.MATMUL))]
-    assert len(ours) == 8
-    assert all(timing.error is None for timing in ours)
+    assert len(ours) == 11
+    assert all(timing.error is None for timing in ours), timings
+
+
+def test_host_time_of_new_m(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host_time, "NEW_M", 20)
+    sets = host_time.new_m_sets(Shape(4, 16, 32), "bf16", device="cpu")
+    assert list(sets) == list(range(1, 21))
+    called: list[int] = []
+    timing = host_time.measure_new_m(lambda a, b, d: called.append(len(a)), sets, lambda: None)
+    assert timing.samples == 9
+    assert sorted(called) == list(sets)
+    assert called[-9:] == [3, 5, 7, 9, 11, 13, 15, 17, 19]
+    refused = host_time.measure_new_m(jitgemm.bf16_gemm_nt, {1: (1, 2, 3)}, lambda: None)
+    assert refused.median_us is None
+    assert "ProblemError" in (refused.error or "")
 
 
 def test_csv_keeps_each_row_at_once(tmp_path: Path) -> None:

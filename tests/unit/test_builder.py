@@ -158,6 +158,45 @@ def test_forbid_raises_with_the_key_and_the_command(compiler: Compiler, cache_di
         assert builder.build(SPEC).source == "disk"
 
 
+def test_nothing_is_compiled_while_a_graph_is_captured(compiler: Compiler) -> None:
+    with pytest.raises(CacheMissError, match=r"a CUDA graph is being captured; build it with: jitgemm prewarm"):
+        builder.build(SPEC, capturing=True)
+    assert compiler.count == 0
+    builder.build(SPEC)
+    assert builder.build(SPEC, capturing=True).source == "memory"
+    builder.forget()
+    assert builder.build(SPEC, capturing=True).source == "disk"
+
+
+def test_a_thread_that_waited_for_a_capturing_one_compiles(compiler: Compiler, monkeypatch: pytest.MonkeyPatch) -> None:
+    looking, waiting = threading.Event(), threading.Event()
+    find = KernelCache.find
+
+    def slow_find(self: KernelCache, *args: object, **more: object) -> Cubin | None:
+        if threading.current_thread().name == "capturing":
+            looking.set()
+            assert waiting.wait(10)
+            time.sleep(0.05)
+        return find(self, *args, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(KernelCache, "find", slow_find)
+    refused: list[CacheMissError] = []
+
+    def capture() -> None:
+        try:
+            builder.build(SPEC, capturing=True)
+        except CacheMissError as error:
+            refused.append(error)
+
+    thread = threading.Thread(target=capture, name="capturing")
+    thread.start()
+    assert looking.wait(10)
+    waiting.set()
+    assert builder.build(SPEC).source == "compiled"
+    thread.join(10)
+    assert len(refused) == 1
+
+
 def test_warn_compiles_with_one_warning(compiler: Compiler, caught: pytest.LogCaptureFixture) -> None:
     with settings.override(jit="warn"):
         assert builder.build(SPEC).source == "compiled"

@@ -18,7 +18,7 @@ import jitgemm
 from benchmarks.operands import Embedded, Operands, quantize, random_matrix
 from jitgemm.errors import ProblemError
 from jitgemm.families.gemm import LAYOUTS, RECIPES
-from jitgemm.ops.gemm import _Operands
+from jitgemm.ops.gemm import _OPERATIONS, _Operands
 from jitgemm.reference import gemm as reference
 
 M, N, K = 5, 40, 272
@@ -264,7 +264,7 @@ def test_layouts_read_shapes_their_way(layout: str) -> None:
 def checked(a: Tensor, b: Tensor, d: Tensor, c: Tensor | None = None, recipe: str = "bf16") -> _Operands:
     fp8 = recipe != "bf16"
     one = torch.ones(1) if fp8 else None
-    return _Operands(a, one, b, one, d, c, recipe, "nt", False)
+    return _Operands(a, one, b, one, d, c, _OPERATIONS[recipe, "nt", False])
 
 
 def addresses(a: Tensor, b: Tensor, d: Tensor, c: Tensor | None = None) -> tuple[int, ...]:
@@ -287,12 +287,12 @@ def test_alignment(name: str, offset: int) -> None:
     operands = checked(a, b, d)
     operands.check_for_tma()
     if offset % 8 == 0:
-        operands.check_alignment(a.data_ptr(), b.data_ptr())
+        operands.extents.check(*addresses(a, b, d))
         return
     with pytest.raises(
         ProblemError, match=rf"{name} starts at address 0x[0-9a-f]+; accepted is a multiple of 16 bytes"
     ):
-        operands.check_alignment(a.data_ptr(), b.data_ptr())
+        operands.extents.check(*addresses(a, b, d))
 
 
 @pytest.mark.parametrize("name", ["a", "b", "c"])
@@ -310,7 +310,7 @@ def test_overlap(name: str) -> None:
     def check(start: int) -> None:
         d = base[start : start + M * N].view(M, N)
         a, b, c = tensors["a"], tensors["b"], tensors["c"]
-        checked(a, b, d, c).check_overlap(*addresses(a, b, d, c))
+        checked(a, b, d, c).extents.check_overlap(*addresses(a, b, d, c))
 
     check(size - M * N)  # ends where the input begins
     check(size + length)
@@ -323,19 +323,19 @@ def test_scales_may_not_overlap_d() -> None:
     storage = buffer(1024, torch.float32)
     d, scales = storage[: M * N].view(M, N), storage[M * N - 1 : M * N]
     a, b = empty(M, K), empty(N, K)
-    operands = _Operands(a, scales, b, torch.ones(1), d, None, "fp8_tensorwise", "nt", False)
+    operands = _Operands(a, scales, b, torch.ones(1), d, None, _OPERATIONS["fp8_tensorwise", "nt", False])
     align = 1 << 20
     with pytest.raises(ProblemError, match="d overlaps a_scales"):
-        operands.check_overlap(align, scales.data_ptr(), 2 * align, 3 * align, d.data_ptr(), 0)
+        operands.extents.check_overlap(align, scales.data_ptr(), 2 * align, 3 * align, d.data_ptr(), 0)
 
 
 def test_c_may_be_d_but_not_a_part_of_it() -> None:
     a, b = buffer(M * K, BF16).view(M, K), buffer(N * K, BF16).view(N, K)
     d = buffer(M * (N + 8), BF16).view(M, N + 8)[:, :N]
-    checked(a, b, d, d).check_overlap(*addresses(a, b, d, d))
+    checked(a, b, d, d).extents.check_overlap(*addresses(a, b, d, d))
     narrow = d.as_strided((M, N), (N, 1))
     with pytest.raises(ProblemError, match=r"d overlaps c; .*c may be d itself, with the same strides"):
-        checked(a, b, d, narrow).check_overlap(*addresses(a, b, d, narrow))
+        checked(a, b, d, narrow).extents.check_overlap(*addresses(a, b, d, narrow))
 
 
 def test_overlap_is_refused_on_the_cpu_too() -> None:
@@ -350,9 +350,9 @@ def test_one_row_may_have_any_stride() -> None:
     a, b = buffer(K, BF16).view(1, K), buffer(N * K, BF16).view(N, K)
     storage = buffer(4 * N, BF16)
     d, c = storage.as_strided((1, N), (N, 1)), storage.as_strided((1, N), (2 * N, 1))
-    checked(a, b, d, c).check_overlap(*addresses(a, b, d, c))
+    checked(a, b, d, c).extents.check_overlap(*addresses(a, b, d, c))
     short = storage.as_strided((1, N), (1, 1))
-    checked(a, b, short, short).check_overlap(*addresses(a, b, short, short))
+    checked(a, b, short, short).extents.check_overlap(*addresses(a, b, short, short))
 
 
 @pytest.mark.parametrize("name", ["a", "b"])

@@ -294,7 +294,7 @@ def test_every_tile_is_computed_once(kernel: tuple[GemmProblem, GemmConfig], num
     clusters_n = -(-problem.n // (config.tile_n * config.cluster_n))
     count = clusters_m * clusters_n
     assume(count <= 20_000)
-    group = raster_group(problem, config, num_sms)
+    group = raster_group(problem.m, config, num_sms)
     assert 1 <= group <= clusters_m
     if config.split_k > 1:
         assert blocks == count * size  # such a cluster computes one tile

@@ -17,7 +17,7 @@ from jitgemm.device import H20, H100, H200, PRESETS, Device, nearest_preset, pre
 from jitgemm.errors import ConfigError, SettingsError
 from jitgemm.families.gemm import FAMILY, RECIPES, GemmProblem
 from jitgemm.families.transpose_scales import FAMILY as TRANSPOSE_SCALES
-from jitgemm.heuristics import choose_config, enumerate_configs, enumerate_specs, explain
+from jitgemm.heuristics import choose_config, chooser, enumerate_configs, enumerate_specs, explain
 from jitgemm.heuristics.gemm import ANCHORS, MAX_KERNELS, assess, candidates, illegal, predict
 
 PROBLEM = GemmProblem(4096, 7168, "fp8_1x128_128x128", m=300)
@@ -96,6 +96,17 @@ def test_a_lower_limit_is_kept_for_every_m() -> None:
     few = enumerate_configs(problem, H200, limit=3)
     assert len(few) == 3
     assert {choose_config(problem.with_m(m), H200, limit=3) for m in (1, 7, 100, 777, 5000, 20000)} <= set(few)
+
+
+def test_the_table_of_a_problem_gives_what_each_m_gets() -> None:
+    problem = GemmProblem(2112, 7168, "fp8_1x128_128x128")
+    table = chooser(problem, H200)
+    assert chooser(problem.with_m(7), H200) is table
+    for m in (1, 2, 50, 64, 65, 700, 700, 100_000):
+        assert table(m) == choose_config(problem.with_m(m), H200)
+        assert table(m) in enumerate_configs(problem, H200)
+    with settings.override(tile_m=64, swap_ab=False):
+        assert chooser(problem, H200) is not table
 
 
 def test_enumeration_does_not_depend_on_m() -> None:

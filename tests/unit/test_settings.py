@@ -117,6 +117,24 @@ def test_reload_reads_the_environment_again(monkeypatch: pytest.MonkeyPatch) -> 
     assert settings.reload().stages is None
 
 
+def test_setters_change_the_process_and_not_what_a_block_overrides() -> None:
+    assert not settings.get_pdl()
+    with settings.override(static_weights=True):
+        settings.set_pdl(True)
+        try:
+            assert settings.get_pdl()
+            assert settings.get_static_weights()
+            with settings.override(pdl=False):
+                assert not settings.get_pdl()
+                settings.set_static_weights(False)
+                assert settings.get_static_weights()
+            assert settings.get_pdl()
+        finally:
+            settings.set_pdl(False)
+        assert not settings.get_pdl()
+    assert settings.current() is settings.reload()
+
+
 def test_the_table_has_a_row_for_every_field() -> None:
     assert [row[0] for row in settings.table()] == [variable.name for variable in settings.VARIABLES]
     fields = set(settings.Settings.__dataclass_fields__) - {"generation"}

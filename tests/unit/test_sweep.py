@@ -122,6 +122,15 @@ def test_the_cost_of_the_batch_invariant_mode() -> None:
     assert batch_invariant.parse([]).m == [1, 16, 64, 128, 512, 2048, 4096, 8192]
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("main", [sweep.main, batch_invariant.main])
+def test_timing_needs_a_gpu(main: Callable[[list[str]], int], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main([])
+    assert exit_.value.code == 3
+    assert "needs a CUDA GPU" in capsys.readouterr().err
+
+
 def test_listing_needs_no_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     assert sweep.main(["--list", "--shapes", "random", "--count", "4", "--recipes", "bf16"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 6

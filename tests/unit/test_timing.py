@@ -40,6 +40,19 @@ def test_hopeless_calls_drop_out_and_the_best_are_timed_again() -> None:
     assert again == [*(f"c{i}" for i in range(5)), "chosen"]
 
 
+def test_luck_does_not_win() -> None:
+    """A call that looked fast and was not timed again counts as slower than the best that was."""
+    lucky = iter([5.0] * 2 + [20.0] * 10)  # fast in the pilots only
+    drifting = iter([10.0] * 12 + [30.0] * 9)  # slower when it is timed again
+    steady = iter([11.0] * 12)
+    calls = {"lucky": lambda: next(lucky), "drifting": lambda: next(drifting), "steady": lambda: next(steady)}
+    clock = Clock({value: value for value in (5.0, 10.0, 11.0, 20.0, 30.0)})
+    result, _ = measure(calls, clock, keep=[], finalists=1, samples=9)
+    assert result["drifting"] == (30.0, 9)
+    assert result["steady"].us == pytest.approx(30.0)
+    assert min(result, key=lambda name: result[name].us) == "drifting"
+
+
 def test_calls_that_fail_are_left_out() -> None:
     def fail() -> object:
         raise ValueError("broken")

@@ -73,6 +73,16 @@ def test_candidates_are_the_models_choice_and_the_best_predictions(m: int) -> No
     assert tuning.candidates(at, H200, 1) == found[:1]
 
 
+def test_settings_of_the_user_do_not_matter() -> None:
+    plain = offered(PROBLEM.with_m(64))
+    with settings.override(tile_m=128, split_k=1, batch_invariant=True):
+        assert tuning.candidates(PROBLEM.with_m(64), H200) == plain
+        work = tuning.Workload(GemmProblem(72, 200, "bf16", m=5), "cpu")
+        work.d.fill_(float("nan"))
+        work.call(plain[0])()
+        assert bool(work.d.isfinite().all())
+
+
 def test_serving_anchors() -> None:
     assert [serving_anchors(m) for m in (1, 2, 8, 100, 16384, 10**6)] == [
         (1,), (1, 8), (8,), (96, 128), (16384,), (16384,)
