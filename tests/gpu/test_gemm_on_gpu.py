@@ -6,6 +6,8 @@ import itertools
 import multiprocessing
 import os
 import shutil
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -14,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from support import environment
 from torch import Tensor
 
 import jitgemm
@@ -25,7 +28,7 @@ from jitgemm.cache_key import cache_key
 from jitgemm.errors import CacheMissError, ProblemError
 from jitgemm.families import KernelSpec
 from jitgemm.families.gemm import FAMILY, LAYOUTS, RECIPES, GemmProblem, KernelShape
-from jitgemm.heuristics import choose_config
+from jitgemm.heuristics import choose_config, enumerate_specs
 from jitgemm.kernel import load
 from jitgemm.plan import device_facts
 from jitgemm.reference.gemm import check_close
@@ -549,6 +552,41 @@ def test_the_first_call_may_be_captured(cache_dir: Path) -> None:
     assert untouched(d)
     graph.replay()
     right(x, d)
+
+
+CAPTURED_FIRST = """
+import torch
+import jitgemm
+from benchmarks.operands import quantize, random_matrix
+from jitgemm.reference.gemm import check_close
+
+generator = torch.Generator("cuda").manual_seed(0)
+x = quantize({recipe!r}, random_matrix(70, 512, generator), random_matrix(264, 512, generator))
+d = torch.zeros(70, 264, dtype=torch.bfloat16, device="cuda")
+a, b = (x.a, x.b) if x.a_scales is None else ((x.a, x.a_scales), (x.b, x.b_scales))
+graph = torch.cuda.CUDAGraph()
+with torch.cuda.graph(graph):
+    (jitgemm.bf16_gemm_nt if x.a_scales is None else jitgemm.fp8_gemm_nt)(a, b, d)
+torch.cuda.synchronize()
+assert not d.any()
+graph.replay()
+check_close(d, x.product("bf16"), recipe={recipe!r}, d_dtype="bf16")
+print("right")
+"""
+
+
+@pytest.mark.parametrize("pdl", ["0", "1"])
+@pytest.mark.parametrize("recipe", ["fp8_1x128_128x128", "bf16"])
+def test_the_first_call_of_a_process_may_be_captured(recipe: str, pdl: str, tmp_path: Path) -> None:
+    """With nothing loaded, and with row-major scales: their transform is captured too."""
+    device = device_facts(0)[0]
+    with settings.override(cache_dir=tmp_path):
+        for spec in enumerate_specs(GemmProblem(264, 512, recipe), device):
+            builder.build(spec)
+    variables = environment(JITGEMM_CACHE_DIR=str(tmp_path), JITGEMM_JIT="forbid", JITGEMM_PDL=pdl)
+    command = (sys.executable, "-c", CAPTURED_FIRST.format(recipe=recipe))
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=300, check=False)
+    assert done.stdout.strip() == "right", done.stderr
 
 
 @pytest.mark.parametrize("captured", [False, True])

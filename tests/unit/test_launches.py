@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import struct
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -526,3 +527,36 @@ def test_addresses_are_replaced_in_maps_that_are_encoded_once(gpu: Gpu) -> None:
     assert gpu.encoded == encoded > 0
     for launched, call in zip(gpu.launched[1:], calls, strict=True):
         check(launched, call, gpu)
+
+
+def test_threads_launch_their_own_tensors(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They share the weights, so that each finds what another has left."""
+    weights = tensors("bf16")
+    streams = threading.local()
+    monkeypatch.setattr(gemm, "raw_stream", lambda _: streams.mine)
+    calls = {
+        stream: [replaced(tensors("bf16", m), b=weights.x.b) for m in (30 + stream, 40, 50)] for stream in range(1, 5)
+    }
+    errors: list[BaseException] = []
+
+    def run(stream: int) -> None:
+        streams.mine = stream
+        try:
+            for index in range(300):
+                calls[stream][index % 7 % 3]()
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=(stream,)) for stream in calls]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not errors, errors
+    assert len(gpu.launched) == 4 * 300
+    for stream, own in calls.items():
+        gpu.stream = stream
+        launched = [one for one in gpu.launched if one.stream == stream]
+        assert len(launched) == 300
+        for index, one in enumerate(launched):
+            check(one, own[index % 7 % 3], gpu)
