@@ -3,10 +3,10 @@
     python -m benchmarks.sweep --out sweep.csv
     python -m benchmarks.sweep --out random.csv --shapes random --count 60 --seed 1
 
-Candidates of a problem: the menu, and all that the heuristics generate before pruning; beyond ``--limit`` those with a
-multicast cluster or a ring that is not the deepest are thinned out evenly. All are timed a few times in turn; those
-that take three times as long as the best drop out after the first two; the best five and the choice are timed again
-with 200 samples. One row a config: the median in us. A file that exists is continued: problems in it are skipped.
+Candidates of a problem: the menu, and of all that the heuristics generate before pruning those that the cost model
+ranks first, up to ``--limit``. All are timed a few times in turn; those that take three times as long as the best drop
+out after the first two; the best five and the choice are timed again with 200 samples. One row a config: the median in
+us. A file that exists is continued: problems in it are skipped.
 Exit codes: 0 done, 1 the GPU failed, 3 no GPU.
 """
 
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import dataclasses
 import math
 import random
 from collections.abc import Sequence
@@ -26,7 +25,7 @@ from benchmarks.shapes import dense_shapes
 from jitgemm.device import PRESETS, Device
 from jitgemm.families.gemm import FAMILY, GemmConfig, GemmProblem
 from jitgemm.heuristics import choose_config
-from jitgemm.heuristics.gemm import candidates, generate, illegal
+from jitgemm.heuristics.gemm import candidates, generate, illegal, predict
 from jitgemm.timing import Call, CudaTimer, Timer, error_text, measure
 from jitgemm.tuning import Workload
 
@@ -53,27 +52,11 @@ def random_problems(count: int, seed: int, recipes: Sequence[str]) -> list[GemmP
 
 
 def offered(problem: GemmProblem, device: Device, limit: int = LIMIT) -> list[GemmConfig]:
-    """The legal configs to time: the menu, and as many of the generated ones as the limit leaves room for.
-
-    Which kernels they are does not depend on the sizes, save where K has fewer stages than a split has parts.
-    """
-    anywhere = dataclasses.replace(problem, m=1, n=1, k=2**20)
-    menu = [config for config in candidates(problem, ()) if illegal(anywhere, config, device) is None]
-    generated = [config for config in generate(problem) if illegal(anywhere, config, device) is None]
-    deepest: dict[GemmConfig, int] = {}
-    for config in generated:
-        base = dataclasses.replace(config, stages=0)
-        deepest[base] = max(deepest.get(base, 0), config.stages)
-
-    def plain(config: GemmConfig) -> bool:
-        alone = config.cluster_m * config.cluster_n == 1
-        return alone and config.stages == deepest[dataclasses.replace(config, stages=0)]
-
-    first = list(dict.fromkeys([*menu, *filter(plain, generated)]))
-    others = [config for config in generated if config not in set(first)]
-    room = min(len(others), max(0, limit - len(first)))
-    kept = [*first, *(others[index * len(others) // room] for index in range(room))]
-    return [config for config in kept if illegal(problem, config, device) is None]
+    """The legal configs to time: the menu, and of those generated the ones that the cost model ranks first."""
+    menu = [config for config in candidates(problem, ()) if illegal(problem, config, device) is None]
+    others = [config for config in generate(problem) if config not in menu and illegal(problem, config, device) is None]
+    others.sort(key=lambda config: predict(problem, config, device)["total"])
+    return [*menu, *dict.fromkeys(others)][:limit]
 
 
 def read(path: Path) -> dict[GemmProblem, dict[GemmConfig, float]]:

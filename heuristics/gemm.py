@@ -174,7 +174,7 @@ def _with_every_split(problem: GemmProblem) -> tuple[GemmConfig, ...]:
     split = [
         _fitting(problem, dataclasses.replace(config, cluster_m=1, cluster_n=1, split_k=split_k))
         for config in _menu(problem)
-        for split_k in _SPLITS
+        for split_k in _EVEN_SPLITS
     ]
     return tuple(dict.fromkeys((*_menu(problem), *split)))
 
@@ -198,6 +198,8 @@ _shape, _signature = kernel_shape, GemmProblem.without_sizes
 _TILE_NS = (16, 24, 32, 40, 48, 56, 64, 72, 80, 88, 96, 104, 112, 120, 128, 136, 144, 160, 176, 192, 208, 224, 240, 256)
 _TOKEN_TILES = (8, 16, 24, 32, 40, 48, 64, 80, 96, 128)
 _SPLITS = (1, 2, 3, 4, 5, 6, 7, 8)
+_EVEN_SPLITS = (1, 2, 4, 8)  # those that tiles of more than _SMALL_TILE elements are worth trying with
+_SMALL_TILE = 64 * 128
 
 
 def generate(problem: GemmProblem, overrides: Overrides = ()) -> Iterator[GemmConfig]:
@@ -216,6 +218,8 @@ def generate(problem: GemmProblem, overrides: Overrides = ()) -> Iterator[GemmCo
         tiles_m = (given["tile_m"],) if "tile_m" in given else _TOKEN_TILES if swap_ab else (64, 128, 192, 256)
         tiles_n = (given["tile_n"],) if "tile_n" in given else (64, 128) if swap_ab else _TILE_NS
         for tile_m, tile_n, (cluster_m, cluster_n), split_k in itertools.product(tiles_m, tiles_n, clusters, splits):
+            if "split_k" not in given and split_k not in _EVEN_SPLITS and tile_m * tile_n > _SMALL_TILE:
+                continue
             base = GemmConfig(tile_m, tile_n, given.get("tile_k", tile_k), 0, cluster_m, cluster_n, split_k, swap_ab)
             for stages in [given["stages"]] if "stages" in given else stage_choices(problem, base):
                 yield dataclasses.replace(base, stages=stages)
@@ -256,9 +260,12 @@ def _illegal_kernel(problem: GemmProblem, config: GemmConfig, arch: Architecture
     if shape.mma_n % 8 or not 8 <= shape.mma_n <= 256:
         side = "tile_m" if config.swap_ab else "tile_n"
         return f"{side} must be a multiple of 8 from 8 to 256: it takes the MMA's N side"
-    budget = (192 if problem.promotes else 128) if shape.math_warpgroups == 2 else 208 if problem.promotes else 128
-    if shape.math_warpgroups == 3:
-        budget = 136
+    if shape.math_warpgroups == 3:  # of 128 registers at entry, which must hold an instruction's operands
+        budget = 96 if not problem.promotes else 112 if shape.n_side_scales == "row_k" else 136
+    elif shape.math_warpgroups == 2:
+        budget = 192 if problem.promotes or shape.waves > 1 else 128
+    else:
+        budget = 208 if problem.promotes else 128
     if shape.accumulator_registers > budget:
         return f"sums take {'more than'} {budget} registers a thread"
     if problem.promotes and shape.waves > 1 and config.split_k > 1 and shape.accumulator_registers > 160:

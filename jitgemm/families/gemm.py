@@ -412,8 +412,12 @@ class KernelShape:
 
     @functools.cached_property
     def unroll(self) -> int:
-        """k-blocks in the main loop's body: the first steps of one then overlap with the promotion of another."""
-        return 4 // self.waves if self.chain == 1 else 1
+        """k-blocks in the main loop's body: the first steps of one then overlap with the promotion of another.
+
+        Four waves, or two where promotion takes more registers than with scales of 128 columns.
+        """
+        waves = 4 if self.n_side_scales == "block_k" else 2
+        return waves // self.waves if self.chain == 1 else 1
 
     @functools.cached_property
     def accumulator_registers(self) -> int:
