@@ -22,7 +22,7 @@ from jitgemm import driver, plan, settings, tensor_map
 from jitgemm.device import H200
 from jitgemm.errors import DriverError, ProblemError
 from jitgemm.families import KernelSpec, family_of, gemm_launch
-from jitgemm.families.gemm import RECIPES
+from jitgemm.families.gemm import RECIPES, GemmConfig, GemmProblem
 from jitgemm.families.gemm_launch import PARAMS_BYTES
 from jitgemm.kernel import Kernel
 from jitgemm.ops import gemm
@@ -48,6 +48,14 @@ class Launched:
     def tail(self) -> tuple[int, ...]:
         """What follows the maps."""
         return struct.unpack_from("<Qq Qq Qiiii Qiiii iiii IIIIII iii iii", self.params, 640)
+
+    @property
+    def store_by_tma(self) -> bool:
+        return bool(self.tail[-3])
+
+    @property
+    def programmatic(self) -> bool:
+        return bool(self.tail[-2])
 
     @property
     def weights_static(self) -> bool:
@@ -172,10 +180,11 @@ def check(launched: Launched, call: Call, gpu: Gpu) -> None:
     size = call.x.a.element_size()
     tail = launched.tail
     assert launched.stream == gpu.stream
+    assert launched.programmatic == launched.pdl
     assert tail[0] == call.d.data_ptr()
     assert tail[1] == call.d.stride(0)
     assert tail[2] == (0 if call.c is None else call.c.data_ptr())
-    assert tail[-6:-4] == (m, n)
+    assert tail[24:26] == (m, n)
     sides = [
         (call.x.a.data_ptr(), k, m, call.x.a.stride(0) * size, call.x.a_scales, RECIPES[call.x.recipe].a_scales, 2),
         (call.x.b.data_ptr(), k, n, call.x.b.stride(0) * size, call.x.b_scales, RECIPES[call.x.recipe].b_scales, 3),
@@ -188,7 +197,7 @@ def check(launched: Launched, call: Call, gpu: Gpu) -> None:
         if granularity == "row_k":
             assert scales is not None
             assert launched.map(2 + index)[:4] == (scales.data_ptr(), height, scales.shape[1], scales.stride(1) * 4)
-    if tail[-3]:  # D by TMA
+    if launched.store_by_tma:
         assert launched.map(4)[:4] == (call.d.data_ptr(), n, m, call.d.stride(0) * 2)
 
 
@@ -327,7 +336,7 @@ def test_d_at_any_address(gpu: Gpu) -> None:
         other()
         launched = gpu.last()
         check(launched, other, gpu)
-        assert bool(launched.tail[-3]) == (shift % 8 == 0)
+        assert launched.store_by_tma == (shift % 8 == 0)
 
 
 def test_scales_at_unaligned_addresses_are_copied(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -424,6 +433,44 @@ def test_settings_count_from_the_next_call_on(gpu: Gpu) -> None:
         jitgemm.set_num_sms(0)
     assert not launched().pdl
     assert not launched().weights_static
+
+
+def test_a_forced_config_and_plans_that_are_forgotten(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    call = tensors("bf16")
+    forced = [GemmConfig.from_text(text) for text in ("64x64x64 s4", "64x128x64 s4")]
+
+    def box_of_b() -> int:
+        call()
+        return gpu.last().map(1)[5]
+
+    for config in (*forced, *forced):
+        with jitgemm.override(config=str(config)):
+            assert box_of_b() == config.tile_n
+    monkeypatch.setattr(gemm, "chooser", lambda *_, **__: lambda _: forced[0])
+    assert (box_of_b(), box_of_b()) == (64, 64)
+    monkeypatch.setattr(gemm, "chooser", lambda *_, **__: lambda _: forced[1])
+    assert box_of_b() == 64
+    gemm.forget_plans()
+    assert (box_of_b(), box_of_b()) == (128, 128)
+
+
+def test_autotune_is_asked_once_for_each_m(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int | None] = []
+
+    def autotune(problem: GemmProblem, *_: object) -> None:
+        asked.append(problem.m)
+        gemm.forget_plans()  # as tuning does
+
+    monkeypatch.setattr(gemm, "_autotune", autotune)
+    weights = tensors("bf16")
+    calls = [replaced(tensors("bf16", m), b=weights.x.b) for m in (40, 50, 60)]
+    with jitgemm.override(autotune=True):
+        for index in (0, 0, 1, 1, 2, 2):
+            calls[index]()
+            check(gpu.last(), calls[index], gpu)
+    assert asked == [40, 50, 60]
+    calls[0]()
+    assert asked == [40, 50, 60]
 
 
 def test_transposed_weights_scales_are_not_static(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
