@@ -263,7 +263,7 @@ def _illegal_kernel(problem: GemmProblem, config: GemmConfig, arch: Architecture
     if shape.math_warpgroups == 3:  # of 128 registers at entry, which must hold an instruction's operands
         budget = 96 if not problem.promotes else 112 if shape.n_side_scales == "row_k" else 136
     elif shape.math_warpgroups == 2:
-        budget = 192 if problem.promotes or shape.waves > 1 else 128
+        budget = 192 if problem.promotes or (shape.waves > 1 and not problem.traits.is_fp8) else 128
     else:
         budget = 208 if problem.promotes else 128
     if shape.accumulator_registers > budget:
@@ -432,8 +432,8 @@ def _predictor(problem: GemmProblem, config: GemmConfig, device: Device) -> Call
 
 
 def _resident(num_sms: int, cluster_size: int, blocks_per_sm: int) -> int:
-    """CTAs resident at once. Clusters of more than 2 leave SMs of unevenly fused GPCs idle (measured on an H200)."""
-    fill = 1.0 if cluster_size <= 2 else 120 / 132
+    """CTAs resident at once. Clusters of more than 2 leave SMs of unevenly fused GPCs idle."""
+    fill = sm90a.CLUSTER_FILL.get(cluster_size, 1.0)
     return max(cluster_size, int(num_sms * blocks_per_sm * fill) // cluster_size * cluster_size)
 
 

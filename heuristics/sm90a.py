@@ -8,7 +8,7 @@ from __future__ import annotations
 
 # -- Fixed times, us.
 LAUNCH_US = 6.33  # between events: launch, first loads, drain (fitted; an empty kernel takes 2.8 to 3.4)
-REDUCTION_US = (1.02, 0.0053)  # split-K: fixed, and per MMA column of a 64-row wave (fitted)
+REDUCTION_US = (0.75, 0.007)  # split-K: fixed, and per MMA column of a 64-row wave (least regret in a sweep)
 RELAUNCH_US = 2.0  # of a tile after the first where blocks don't persist, as with split-K (estimated)
 
 # -- One stage, 128 bytes of K. MMAs of 64 x N take max(N / 2, 16 + N / 4) cycles (measured to the cycle).
@@ -21,7 +21,7 @@ PROMOTION_BRANCH_CYCLES = (
 )
 PROMOTION_SELECT_CYCLES = 0.68  # ... or at many (fitted) ...
 PROMOTION_SCALE_CYCLES = 1.0  # ... or have a scale each (estimated)
-PROMOTION_EXPOSED = 0.87  # part of latency and promotion that delays the tensor cores (fitted) ...
+PROMOTION_EXPOSED = 0.6  # part of latency and promotion that delays the tensor cores (by the two tiles of 256 and 192 rows) ...
 PROMOTION_EXPOSED_IN_CHAIN = 0.07  # ... per warpgroup in chains (fitted) ...
 PROMOTION_EXPOSED_SMEM = 0.3  # ... and of that, what delays shared memory (assumed)
 STAGE_OVERHEAD_CYCLES = 63  # wait, scales and release of a stage (fitted)
@@ -42,21 +42,25 @@ BYTES_IN_FLIGHT = 44e3  # per SM, that streaming at that rate takes (measured 48
 TENSOR_BOUND = 0.7  # part of a stage that the tensor cores must be busy ...
 THROTTLED_CYCLES = 40_000  # ... for this long before power limits the clock (assumed)
 
-# -- The menu. Tile m x n, ring stages, then: cN x M, cluster; kN, split-K; swap, operands swapped. Chosen greedily from
-# a sweep of 844 kernels: a shape's best of these is within 0.3 percent of its best of all, on average.
+# Part of the SMs that clusters of more than 2 CTAs fill (measured; with two CTAs an SM a little more).
+CLUSTER_FILL = {3: 117 / 132, 4: 120 / 132, 5: 110 / 132, 6: 102 / 132, 7: 105 / 132, 8: 120 / 132}
+
+# -- The menu. Tile m x n, ring stages, then: cM x N, cluster; kN, split-K; swap, operands swapped. First chosen
+# greedily out of a sweep (docs/performance.md), since then changed by hand where later kernels won.
 FP8_MENU = """
-    8x64 s12 swap, 8x64 s12 k2 swap, 8x64 s12 k4 swap, 8x64 s12 k8 swap,
-    16x64 s10 swap, 16x64 s12 k2 swap, 16x64 s12 k4 swap, 16x64 s12 k8 swap,
+    8x64 s12 swap, 8x64 s12 k2 swap, 8x64 s12 k4 swap, 8x64 s12 k5 swap, 8x64 s12 k8 swap,
+    16x64 s10 swap, 16x64 s12 k2 swap, 16x64 s10 k3 swap, 16x64 s10 k5 swap, 16x64 s12 k4 swap,
     24x64 s12 k2 swap, 24x64 s9 k4 swap, 32x64 s8 swap, 32x64 s8 k2 swap, 32x64 s8 k4 swap,
-    64x32 s12, 64x32 s12 k2, 64x40 s8 k4, 64x64 s12, 64x72 s12, 64x128 s8,
-    128x32 s10 k2, 128x40 s10 k2, 128x48 s9 k2, 128x64 s8, 128x72 s8, 128x96 s7, 128x160 s5, 128x192 s4,
-    128x128 s5, 256x64 s5, 256x128 s3, 256x128 s3 c1x2
+    64x32 s12, 64x32 s12 k2, 64x32 s12 k3, 64x32 s12 k5, 64x40 s8, 64x40 s8 k4, 64x64 s12,
+    64x80 s11, 64x128 s8, 64x128 s9,
+    128x32 s10 k2, 128x48 s9 k2, 128x64 s8, 128x72 s8, 128x96 s7, 128x160 s5, 128x192 s4,
+    128x128 s5, 192x64 s6, 192x128 s4, 192x128 s5, 256x64 s5, 256x128 s3, 256x128 s4
 """
 BF16_MENU = """
-    8x64 s12 swap, 8x64 s12 k2 swap, 8x64 s12 k8 swap,
-    16x64 s10 swap, 16x64 s12 swap, 16x64 s12 k2 swap, 16x64 s10 k8 swap,
-    32x64 s8 swap, 32x64 s12 swap, 32x64 s8 k4 swap, 64x64 s12 swap, 64x64 s12 k4 swap, 64x128 s8 swap,
-    64x32 s12 k2, 64x40 s8 k4, 64x48 s12 c2x1, 64x48 s12 c1x2, 64x96 s10, 64x112 s9, 64x144 s8 c1x2,
+    8x64 s12 swap, 8x64 s12 k2 swap, 8x64 s12 k4 swap, 8x64 s12 k8 swap,
+    16x64 s10 swap, 16x64 s12 swap, 16x64 s12 k2 swap, 16x64 s10 k8 swap, 24x64 s9 k4 swap,
+    32x64 s8 swap, 32x64 s12 swap, 32x64 s12 k2 swap, 32x64 s8 k4 swap, 64x64 s12 swap, 64x64 s12 k4 swap,
+    64x128 s8 swap, 64x32 s12 k2, 64x40 s8 k4, 64x48 s12 c2x1, 64x48 s12 c1x2, 64x96 s10, 64x112 s9, 64x144 s8 c1x2,
     64x176 s7, 64x192 s6, 128x64 s8 swap, 128x112 s6, 128x128 s6 swap, 128x144 s6 c1x2, 128x160 s5 c2x1,
-    128x192 s4, 128x224 s4 c2x1, 128x256 s4, 128x256 s4 c2x1
+    128x160 s5, 128x192 s4, 128x224 s4 c2x1, 128x256 s4, 128x256 s4 c2x1, 192x192 s4, 256x192 s3
 """

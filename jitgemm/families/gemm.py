@@ -292,7 +292,7 @@ class KernelShape:
 
     @functools.cached_property
     def math_warpgroups(self) -> int:
-        """Warpgroups that issue MMAs: one for each 64 rows up to two."""
+        """Warpgroups that issue MMAs: one for each 64 rows, but two for 256."""
         return 3 if self.mma_m == 192 else min(2, self.mma_m // MMA_M)
 
     @functools.cached_property

@@ -13,7 +13,7 @@ from jitgemm.kernel import Kernel
 from jitgemm.tensor_map import ALIGNMENT, BYTES, OperandMap
 
 # The template's `Params`: five tensor maps, then d_plain, c, row_scale_matrix, column_scale_matrix, raster,
-# m, n, k_blocks, store_by_tma, programmatic, weights_static.
+# m, n, k_blocks, d_aligned, programmatic, weights_static.
 _MAPS = ("rows", "columns", "row_scales", "column_scales", "d")
 _TAIL = struct.Struct("<Qq Qq Qiiii Qiiii iiii IIIIII iii iii")
 _TAIL_OFFSET = len(_MAPS) * BYTES
@@ -143,13 +143,13 @@ class GemmGeometry:
         """
         if self._swap:
             a, a_scales, b, b_scales = b, b_scales, a, a_scales
-        store_by_tma = d % ALIGNMENT == 0 and self._maps[4] is not None
-        addresses = (a, b, a_scales, b_scales, d if store_by_tma else 0)
+        d_aligned = d % ALIGNMENT == 0 and self._maps[4] is not None
+        addresses = (a, b, a_scales, b_scales, d if d_aligned else 0)
         try:
-            arguments = self._arguments(addresses, store_by_tma)
+            arguments = self._arguments(addresses, d_aligned)
         except DriverError:
             ensure_context(self._kernel.device)  # a thread's first CUDA call
-            arguments = self._arguments(addresses, store_by_tma)
+            arguments = self._arguments(addresses, d_aligned)
         words, first = arguments.words, arguments.first
         words[first + _D] = d
         words[first + _C] = c
@@ -157,10 +157,10 @@ class GemmGeometry:
         words[first + _COLUMN_SCALES] = b_scales
         return arguments
 
-    def _arguments(self, addresses: tuple[int, ...], store_by_tma: bool) -> Arguments:
+    def _arguments(self, addresses: tuple[int, ...], d_aligned: bool) -> Arguments:
         """All but the plain pointers."""
         arguments = Arguments(PARAMS_BYTES)
-        known = self._first.get(store_by_tma)
+        known = self._first.get(d_aligned)
         if known is not None:
             params, before = known
             target, status = arguments.address, 0
@@ -174,11 +174,11 @@ class GemmGeometry:
                 raise DriverError(f"the driver refuses one of the addresses {', '.join(map(hex, addresses))}")
             return arguments
         for index, (operand, address) in enumerate(zip(self._maps, addresses, strict=True)):
-            if operand is not None and (index < 4 or store_by_tma):
+            if operand is not None and (index < 4 or d_aligned):
                 operand.write(arguments.address + index * BYTES, address)
-        tail = _TAIL.pack(*self._tail, store_by_tma, self._pdl, self._weights_static)
+        tail = _TAIL.pack(*self._tail, d_aligned, self._pdl, self._weights_static)
         ctypes.memmove(arguments.address + _TAIL_OFFSET, tail, _TAIL.size)
-        self._first[store_by_tma] = ctypes.string_at(arguments.address, PARAMS_BYTES), addresses
+        self._first[d_aligned] = ctypes.string_at(arguments.address, PARAMS_BYTES), addresses
         return arguments
 
 
@@ -225,10 +225,10 @@ def _scales(granularity: str, length: int, k_blocks: int, strides: ScaleStrides,
 
 
 def _output(shape: KernelShape, d: Matrix) -> OperandMap | None:
-    """The map of D, where TMA can store it."""
-    # A store clips the last columns in steps of 16 bytes: D must end on one, or what lies behind it is overwritten.
+    """The map of D, where its rows start and end on multiples of 16 bytes."""
+    # A store by TMA clips the last columns in steps of 16 bytes: what lies behind others would be overwritten.
     aligned = d.row_stride * shape.d_bytes % ALIGNMENT == 0 and d.columns * shape.d_bytes % ALIGNMENT == 0
-    if not aligned or shape.config.split_k > 1:
+    if not aligned:
         return None
     width = shape.store_row_bytes
     height = shape.store_columns if shape.config.swap_ab else ROWS_STORED

@@ -32,7 +32,7 @@ TAIL: Fields = {
         for divisor in ("per_group", "by_group", "by_last_group")
         for field in ("multiplier", "shift")
     },
-    **dict.fromkeys(("m", "n", "k_blocks", "store_by_tma", "programmatic", "weights_static"), "i"),
+    **dict.fromkeys(("m", "n", "k_blocks", "d_aligned", "programmatic", "weights_static"), "i"),
 }
 TRANSPOSE: Fields = {
     "input": "Q",

@@ -51,6 +51,12 @@ class Case:
 
 
 CASES = [
+    Case(DEEPSEEK, (192, 128), m=300, n=264),  # three warpgroups
+    Case(DEEPSEEK, (256, 128), m=300, k=1100),  # the main loop is unrolled
+    Case(DEEPSEEK, (16, 64), swap_ab=True, split_k=3, m=13, k=1100),
+    Case(DEEPSEEK, (64, 32), split_k=5, m=60, k=1100),
+    Case("bf16", (256, 192)),
+    Case("bf16", (192, 64), d_dtype="fp32"),
     Case(DEEPSEEK, (128, 64)),  # MMAs overlap with promotion
     Case(DEEPSEEK, (128, 64), k=1100, m=100),
     Case(DEEPSEEK, (128, 192), c="given"),  # they do not

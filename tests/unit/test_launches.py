@@ -50,7 +50,7 @@ class Launched:
         return struct.unpack_from("<Qq Qq Qiiii Qiiii iiii IIIIII iii iii", self.params, 640)
 
     @property
-    def store_by_tma(self) -> bool:
+    def d_aligned(self) -> bool:
         return bool(self.tail[-3])
 
     @property
@@ -197,7 +197,7 @@ def check(launched: Launched, call: Call, gpu: Gpu) -> None:
         if granularity == "row_k":
             assert scales is not None
             assert launched.map(2 + index)[:4] == (scales.data_ptr(), height, scales.shape[1], scales.stride(1) * 4)
-    if launched.store_by_tma:
+    if launched.d_aligned:
         assert launched.map(4)[:4] == (call.d.data_ptr(), n, m, call.d.stride(0) * 2)
 
 
@@ -336,7 +336,7 @@ def test_d_at_any_address(gpu: Gpu) -> None:
         other()
         launched = gpu.last()
         check(launched, other, gpu)
-        assert launched.store_by_tma == (shift % 8 == 0)
+        assert launched.d_aligned == (shift % 8 == 0)
 
 
 def test_scales_at_unaligned_addresses_are_copied(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
