@@ -62,5 +62,5 @@ BF16_MENU = """
     32x64 s8 swap, 32x64 s12 swap, 32x64 s12 k2 swap, 32x64 s8 k4 swap, 64x64 s12 swap, 64x64 s12 k4 swap,
     64x128 s8 swap, 64x32 s12 k2, 64x40 s8 k4, 64x48 s12 c2x1, 64x48 s12 c1x2, 64x96 s10, 64x112 s9, 64x144 s8 c1x2,
     64x176 s7, 64x192 s6, 128x64 s8 swap, 128x112 s6, 128x128 s6 swap, 128x144 s6 c1x2, 128x160 s5 c2x1,
-    128x160 s5, 128x192 s4, 128x224 s4 c2x1, 128x256 s4, 128x256 s4 c2x1, 192x192 s4, 256x192 s3
+    128x160 s5, 128x192 s4, 128x224 s4 c2x1, 128x256 s4, 128x256 s4 c2x1, 192x192 s4
 """
