@@ -10,6 +10,7 @@ import pytest
 
 from jitgemm import builder, settings
 from jitgemm.errors import ProblemError
+from jitgemm.heuristics import tuned
 
 
 @pytest.fixture
@@ -25,6 +26,16 @@ def cache_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
     yield directory
     monkeypatch.undo()
     settings.reload()
+
+
+@pytest.fixture
+def no_shipped_table(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No tuned table but those that a test writes."""
+    monkeypatch.setattr(tuned, "shipped_paths", lambda device: [])
+    tuned.forget()
+    yield
+    monkeypatch.undo()
+    tuned.forget()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

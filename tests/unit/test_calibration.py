@@ -13,6 +13,8 @@ from jitgemm.families.gemm import GemmConfig, GemmProblem
 from jitgemm.heuristics import choose_config, gemm, sm90a
 from jitgemm.heuristics.gemm import ANCHORS, candidates, illegal, predict
 
+pytestmark = pytest.mark.usefixtures("no_shipped_table")
+
 PROBLEMS = [
     GemmProblem(n, k, recipe, m)
     for recipe in ("fp8_1x128_128x128", "bf16")

@@ -22,6 +22,8 @@ from jitgemm.heuristics import choose_config, enumerate_configs, explain, tuned
 from jitgemm.heuristics.gemm import ANCHORS, MAX_KERNELS, candidates, illegal, predict, rank_candidates
 from jitgemm.heuristics.tuned import Entry, Run, Table, TableError
 
+pytestmark = pytest.mark.usefixtures("no_shipped_table")
+
 RUN = Run("NVIDIA H200", 132, "0.1.0", "ab" * 32, "13.5", "13.0", "2.11.0", "2026-11-21")
 LATER = dataclasses.replace(RUN, torch="2.12.0", date="2026-12-01")
 PROBLEM = GemmProblem(4096, 7168, "fp8_1x128_128x128")

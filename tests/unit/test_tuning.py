@@ -21,6 +21,8 @@ from jitgemm.heuristics.gemm import ANCHORS, MAX_KERNELS, illegal, predict, serv
 from jitgemm.heuristics.tuned import Entry, Run
 from jitgemm.tuning import model_choice, stale, tune_problem
 
+pytestmark = pytest.mark.usefixtures("no_shipped_table")
+
 RUN = Run("NVIDIA H200", 132, "0.1.0", "ab" * 32, "13.5", "13.0", "2.11.0", "2026-11-21")
 PROBLEM = GemmProblem(576, 7168, "fp8_1x128_128x128")
 
