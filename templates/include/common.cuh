@@ -11,7 +11,6 @@ using uint64_t = unsigned long long;
 constexpr int WARP = 32;       // threads
 constexpr int WARPGROUP = 128;  // threads
 
-__device__ __forceinline__ constexpr int ceil_div(int x, int y) { return (x + y - 1) / y; }
 template <typename T>
 __device__ __forceinline__ constexpr T min_of(T x, T y) { return x < y ? x : y; }
 
