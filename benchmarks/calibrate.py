@@ -3,10 +3,11 @@
     python -m benchmarks.calibrate sweep.csv            # prints constants for heuristics/sm90a.py
     python -m benchmarks.calibrate sweep.csv --menu 31  # prints a menu for it, for each kind of operands
 
-The constants are fitted by Nelder-Mead, on their logarithms, to the squared log error of predicted times; a candidate
-weighs the more, the nearer it is to its problem's best, as measured or as predicted so far. Rates of the chip itself
+The constants are fitted one after the other, in finer and finer steps, to what the choices lose against the best of
+all measured, on average and at worst, and to the squared log error of predicted times; a candidate weighs the more
+there, the nearer it is to its problem's best, as measured or as predicted so far. Rates of the chip itself
 (``jitgemm/device.py``) come from its data sheet or from measurements of their own. A menu is chosen greedily: always
-the config next that lowers the geomean of (best of the menu / best of all) most. Needs scipy, and no GPU.
+the config next that lowers the geomean of (best of the menu / best of all) most. Needs no GPU.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pathlib import Path
 from benchmarks import harness
 from benchmarks.harness import say
 from benchmarks.regret import read, regret, summary
+from jitgemm import settings
 from jitgemm.device import PRESETS, Device
 from jitgemm.families.gemm import GemmConfig, GemmProblem
 from jitgemm.heuristics import gemm, sm90a
@@ -26,11 +28,23 @@ from jitgemm.heuristics import gemm, sm90a
 MEASURED = ("MMAS_PER_STAGE", "MMA_OPERAND_CYCLES", "TENSOR_BOUND", "THROTTLED_CYCLES")
 """Constants that are not fitted: facts of the chip, and thresholds."""
 
+SMALL_M = 128
+"""Losses are averaged apart up to it and above."""
+
 NEAR = 0.15
 """A candidate so much slower than the best weighs 1/e of it."""
 
 ROWS = 60
 """Candidates of a problem that take part at most, by weight."""
+
+WORST, ERROR = 0.06, 0.25
+"""What the worst loss, and the mean squared log error, count beside the mean log loss."""
+
+UNKNOWN_LOSS = 0.07
+"""The log loss that a choice counts for which was not measured."""
+
+STEPS = ((0.6, 0.8, 0.9, 1.1, 1.25, 1.6), (0.9, 0.95, 0.98, 1.02, 1.05, 1.1), (0.97, 0.99, 1.01, 1.03))
+"""Factors that are tried on each constant: the next ones where none of these helps any more."""
 
 NOT_MEASURED = 10.0
 """Time over the best's that a menu counts for a config without a measurement."""
@@ -92,26 +106,39 @@ def error(data: Sequence[Row], device: Device) -> float:
     return sum(squares) / total
 
 
-def fit(data: Sequence[Row], device: Device, evaluations: int) -> Constants:
-    """The constants with the least error; they are in use when this returns."""
-    from scipy.optimize import minimize
+def loss(sweep: Sweep, data: Sequence[Row], device: Device) -> float:
+    """What is fitted: the choices' log losses, mean and worst, averaged over kinds and sizes, and ``error``."""
+    classes: dict[tuple[str, bool], list[float]] = {}
+    with settings.override(tuned=False):
+        for problem, measured in sweep.items():
+            us = measured.get(gemm.choose_config(problem, device))
+            log = UNKNOWN_LOSS if us is None else math.log(us / min(measured.values()))
+            classes.setdefault((problem.recipe, (problem.m or 0) <= SMALL_M), []).append(log)
+    losses = sum(sum(logs) / len(logs) + WORST * max(logs) for logs in classes.values())
+    return losses / len(classes) + ERROR * error(data, device)
 
-    start = constants()
-    flat = [number for numbers in start.values() for number in numbers]
 
-    def scaled(logs: Sequence[float]) -> Constants:
-        numbers = iter(number * math.exp(log) for number, log in zip(flat, logs, strict=True))
-        return {name: tuple(next(numbers) for _ in old) for name, old in start.items()}
-
-    def objective(logs: Sequence[float]) -> float:
-        put(scaled(logs))
-        return error(data, device)
-
-    simplex = [[0.0] * len(flat)] + [[0.1 * (i == j) for j in range(len(flat))] for i in range(len(flat))]
-    options = {"maxfev": evaluations, "adaptive": True, "initial_simplex": simplex, "xatol": 1e-3, "fatol": 1e-8}
-    fitted = scaled(minimize(objective, [0.0] * len(flat), method="Nelder-Mead", options=options).x)
-    put(fitted)
-    return fitted
+def fit(sweep: Sweep, data: Sequence[Row], device: Device, evaluations: int) -> Constants:
+    """The constants with the least loss that are found; they are in use when this returns."""
+    best = constants()
+    least, left = loss(sweep, data, device), evaluations
+    for factors in STEPS:
+        improved = True
+        while improved and left > 0:
+            improved = False
+            for name, index in [(name, index) for name, numbers in best.items() for index in range(len(numbers))]:
+                number, kept = best[name][index], best
+                for factor in factors:
+                    numbers = (*best[name][:index], number * factor, *best[name][index + 1 :])
+                    put(tried := {**best, name: numbers})
+                    left -= 1
+                    if (found := loss(sweep, data, device)) < least - 1e-5:
+                        least, kept, improved = found, tried, True
+                best = kept
+                if left <= 0:
+                    break
+    put(best)
+    return best
 
 
 def as_code(values: Constants) -> str:
@@ -153,7 +180,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("sweeps", nargs="+", type=Path, metavar="CSV", help="files that benchmarks.sweep wrote")
     parser.add_argument("--device", choices=list(PRESETS), default="h200", help="default %(default)s")
     parser.add_argument(
-        "--evaluations", type=harness.positive, default=4000, help="of the error at most (default %(default)s)"
+        "--evaluations", type=harness.positive, default=4000, help="of the loss at most (default %(default)s)"
     )
     parser.add_argument("--menu", type=harness.positive, metavar="COUNT", help="choose a menu instead of constants")
     return parser.parse_args(arguments)
@@ -168,13 +195,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             members = {problem: measured for problem, measured in sweep.items() if problem.promotes == promotes}
             if members:
                 configs = menu(members, options.menu)
-                loss = harness.geomean([_best(measured, configs) for measured in members.values()])
-                say(f"{'FP8' if promotes else 'BF16'}: {len(configs)} configs, geomean over the best {loss:.4f}")
+                over_best = harness.geomean([_best(measured, configs) for measured in members.values()])
+                say(f"{'FP8' if promotes else 'BF16'}: {len(configs)} configs, geomean over the best {over_best:.4f}")
                 say(as_menu(configs))
         return 0
     data = rows(sweep, device)
     report(sweep, data, device, "now")
-    fitted = fit(data, device, options.evaluations)
+    fitted = fit(sweep, data, device, options.evaluations)
     report(sweep, data, device, "fitted")
     print(as_code(fitted))
     return 0

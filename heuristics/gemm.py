@@ -267,7 +267,7 @@ def _illegal_kernel(problem: GemmProblem, config: GemmConfig, arch: Architecture
     else:
         budget = 208 if problem.promotes else 128
     if shape.accumulator_registers > budget:
-        return f"sums take {'more than'} {budget} registers a thread"
+        return f"sums take more than {budget} registers a thread"
     if problem.promotes and shape.waves > 1 and config.split_k > 1 and shape.accumulator_registers > 160:
         return "sums of two waves take more than 160 registers a thread beside split-K"
     if config.cluster_m * config.cluster_n > 2:
@@ -304,7 +304,6 @@ class _Traits(NamedTuple):
     mma: float  # cycles of one wave's MMAs of a stage, at full rate
     smem: float  # cycles of a stage's operand reads and copies
     ingress: float  # cycles of its copies from L2
-    stage_bytes: int
     epilogue: float  # cycles
     reduction: float  # us
 
@@ -339,7 +338,6 @@ def _traits(problem: GemmProblem, config: GemmConfig) -> _Traits:
         mma=sm90a.MMAS_PER_STAGE * max(columns / 2, fixed + columns / divisor),
         smem=(reads + (rows + shape.n_side_rows) * 128) / sm90a.SMEM_BYTES_PER_CYCLE,
         ingress=(rows / m_shared + shape.n_side_rows / n_shared) * 128 / sm90a.INGRESS_BYTES_PER_CYCLE,
-        stage_bytes=shape.stage_bytes,
         epilogue=sm90a.EPILOGUE_CYCLES
         + sm90a.EPILOGUE_COLUMN_CYCLES * columns * shape.waves * shape.d_bytes / 2
         + sm90a.EPILOGUE_SLICE_CYCLES * (slices - 1),
@@ -396,9 +394,8 @@ def _predictor(problem: GemmProblem, config: GemmConfig, device: Device) -> Call
 
     stages_of = [stage_of(sharing) for sharing in range(1, -(-slots // num_sms) + 1)]  # by CTAs of an SM, less one
     clock, full_clock = device.clock_hz / 1e6, device.clock_hz_memory_bound / 1e6  # cycles per us
-    flight_bytes = min(config.stages, stages) * kernel.stage_bytes
     saturating = num_sms * sm90a.BYTES_IN_FLIGHT
-    bytes_per_m, bytes_of_b = k * size + n * (2 if problem.d_dtype == "bf16" else 4), n * k * size
+    bytes_of_a_row, bytes_of_b, bytes_of_d_row = k * size, n * k * size, n * (2 if problem.d_dtype == "bf16" else 4)
     bytes_per_us = device.hbm_bytes_per_s * sm90a.HBM_UTILIZATION / 1e6
     launch, throttled_cycles, relaunch = sm90a.LAUNCH_US, sm90a.THROTTLED_CYCLES, sm90a.RELAUNCH_US
     tensor_bound = [tensor > sm90a.TENSOR_BOUND * stage for stage, tensor, *_ in stages_of]
@@ -406,7 +403,8 @@ def _predictor(problem: GemmProblem, config: GemmConfig, device: Device) -> Call
 
     def terms(m: int) -> tuple[float, ...]:
         # How the tiles fall on the chip.
-        ctas = -(-m // rows) * clusters_n * per_cluster
+        tiles_m = -(-m // rows)
+        ctas = tiles_m * clusters_n * per_cluster
         rounds = -(-ctas // slots)  # tiles that the busiest CTA computes
         active = -(-ctas // rounds)
         others = (active - 1) // num_sms  # CTAs beside one on an SM
@@ -415,10 +413,10 @@ def _predictor(problem: GemmProblem, config: GemmConfig, device: Device) -> Call
         throttled = tensor_bound[others] and iterations * stage > throttled_cycles
         cycles_per_us = clock if throttled else full_clock
         loop = iterations / cycles_per_us
-        saturation = ((others + 1) * num_sms if others else active) * flight_bytes / saturating
-        if not 0.2 <= saturation <= 1:
-            saturation = 0.2 if saturation < 0.2 else 1.0
-        hbm = (m * bytes_per_m + bytes_of_b) / (bytes_per_us * saturation)
+        # Of the operands' bytes the rings hold this part; few bytes in flight stream slowly.
+        loaded = m * bytes_of_a_row + bytes_of_b * (1 + sm90a.HBM_SHARED * (1 - 1 / tiles_m))
+        in_flight = loaded * min(config.stages, iterations) / iterations
+        hbm = (loaded * max(1.0, saturating / in_flight) + m * bytes_of_d_row) / bytes_per_us
         epilogue = rounds * kernel_epilogue / cycles_per_us
         reduction = rounds * kernel_reduction + (rounds - 1) * relaunch if split else 0.0
         # Loading and computing overlap, but not perfectly where they take equally long.
@@ -550,8 +548,8 @@ def _measured(problem: GemmProblem, device: Device, tables: tuned.Tables) -> dic
 def _best_split(configs: Sequence[GemmConfig], costs: Sequence[Sequence[float]]) -> int:
     """The split of K with which all anchors together cost least, as a geometric mean of what each costs at best.
 
-    An element of D has the same bits in all configs with the same split: K is summed up in the same order, and
-    products don't depend on the order of their factors.
+    An element of D has the same bits, up to the sign of zero, in all configs with the same split: K is summed up in the
+    same order, and products don't depend on the order of their factors.
     """
     splits: dict[int, list[int]] = {}
     for index, config in enumerate(configs):

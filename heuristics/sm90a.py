@@ -1,44 +1,44 @@
 """SM90a: the menu of configs that calls choose from, and the constants of the cost model.
 
-Cycles are SM clocks. The constants marked *fitted* come from one sweep of the menu over 93 shapes in FP8 and BF16
-on an H200 (docs/performance.md); the others are measurements of the chip.
+Cycles are SM clocks. Constants marked *fitted* come from ``benchmarks.calibrate`` on sweeps of 141 problems in FP8 and
+BF16 on an H200 (docs/performance.md): of what they make of choices and of times together, so that one alone need not be
+what it is called. The others are measurements of the chip.
 """
 
 from __future__ import annotations
 
 # -- Fixed times, us.
-LAUNCH_US = 6.33  # between events: launch, first loads, drain (fitted; an empty kernel takes 2.8 to 3.4)
-REDUCTION_US = (0.75, 0.007)  # split-K: fixed, and per MMA column of a 64-row wave (least regret in a sweep)
+LAUNCH_US = 6.27  # between events: launch, first loads, drain (fitted; an empty kernel takes 2.8 to 3.4)
+REDUCTION_US = (0.648, 0.0207)  # split-K: fixed, and per MMA column of a 64-row wave (fitted)
 RELAUNCH_US = 2.0  # of a tile after the first where blocks don't persist, as with split-K (estimated)
 
 # -- One stage, 128 bytes of K. MMAs of 64 x N take max(N / 2, 16 + N / 4) cycles (measured to the cycle).
 MMAS_PER_STAGE = 4
 MMA_OPERAND_CYCLES = (16, 4)
-MMA_LATENCY_CYCLES = 50  # from the last MMA of a wave to its result (fitted; 58 measured)
+MMA_LATENCY_CYCLES = 55  # from the last MMA of a wave to its result (fitted; 58 measured)
 PROMOTION_CYCLES = 1.62  # per promoted register (fitted) ...
-PROMOTION_BRANCH_CYCLES = (
-    0.55  # ... more where columns meet scale blocks at a few places (refitted later, to the choices) ...
-)
-PROMOTION_SELECT_CYCLES = 0.68  # ... or at many (fitted) ...
+PROMOTION_BRANCH_CYCLES = 0.55  # ... more where columns meet scale blocks at a few places (fitted) ...
+PROMOTION_SELECT_CYCLES = 9.8  # ... or at many (fitted: they are avoided) ...
 PROMOTION_SCALE_CYCLES = 1.0  # ... or have a scale each (estimated)
-PROMOTION_EXPOSED = 0.6  # part of latency and promotion that delays the tensor cores (by tiles of 192 and 256 rows) ...
+PROMOTION_EXPOSED = 0.825  # part of latency and promotion that delays the tensor cores (fitted) ...
 PROMOTION_EXPOSED_IN_CHAIN = 0.07  # ... per warpgroup in chains (fitted) ...
-PROMOTION_EXPOSED_SMEM = 0.3  # ... and of that, what delays shared memory (assumed)
-STAGE_OVERHEAD_CYCLES = 63  # wait, scales and release of a stage (fitted)
-OVERLAPPED_OVERHEAD = 0.56  # part of the overhead that remains where the next MMAs run meanwhile (fitted)
+PROMOTION_EXPOSED_SMEM = 0.18  # ... and of that, what delays shared memory (fitted)
+STAGE_OVERHEAD_CYCLES = 202  # wait, scales and release of a stage (fitted)
+OVERLAPPED_OVERHEAD = 0.336  # part of the overhead that remains where the next MMAs run meanwhile (fitted)
 SMEM_BYTES_PER_CYCLE = 128  # operand reads and arriving copies together (fitted 128)
 INGRESS_BYTES_PER_CYCLE = 64  # of one SM from L2 (up to 108 alone, 37 with 132 distinct streams)
 
-MULTICAST_CYCLES = 80  # of a stage: the two CTAs wait for each other (chosen for the least regret in the sweep)
+MULTICAST_CYCLES = 23  # of a stage: the two CTAs wait for each other (fitted)
 
 # -- Epilogue of one tile, cycles (fitted).
-EPILOGUE_CYCLES = 375
-EPILOGUE_COLUMN_CYCLES = 5.3  # per MMA column of a 64-row wave
-EPILOGUE_SLICE_CYCLES = 456  # per slice of staging after the first
+EPILOGUE_CYCLES = 412
+EPILOGUE_COLUMN_CYCLES = 6.4  # per MMA column of a 64-row wave
+EPILOGUE_SLICE_CYCLES = 570  # per slice of staging after the first
 
 # -- Memory and clocks.
-HBM_UTILIZATION = 1.02  # of the device's nominal streaming rate (fitted)
-BYTES_IN_FLIGHT = 44e3  # per SM, that streaming at that rate takes (measured 48 KiB)
+HBM_UTILIZATION = 1.25  # of the device's nominal streaming rate (fitted; some of what is read is in L2)
+HBM_SHARED = 0.108  # part of B's bytes that is read once more where several tiles share it (fitted)
+BYTES_IN_FLIGHT = 15.8e3  # per SM, that streaming at that rate takes (fitted; 48 KiB measured for all bytes)
 TENSOR_BOUND = 0.7  # part of a stage that the tensor cores must be busy ...
 THROTTLED_CYCLES = 40_000  # ... for this long before power limits the clock (assumed)
 

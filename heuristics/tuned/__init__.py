@@ -279,8 +279,7 @@ def _user_paths(device: Device) -> list[Path]:
 
 def _load(path: Path, device: Device) -> Table | None:
     try:
-        shipped = path.parent == Path(__file__).parent  # as trusted as this code
-        return Table(path.read_bytes(), device) if shipped else read_table(path, device)
+        return read_table(path, device)
     except FileNotFoundError:
         return None
     except (OSError, CacheError, TableError) as error:
@@ -305,7 +304,8 @@ def read_table(path: Path, device: Device) -> Table:
         CacheError: someone else could have written it.
         TableError: it is not a table of this device.
     """
-    return Table(read_trusted(path, MAX_BYTES), device)
+    shipped = path.parent == Path(__file__).parent  # as trusted as this code
+    return Table(path.read_bytes() if shipped else read_trusted(path, MAX_BYTES), device)
 
 
 # -- Writing.

@@ -86,6 +86,7 @@ class GemmGeometry:
             self._b_scales_map = _scales(shape.n_side_scales, problem.n, self._k_blocks, b_scales, shape.mma_n)
             self._b_fields = _scale_fields(shape.n_side_scales, b_scales, problem.n)
         assert problem.m is not None
+        self._d_rows_aligned = _rows_aligned(shape, d)
         self._set_m(problem.m, a_scales)
 
     def with_m(self, m: int, a_scales: ScaleStrides) -> GemmGeometry:
@@ -106,7 +107,7 @@ class GemmGeometry:
             major, granularity, tile_rows = shape.m_side_major, shape.m_side_scales, shape.mma_m
         a_map = _operand(shape, self._a, major, tile_rows, config.cluster_n)
         a_scales_map = _scales(granularity, m, k_blocks, a_scales, tile_rows)
-        d_map = _output(shape, self._d)
+        d_map = _output(shape, self._d) if config.split_k == 1 else None  # split, D is stored without TMA
         a_fields, b_fields = _scale_fields(granularity, a_scales, m), self._b_fields
         if self._swap:
             self._maps = (self._b_map, a_map, self._b_scales_map, a_scales_map, d_map)
@@ -114,7 +115,7 @@ class GemmGeometry:
         else:
             self._maps = (a_map, self._b_map, a_scales_map, self._b_scales_map, d_map)
             row_fields, column_fields = a_fields, b_fields
-        # The parameters of a first call and the addresses of its maps, by whether D is stored by TMA.
+        # The parameters of a first call and the addresses of its maps, by whether D is aligned.
         self._first: dict[bool, tuple[bytes, tuple[int, ...]]] = {}
 
         clusters_m = -(-m // (config.tile_m * config.cluster_m))
@@ -124,8 +125,8 @@ class GemmGeometry:
             resident = clusters  # one tile per cluster; the hardware queues what does not fit
         else:
             slots = max(1, self._num_sms * shape.blocks_per_sm // cluster_size)
-            waves = -(-clusters // slots)
-            resident = -(-clusters // waves)  # as many tiles for each as can be
+            rounds = -(-clusters // slots)
+            resident = -(-clusters // rounds)  # as many tiles for each as can be
         self.grid = (resident * cluster_size, 1, 1)
         kernel = self._kernel
         self.launch = Launch(kernel.handle, self.grid, kernel.num_threads, kernel.smem_bytes, kernel.device, self._pdl)
@@ -143,7 +144,7 @@ class GemmGeometry:
         """
         if self._swap:
             a, a_scales, b, b_scales = b, b_scales, a, a_scales
-        d_aligned = d % ALIGNMENT == 0 and self._maps[4] is not None
+        d_aligned = d % ALIGNMENT == 0 and self._d_rows_aligned
         addresses = (a, b, a_scales, b_scales, d if d_aligned else 0)
         try:
             arguments = self._arguments(addresses, d_aligned)
@@ -224,11 +225,15 @@ def _scales(granularity: str, length: int, k_blocks: int, strides: ScaleStrides,
     return OperandMap("fp32", length, k_blocks, strides.k, tile_rows, 1, 16)
 
 
+def _rows_aligned(shape: KernelShape, d: Matrix) -> bool:
+    """Whether D's rows start and end on multiples of 16 bytes, if D does."""
+    # A store by TMA clips the last columns in such steps: what lies behind others would be overwritten.
+    return d.row_stride * shape.d_bytes % ALIGNMENT == 0 and d.columns * shape.d_bytes % ALIGNMENT == 0
+
+
 def _output(shape: KernelShape, d: Matrix) -> OperandMap | None:
-    """The map of D, where its rows start and end on multiples of 16 bytes."""
-    # A store by TMA clips the last columns in steps of 16 bytes: what lies behind others would be overwritten.
-    aligned = d.row_stride * shape.d_bytes % ALIGNMENT == 0 and d.columns * shape.d_bytes % ALIGNMENT == 0
-    if not aligned:
+    """The map of D, where TMA can store it."""
+    if not _rows_aligned(shape, d):
         return None
     width = shape.store_row_bytes
     height = shape.store_columns if shape.config.swap_ab else ROWS_STORED

@@ -59,7 +59,7 @@ struct RingPosition {
   }
 };
 
-// Barrier 0 belongs to __syncthreads.
+// Barrier 0 is also that of __syncthreads.
 __device__ __forceinline__ void named_barrier_sync(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }

@@ -25,7 +25,7 @@ struct BlockScales {
   }
   __device__ __forceinline__ void fetch(int first, int end) {
     const int mine = first + threadIdx.x % WARP;
-    ahead = pointer && mine < end ? __ldg(pointer + mine * stride_k) : 0.f;
+    ahead = pointer && mine < end ? pointer[mine * stride_k] : 0.f;
   }
   __device__ __forceinline__ void turn() { current = ahead; }
   __device__ __forceinline__ float at(int index) const { return __shfl_sync(0xffffffff, current, index); }
@@ -34,6 +34,6 @@ struct BlockScales {
 // The scale of row `index`, or of the whole operand (stride 0). Volatile: loads of many columns at once would spill.
 __device__ __forceinline__ float outer_scale(const ScaleMatrix& scales, int index, int end) {
   float value = 0.f;
-  if (index < end) asm volatile("ld.global.nc.f32 %0, [%1];" : "=f"(value) : "l"(scales.pointer + index * scales.stride_mn));
+  if (index < end) asm volatile("ld.global.f32 %0, [%1];" : "=f"(value) : "l"(scales.pointer + index * scales.stride_mn));
   return value;
 }

@@ -683,6 +683,29 @@ def test_weights_written_by_the_kernel_before(scales: str) -> None:
     right(x if scales == "transposed" else Operands(x.recipe, x.a, x.a_scales, y.b, y.b_scales), d)
 
 
+@pytest.mark.parametrize("k", [256, 4096])  # fewer stages than the ring has, and more
+@pytest.mark.parametrize(
+    ("recipe", "config"),
+    [
+        ("fp8_1x128_128x128", "64x64x128 s4"),
+        ("fp8_1x128_128x128", "192x128x128 s4"),
+        ("fp8_1x128_128x128", "128x64x128 s4 c2x1"),
+        ("fp8_1x128_128x128", "16x64x128 s4 c1x2 swap"),
+        ("fp8_1x128_128x128", "16x64x128 s12 k2 swap"),
+        ("bf16", "128x128x64 s4 c1x2"),
+    ],
+)
+def test_static_weights_in_many_tiles(recipe: str, config: str, k: int) -> None:
+    """Weights are loaded before the dependency resolves, for a block's first tile alone."""
+    x = operands(recipe, 400, 1000, k)
+    d = output(x)
+    with settings.override(config=config, pdl=True, static_weights=True, num_sms=8):
+        for _ in range(3):
+            d.fill_(float("nan"))
+            call(x, d)
+    right(x, d)
+
+
 def in_thread(function: Callable[[], None]) -> None:
     errors: list[BaseException] = []
 
