@@ -25,7 +25,7 @@ from benchmarks.shapes import dense_shapes
 from jitgemm.device import PRESETS, Device
 from jitgemm.families.gemm import FAMILY, GemmConfig, GemmProblem
 from jitgemm.heuristics import choose_config
-from jitgemm.heuristics.gemm import candidates, generate, illegal, predict
+from jitgemm.heuristics.gemm import candidates, rank_candidates
 from jitgemm.timing import Call, CudaTimer, Timer, error_text, measure
 from jitgemm.tuning import Workload
 
@@ -53,10 +53,9 @@ def random_problems(count: int, seed: int, recipes: Sequence[str]) -> list[GemmP
 
 def offered(problem: GemmProblem, device: Device, limit: int = LIMIT) -> list[GemmConfig]:
     """The legal configs to time: the menu, and of those generated the ones that the cost model ranks first."""
-    menu = [config for config in candidates(problem, ()) if illegal(problem, config, device) is None]
-    others = [config for config in generate(problem) if config not in menu and illegal(problem, config, device) is None]
-    others.sort(key=lambda config: predict(problem, config, device)["total"])
-    return [*menu, *dict.fromkeys(others)][:limit]
+    ranked = rank_candidates(problem, device)
+    menu = [config for config in candidates(problem, ()) if config in ranked]
+    return [*menu, *(config for config in ranked if config not in menu)][:limit]
 
 
 def read(path: Path) -> dict[GemmProblem, dict[GemmConfig, float]]:
