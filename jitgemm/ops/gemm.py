@@ -719,9 +719,9 @@ def _make_plan(
     operands = _Operands(a, a_scales, b, b_scales, d, c, operation)
     problem = operands.problem
     kind = d.device.type
-    if kind == "cpu" != _GPU:
-        return _ReferencePlan(operands.extents, operation.recipe, operation.layout, problem.d_dtype)
     if kind != _GPU:
+        if kind == "cpu":
+            return _ReferencePlan(operands.extents, operation.recipe, operation.layout, problem.d_dtype)
         raise ProblemError(f"d is on {d.device}; accepted are CUDA and CPU tensors")
     operands.check_for_tma()
     if problem.m == 0:
