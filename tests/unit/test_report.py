@@ -117,7 +117,7 @@ def test_report_from_a_csv(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 
 
 def test_docs_show_what_was_measured() -> None:
-    """After a new race: ``python -m benchmarks.report docs/performance/dense_h200.csv docs/performance/``.
+    """After a new race: the command of docs/performance.md that writes the report.
 
     Its table also goes into docs/performance.md.
     """
