@@ -5,12 +5,11 @@
 The GEMMs are those of one decoder layer of DeepSeek-V3 and the first ones of the next, at m = 1, 16 and 128. Each has
 inputs of its own, which were quantized before (the scales in each library's layout), and depends on the one before by
 the order in the stream. In FP8 the weights come to 250 MB, so that the L2 holds little of what the next replay reads.
-Every library multiplies the same tensors, and is captured in each of its modes: without programmatic dependent launch
-(PDL), with it and, for ours, with the word that weights are static besides. Results are compared with float64 first,
+Every library multiplies the same tensors, and is captured without programmatic dependent launch (PDL) and with it. Results are compared with float64 first,
 from a replay into outputs of NaN.
 
 Replays take turns (A B A B), and medians count: ``warm`` is a replay's share of ``--replays`` of them back to back,
-``flushed`` one replay after the L2 was flushed by reading. Ours with PDL, without the word, should take at most 0.85
+``flushed`` one replay after the L2 was flushed by reading. Ours with PDL should take at most 0.85
 of DeepGEMM's time with its own PDL. Exit codes: 0 done, 1 something of ours is missing or wrong, 3 no GPU.
 """
 
@@ -49,7 +48,7 @@ MS = (1, 16, 128)
 TARGET = 0.85
 SAMPLES, REPLAYS = 50, 20
 COLUMNS = (
-    *("case", "m", "recipe", "library", "pdl", "static_weights", "l2", "us", "of_peer", "target", "floor_us"),
+    *("case", "m", "recipe", "library", "pdl", "l2", "us", "of_peer", "target", "floor_us"),
     *("samples", "replays", "measured", "error"),
 )
 
@@ -60,18 +59,16 @@ class Mode:
 
     library: str
     pdl: bool = False
-    static_weights: bool = False
 
     def __str__(self) -> str:
-        launch = " pdl" if self.pdl else ""
-        return f"{self.library}{launch}{' static weights' if self.static_weights else ''}"
+        return f"{self.library} pdl" if self.pdl else self.library
 
 
 PEER = Mode("deepgemm", pdl=True)
 JUDGED = Mode(OURS, pdl=True)
 MODES = {
-    "fp8": (Mode("deepgemm"), PEER, Mode(OURS), JUDGED, Mode(OURS, pdl=True, static_weights=True)),
-    "bf16": (Mode("cublas"), Mode("deepgemm"), PEER, Mode(OURS), JUDGED, Mode(OURS, pdl=True, static_weights=True)),
+    "fp8": (Mode("deepgemm"), PEER, Mode(OURS), JUDGED),
+    "bf16": (Mode("cublas"), Mode("deepgemm"), PEER, Mode(OURS), JUDGED),
 }
 
 
@@ -79,20 +76,19 @@ MODES = {
 def launching(mode: Mode) -> Iterator[None]:
     """Calls of a library launch as the mode says; without PDL again after that."""
     try:
-        _switch(mode.library, mode.pdl, mode.static_weights)
+        _switch(mode.library, mode.pdl)
         yield
     finally:
-        _switch(mode.library, False, False)
+        _switch(mode.library, False)
 
 
-def _switch(library: str, pdl: bool, static_weights: bool) -> None:
+def _switch(library: str, pdl: bool) -> None:
     if library == "deepgemm":
         import deep_gemm
 
         deep_gemm.set_pdl(pdl)
     elif library == OURS:
         jitgemm.set_pdl(pdl)
-        jitgemm.set_static_weights(static_weights)
 
 
 def capture(calls: Sequence[Call]) -> Call:
@@ -179,7 +175,6 @@ def run_chain(
                     "recipe": NAMES[recipe],
                     "library": mode.library,
                     "pdl": int(mode.pdl),
-                    "static_weights": int(mode.static_weights),
                     "l2": l2,
                     "us": us,
                     "of_peer": None if us is None or peer is None else us / peer,
@@ -210,7 +205,7 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> str:
     """A line for each chain and mode, with the time of both variants."""
     by_chain: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
     for row in rows:
-        mode = Mode(row["library"], bool(row["pdl"]), bool(row["static_weights"]))
+        mode = Mode(row["library"], bool(row["pdl"]))
         by_chain.setdefault((row["recipe"], row["m"], mode), []).append(row)
     lines = []
     for chain, variants in by_chain.items():

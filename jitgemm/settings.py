@@ -156,14 +156,6 @@ VARIABLES: tuple[Variable, ...] = (
         default=False,
         default_text="0",
     ),
-    _variable(
-        "static_weights",
-        (_boolean, "0 or 1"),
-        "The caller's word that b and its scales are written by no kernel that is still running at a launch: with PDL,"
-        " they are loaded before the kernel ahead has ended.",
-        default=False,
-        default_text="0",
-    ),
     _variable("tile_m", _integer(1, 1024), "Rows of D in one tile."),
     _variable("tile_n", _integer(1, 1024), "Columns of D in one tile."),
     _variable("tile_k", _integer(1, 1024), "Elements of K in one pipeline stage."),
@@ -215,7 +207,6 @@ class Settings:
     lock_timeout: float = 60.0
     num_sms: int = 0
     pdl: bool = False
-    static_weights: bool = False
     tile_m: int | None = None
     tile_n: int | None = None
     tile_k: int | None = None
@@ -307,8 +298,8 @@ def assign(function: str, field: str, value: object) -> None:
 def set_pdl(enabled: bool) -> None:
     """Launch kernels with programmatic dependent launch, or without it (the default), from the next call on.
 
-    A kernel may then be set up, and fetch weights into L2, while the one ahead of it in its stream ends. It still waits
-    for that one before it reads anything, save weights that are static (``set_static_weights``).
+    A kernel may then be set up while the one ahead of it in its stream ends. It still waits for that one before it reads
+    or writes anything.
 
     Raises:
         SettingsError: ``enabled`` is not a boolean.
@@ -319,24 +310,6 @@ def set_pdl(enabled: bool) -> None:
 def get_pdl() -> bool:
     """Whether calls launch with programmatic dependent launch."""
     return current().pdl
-
-
-def set_static_weights(static: bool) -> None:
-    """Give or take back the word that weights are static, from the next call on.
-
-    They are if b and its scales are written by no kernel that is still running at a launch: weights that were loaded,
-    and waited for, before inference. With programmatic dependent launch they are then loaded before the kernel ahead
-    has ended; weights that it writes after all would be read too early. Without it nothing changes.
-
-    Raises:
-        SettingsError: ``static`` is not a boolean.
-    """
-    assign("set_static_weights", "static_weights", static)
-
-
-def get_static_weights() -> bool:
-    """Whether the caller has given the word that weights are static."""
-    return current().static_weights
 
 
 @contextlib.contextmanager

@@ -759,7 +759,6 @@ def _make_plan(
             b_scales=strides[1],
             num_sms=min(num_sms, in_force.num_sms or num_sms),
             pdl=in_force.pdl,
-            weights_static=in_force.static_weights and not transposes[1],  # a copy has just been written
         )
 
     def plan_of(m: int, a_scales: ScaleStrides, extents: _Extents) -> _GemmPlan:

@@ -25,9 +25,9 @@ __device__ __forceinline__ bool elect_one() {
   return elected != 0;
 }
 
-// PTX ISA, griddepcontrol: no-ops unless the launch asked for programmatic stream serialization.
+// PTX ISA, griddepcontrol: a no-op unless the launch asked for programmatic stream serialization. No kernel here triggers
+// its dependents (launch_dependents): blocks that come before the last one ahead has ended wake up late from this wait.
 __device__ __forceinline__ void grid_dependency_wait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-__device__ __forceinline__ void grid_launch_dependents() { asm volatile("griddepcontrol.launch_dependents;"); }
 
 __device__ __forceinline__ float load_shared(uint32_t address) {
   float value;

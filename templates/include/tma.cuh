@@ -29,11 +29,6 @@ __device__ __forceinline__ void tma_load_2d_multicast(uint32_t destination, cons
       : "memory");
 }
 
-// Brings the box at (x, y) into L2.
-__device__ __forceinline__ void tma_prefetch_2d(const TensorMap& map, int x, int y) {
-  asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global [%0, {%1, %2}];" ::"l"(&map), "r"(x), "r"(y) : "memory");
-}
-
 // Stores a box; parts outside the tensor are clipped.
 __device__ __forceinline__ void tma_store_2d(uint32_t source, const TensorMap& map, int x, int y) {
   asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];" ::"l"(&map), "r"(x), "r"(y), "r"(source)

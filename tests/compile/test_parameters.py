@@ -17,7 +17,7 @@ from jitgemm.tensor_map import BYTES
 
 Fields = dict[str, str]  # of Params, and how the host packs each
 
-MAPS: Fields = dict.fromkeys(("rows", "columns", "row_scales", "column_scales", "d"), f"{BYTES}s")
+MAPS: Fields = dict.fromkeys(gemm_launch._MAPS, f"{BYTES}s")
 SCALES: Fields = {"pointer": "Q", "stride_mn": "i", "stride_k": "i", "blocks": "i", "padding": "i"}
 TAIL: Fields = {
     **{
@@ -32,7 +32,7 @@ TAIL: Fields = {
         for divisor in ("per_group", "by_group", "by_last_group")
         for field in ("multiplier", "shift")
     },
-    **dict.fromkeys(("m", "n", "k_blocks", "d_aligned", "programmatic", "weights_static"), "i"),
+    **dict.fromkeys(("m", "n", "k_blocks", "d_aligned"), "i"),
 }
 TRANSPOSE: Fields = {
     "input": "Q",

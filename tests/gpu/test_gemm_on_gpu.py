@@ -663,15 +663,14 @@ def test_a_captured_chain_with_programmatic_launch(recipe: str) -> None:
 
 @pytest.mark.parametrize("scales", ["as they are", "transposed"])
 def test_weights_written_by_the_kernel_before(scales: str) -> None:
-    """Without the word that weights are static, a captured call waits for the kernel that writes them; the transform
-    of b's scales is such a kernel even with the word."""
+    """A captured call waits for the kernel that writes them, and for the transform of b's scales."""
     x, y = (operands("fp8_1x128_1x128", 64, 264, 1024, seed=seed) for seed in (0, 1))
     assert x.a_scales is not None and x.b_scales is not None
     a_scales = jitgemm.get_mn_major_tma_aligned_tensor(x.a_scales)
     b_scales = x.b_scales if scales == "transposed" else jitgemm.get_mn_major_tma_aligned_tensor(x.b_scales)
     z, d = Operands(x.recipe, x.a, a_scales, x.b, b_scales), output(x)
     call(z, d)
-    with settings.override(pdl=True, static_weights=scales == "transposed"):
+    with settings.override(pdl=True):
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
         with torch.cuda.graph(graph):
@@ -681,29 +680,6 @@ def test_weights_written_by_the_kernel_before(scales: str) -> None:
             call(z, d)
         graph.replay()
     right(x if scales == "transposed" else Operands(x.recipe, x.a, x.a_scales, y.b, y.b_scales), d)
-
-
-@pytest.mark.parametrize("k", [256, 4096])  # fewer stages than the ring has, and more
-@pytest.mark.parametrize(
-    ("recipe", "config"),
-    [
-        ("fp8_1x128_128x128", "64x64x128 s4"),
-        ("fp8_1x128_128x128", "192x128x128 s4"),
-        ("fp8_1x128_128x128", "128x64x128 s4 c2x1"),
-        ("fp8_1x128_128x128", "16x64x128 s4 c1x2 swap"),
-        ("fp8_1x128_128x128", "16x64x128 s12 k2 swap"),
-        ("bf16", "128x128x64 s4 c1x2"),
-    ],
-)
-def test_static_weights_in_many_tiles(recipe: str, config: str, k: int) -> None:
-    """Weights are loaded before the dependency resolves, for a block's first tile alone."""
-    x = operands(recipe, 400, 1000, k)
-    d = output(x)
-    with settings.override(config=config, pdl=True, static_weights=True, num_sms=8):
-        for _ in range(3):
-            d.fill_(float("nan"))
-            call(x, d)
-    right(x, d)
 
 
 def in_thread(function: Callable[[], None]) -> None:

@@ -48,7 +48,7 @@ def switched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     peer = types.ModuleType("deep_gemm")
     for name in ("fp8_gemm_nt", "bf16_gemm_nt", "get_mn_major_tma_aligned_tensor"):
         setattr(peer, name, getattr(jitgemm, name))
-    for module, function in ((peer, "set_pdl"), (jitgemm, "set_pdl"), (jitgemm, "set_static_weights")):
+    for module, function in ((peer, "set_pdl"), (jitgemm, "set_pdl")):
         label = f"{module.__name__}.{function}"
         monkeypatch.setattr(module, function, lambda on, label=label: told.append(f"{label}({on})"), raising=False)
     monkeypatch.setitem(sys.modules, "deep_gemm", peer)
@@ -70,10 +70,8 @@ def test_the_chain_is_eight_of_the_layers() -> None:
 @pytest.mark.parametrize("recipe", ["fp8", "bf16"])
 def test_all_modes_run(recipe: str, switched: list[str]) -> None:
     rows = run(recipe)
-    assert [(row["library"], row["pdl"], row["static_weights"], row["l2"]) for row in rows] == [
-        (mode.library, int(mode.pdl), int(mode.static_weights), l2)
-        for l2 in ("warm", "flushed")
-        for mode in MODES[recipe]
+    assert [(row["library"], row["pdl"], row["l2"]) for row in rows] == [
+        (mode.library, int(mode.pdl), l2) for l2 in ("warm", "flushed") for mode in MODES[recipe]
     ]
     assert [row["error"] for row in rows] == [""] * len(rows)
     assert {(row["l2"], row["us"], row["of_peer"], row["samples"], row["replays"]) for row in rows} == {
@@ -95,13 +93,12 @@ def test_a_mode_is_on_while_its_calls_are_captured(switched: list[str]) -> None:
 
     run("fp8", capture)
     off = {"deep_gemm": ["deep_gemm.set_pdl(False)"]}
-    off["jitgemm"] = ["jitgemm.set_pdl(False)", "jitgemm.set_static_weights(False)"]
+    off["jitgemm"] = ["jitgemm.set_pdl(False)"]
     assert seen == [
         off["deep_gemm"],
         [*off["deep_gemm"], "deep_gemm.set_pdl(True)"],
         [*off["deep_gemm"], *off["jitgemm"]],
-        [*off["jitgemm"], "jitgemm.set_pdl(True)", "jitgemm.set_static_weights(False)"],
-        [*off["jitgemm"], "jitgemm.set_pdl(True)", "jitgemm.set_static_weights(True)"],
+        [*off["jitgemm"], "jitgemm.set_pdl(True)"],
     ]
     assert switched == off["jitgemm"]
 
@@ -116,10 +113,10 @@ def test_wrong_results_and_failures_are_not_timed(switched: list[str]) -> None:
         return together(calls[:-1] if turn == 3 else calls)  # a result that stays NaN
 
     rows = run("fp8", capture)
-    errors = {(row["library"], row["pdl"], row["static_weights"]): row["error"] for row in rows if row["us"] is None}
-    assert errors.keys() == {("deepgemm", 1, 0), ("jitgemm", 1, 0)}
-    assert errors["deepgemm", 1, 0] == "RuntimeError: no capture"
-    assert str(errors["jitgemm", 1, 0]).startswith("ArithmeticError: wrong result")
+    errors = {(row["library"], row["pdl"]): row["error"] for row in rows if row["us"] is None}
+    assert errors.keys() == {("deepgemm", 1), ("jitgemm", 1)}
+    assert errors["deepgemm", 1] == "RuntimeError: no capture"
+    assert str(errors["jitgemm", 1]).startswith("ArithmeticError: wrong result")
     assert all(row["of_peer"] is None for row in rows)
 
 
@@ -130,15 +127,14 @@ def test_rows_are_written_and_summed_up(switched: list[str], tmp_path_factory: p
         for row in rows:
             assert row.keys() == set(chain.COLUMNS)
             log.write(row)
-    assert len(list(csv.DictReader(path.open()))) == len(rows) == 10
+    assert len(list(csv.DictReader(path.open()))) == len(rows) == 8
     lines = chain.summary(rows).splitlines()
     assert lines[0].split("  ")[0] == "recipe"
     judged = next(line for line in lines if "jitgemm pdl  " in line)
     assert judged.split()[-6:-1] == ["80", "1", "90", "1", "0.85"]
-    assert any("jitgemm pdl static weights" in line for line in lines)
 
 
 def test_mode_names() -> None:
     assert str(PEER) == "deepgemm pdl"
-    assert str(Mode("jitgemm", True, True)) == "jitgemm pdl static weights"
+    assert str(Mode("jitgemm", True)) == "jitgemm pdl"
     assert str(Mode("cublas")) == "cublas"

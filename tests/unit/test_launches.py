@@ -41,24 +41,16 @@ class Launched:
     params: bytes
 
     def map(self, index: int) -> tuple[int, ...]:
-        """Address, width, height, stride in bytes, box width and box height of one of the five tensor maps."""
+        """Address, width, height, stride in bytes, box width and box height of one of the tensor maps."""
         return struct.unpack_from("<4Q2I", self.params, 128 * index)
 
     @property
     def tail(self) -> tuple[int, ...]:
         """What follows the maps."""
-        return struct.unpack_from("<Qq Qq Qiiii Qiiii iiii IIIIII iii iii", self.params, 640)
+        return struct.unpack_from("<Qq Qq Qiiii Qiiii iiii IIIIII iii i", self.params, 896)
 
     @property
     def d_aligned(self) -> bool:
-        return bool(self.tail[-3])
-
-    @property
-    def programmatic(self) -> bool:
-        return bool(self.tail[-2])
-
-    @property
-    def weights_static(self) -> bool:
         return bool(self.tail[-1])
 
 
@@ -180,7 +172,6 @@ def check(launched: Launched, call: Call, gpu: Gpu) -> None:
     size = call.x.a.element_size()
     tail = launched.tail
     assert launched.stream == gpu.stream
-    assert launched.programmatic == launched.pdl
     assert tail[0] == call.d.data_ptr()
     assert tail[1] == call.d.stride(0)
     assert tail[2] == (0 if call.c is None else call.c.data_ptr())
@@ -192,13 +183,16 @@ def check(launched: Launched, call: Call, gpu: Gpu) -> None:
     if launched.map(0)[0] != call.x.a.data_ptr():  # swapped
         sides.reverse()
     for index, (address, width, height, stride, scales, granularity, _) in enumerate(sides):
-        assert launched.map(index)[:4] == (address, width, height, stride)
+        whole, cut = launched.map(2 * index), launched.map(2 * index + 1)
+        assert whole[:4] == (address, width, height, stride)
+        left = height % whole[5]  # no operand here is shared by multicast
+        assert cut == ((*whole[:5], left) if left else (0,) * 6)
         assert tail[(4, 9)[index]] == (0 if scales is None else scales.data_ptr())
         if granularity == "row_k":
             assert scales is not None
-            assert launched.map(2 + index)[:4] == (scales.data_ptr(), height, scales.shape[1], scales.stride(1) * 4)
+            assert launched.map(4 + index)[:4] == (scales.data_ptr(), height, scales.shape[1], scales.stride(1) * 4)
     if launched.d_aligned:
-        assert launched.map(4)[:4] == (call.d.data_ptr(), n, m, call.d.stride(0) * 2)
+        assert launched.map(6)[:4] == (call.d.data_ptr(), n, m, call.d.stride(0) * 2)
 
 
 @pytest.mark.parametrize("with_c", [False, True])
@@ -411,10 +405,8 @@ def test_settings_count_from_the_next_call_on(gpu: Gpu) -> None:
         assert jitgemm.get_pdl()
         assert launched().pdl
         assert launched().pdl
-        assert not launched().weights_static
-        with jitgemm.override(pdl=False, static_weights=True) as inside:
+        with jitgemm.override(pdl=False) as inside:
             assert not launched().pdl
-            assert launched().weights_static
             jitgemm.set_num_sms(6)  # the block's own values stay
             assert settings.current() is not inside
             assert not launched().pdl
@@ -422,17 +414,12 @@ def test_settings_count_from_the_next_call_on(gpu: Gpu) -> None:
         assert launched().pdl
         jitgemm.set_num_sms(0)
         assert launched().grid == whole
-        jitgemm.set_static_weights(True)
-        assert jitgemm.get_static_weights()
-        assert launched().weights_static
         with jitgemm.override(tile_m=64, tile_n=64, swap_ab=False, split_k=1, cluster="1x1"):
             assert launched().map(0)[5] == 64
     finally:
         jitgemm.set_pdl(False)
-        jitgemm.set_static_weights(False)
         jitgemm.set_num_sms(0)
     assert not launched().pdl
-    assert not launched().weights_static
 
 
 def test_a_forced_config_and_plans_that_are_forgotten(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -441,7 +428,7 @@ def test_a_forced_config_and_plans_that_are_forgotten(gpu: Gpu, monkeypatch: pyt
 
     def box_of_b() -> int:
         call()
-        return gpu.last().map(1)[5]
+        return gpu.last().map(2)[5]
 
     for config in (*forced, *forced):
         with jitgemm.override(config=str(config)):
@@ -473,22 +460,10 @@ def test_autotune_is_asked_once_for_each_m(gpu: Gpu, monkeypatch: pytest.MonkeyP
     assert asked == [40, 50, 60]
 
 
-def test_transposed_weights_scales_are_not_static(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gemm, "copy_to_mn_major", lambda scales: aligned(get_mn_major_tma_aligned_tensor(scales)))
-    call = tensors("fp8_1x128_1x128")
-    assert call.x.b_scales is not None
-    with jitgemm.override(pdl=True, static_weights=True):
-        call()
-        assert gpu.last().weights_static
-        replaced(call, b_scales=call.x.b_scales.contiguous())()
-        assert not gpu.last().weights_static
-
-
 @pytest.mark.parametrize("value", ["yes", None, 2, 1.5])
-def test_setters_refuse_what_is_no_boolean(value: object) -> None:
-    for setter in (jitgemm.set_pdl, jitgemm.set_static_weights):
-        with pytest.raises(jitgemm.SettingsError, match=f"{setter.__name__}: .* accepted is 0 or 1"):
-            setter(value)  # type: ignore[arg-type]
+def test_set_pdl_refuses_what_is_no_boolean(value: object) -> None:
+    with pytest.raises(jitgemm.SettingsError, match=r"set_pdl: .* accepted is 0 or 1"):
+        jitgemm.set_pdl(value)  # type: ignore[arg-type]
     assert not jitgemm.get_pdl()
 
 

@@ -119,18 +119,19 @@ def test_reload_reads_the_environment_again(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_setters_change_the_process_and_not_what_a_block_overrides() -> None:
     assert not settings.get_pdl()
-    with settings.override(static_weights=True):
+    with settings.override(num_sms=6):
         settings.set_pdl(True)
         try:
             assert settings.get_pdl()
-            assert settings.get_static_weights()
+            assert settings.current().num_sms == 6
             with settings.override(pdl=False):
                 assert not settings.get_pdl()
-                settings.set_static_weights(False)
-                assert settings.get_static_weights()
+                settings.assign("test", "num_sms", 8)
+                assert settings.current().num_sms == 6
             assert settings.get_pdl()
         finally:
             settings.set_pdl(False)
+            settings.assign("test", "num_sms", 0)
         assert not settings.get_pdl()
     assert settings.current() is settings.reload()
 
