@@ -1,19 +1,22 @@
 """Fit the cost model to a chip: refit its constants, or choose a menu of configs anew, from measured times. ::
 
-    python -m benchmarks.calibrate sweep.csv            # prints constants for heuristics/sm90a.py
-    python -m benchmarks.calibrate sweep.csv --menu 31  # prints a menu for it, for each kind of operands
+    python -m benchmarks.calibrate sweep.csv --menu 44  # prints menus for heuristics/sm90a.py
+    python -m benchmarks.calibrate sweep.csv            # prints constants, and the menus with their corrections
 
 The constants are fitted one after the other, in finer and finer steps, to what the choices lose against the best of
 all measured, on average and at worst, and to the squared log error of predicted times; a candidate weighs the more
 there, the nearer it is to its problem's best, as measured or as predicted so far. Rates of the chip itself
-(``jitgemm/device.py``) come from its data sheet or from measurements of their own. A menu is chosen greedily: always
-the config next that lowers the geomean of (best of the menu / best of all) most. Needs no GPU.
+(``jitgemm/device.py``) come from its data sheet or from measurements of their own. A config's correction is what its
+times are, over the predictions, beside those of its rivals: of configs near a problem's best. A menu is chosen
+greedily: always the config next that lowers the geomean of (best of the menu / best of all) most. Needs no GPU.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -25,7 +28,10 @@ from jitgemm.device import PRESETS, Device
 from jitgemm.families.gemm import GemmConfig, GemmProblem
 from jitgemm.heuristics import gemm, sm90a
 
-MEASURED = ("MMAS_PER_STAGE", "MMA_OPERAND_CYCLES", "TENSOR_BOUND", "THROTTLED_CYCLES")
+MEASURED = (
+    *("MMAS_PER_STAGE", "MMA_OPERAND_CYCLES", "MMA_LATENCY_CYCLES", "SMEM_BYTES_PER_CYCLE"),
+    *("TENSOR_BOUND", "THROTTLED_CYCLES"),
+)
 """Constants that are not fitted: facts of the chip, and thresholds."""
 
 SMALL_M = 128
@@ -45,6 +51,12 @@ UNKNOWN_LOSS = 0.07
 
 STEPS = ((0.6, 0.8, 0.9, 1.1, 1.25, 1.6), (0.9, 0.95, 0.98, 1.02, 1.05, 1.1), (0.97, 0.99, 1.01, 1.03))
 """Factors that are tried on each constant: the next ones where none of these helps any more."""
+
+CORRECTION_ROUNDS, PRIOR = 6, 3.0
+"""Rounds in which corrections are fitted, and the weight of none: that of so many problems."""
+
+NEAR_MEASURED, NEAR_PREDICTED = 0.08, 0.04
+"""What a candidate weighs there: 1/e for each of these by which it is slower than the best."""
 
 NOT_MEASURED = 10.0
 """Time over the best's that a menu counts for a config without a measurement."""
@@ -77,13 +89,10 @@ def rows(sweep: Sweep, device: Device) -> list[Row]:
     """The candidates that are fitted to, with their weights; those of one problem add up to 1."""
     chosen: list[Row] = []
     for problem, measured in sweep.items():
-        predicted = {
-            config: gemm.predict(problem, config, device)["total"]
-            for config in measured
-            if gemm.illegal(problem, config, device) is None
-        }
-        if not predicted:
+        legal = [config for config in measured if gemm.illegal(problem, config, device) is None]
+        if not legal:
             continue
+        predicted = dict(zip(legal, predictions(problem, legal, device), strict=True))
         best, best_predicted = min(measured[config] for config in predicted), min(predicted.values())
         weights = {
             config: math.exp((1 - min(measured[config] / best, us / best_predicted)) / NEAR)
@@ -92,18 +101,53 @@ def rows(sweep: Sweep, device: Device) -> list[Row]:
         heaviest = sorted(weights, key=lambda config: (-weights[config], config))[:ROWS]
         total = sum(weights[config] for config in heaviest)
         chosen += [(problem, config, measured[config], weights[config] / total) for config in heaviest]
-    # Those that differ in m alone share most of the work of a prediction.
-    return sorted(chosen, key=lambda row: (str(row[0].without_m()), row[1]))
+    return chosen
+
+
+def predictions(problem: GemmProblem, configs: Sequence[GemmConfig], device: Device) -> list[float]:
+    """Predicted times in us of configs for a problem with its m."""
+    assert problem.m is not None
+    return gemm.predict_all(problem.without_m(), configs, device, [problem.m])[0]
 
 
 def error(data: Sequence[Row], device: Device) -> float:
-    """Weighted mean of the squared log error."""
-    total = sum(weight for *_, weight in data)
-    squares = (
-        weight * math.log(gemm.predict(problem, config, device)["total"] / us) ** 2
-        for problem, config, us, weight in data
-    )
-    return sum(squares) / total
+    """Weighted mean of the squared log error. Rows of one problem stand together."""
+    squares = 0.0
+    for problem, rows in itertools.groupby(data, lambda row: row[0]):
+        members = list(rows)
+        predicted = predictions(problem, [config for _, config, *_ in members], device)
+        squares += sum(row[3] * math.log(us / row[2]) ** 2 for row, us in zip(members, predicted, strict=True))
+    return squares / sum(weight for *_, weight in data)
+
+
+def corrections(sweep: Sweep, device: Device) -> dict[bool, dict[GemmConfig, float]]:
+    """What predictions for the configs of both menus should be multiplied by, by whether their problems promote."""
+    found: dict[bool, dict[GemmConfig, float]] = {}
+    for promotes in (True, False):
+        logs: dict[GemmConfig, float] = {}
+        cases = []
+        for problem, measured in sweep.items():
+            menu = [config for config in gemm.candidates(problem, ()) if config in measured]
+            if problem.promotes == promotes and menu:
+                logs |= dict.fromkeys(menu, 0.0)
+                known = gemm.corrections(problem.without_sizes())
+                plain = [us / known[c] for us, c in zip(predictions(problem, menu, device), menu, strict=True)]
+                cases.append((menu, [math.log(measured[c]) for c in menu], [math.log(us) for us in plain]))
+        for _ in range(CORRECTION_ROUNDS):
+            moves, weights = dict.fromkeys(logs, 0.0), dict.fromkeys(logs, PRIOR)
+            for menu, times, predicted in cases:
+                now = [log + logs[config] for config, log in zip(menu, predicted, strict=True)]
+                near = [
+                    math.exp((min(times) - time) / NEAR_MEASURED) + math.exp((min(now) - log) / NEAR_PREDICTED)
+                    for time, log in zip(times, now, strict=True)
+                ]
+                level = sum(w * (t - p) for w, t, p in zip(near, times, now, strict=True)) / sum(near)
+                for config, weight, time, log in zip(menu, near, times, now, strict=True):
+                    moves[config] += weight * (time - log - level)
+                    weights[config] += weight
+            logs = {config: log + 0.7 * moves[config] / weights[config] for config, log in logs.items()}
+        found[promotes] = {config: math.exp(log) for config, log in logs.items()}
+    return found
 
 
 def loss(sweep: Sweep, data: Sequence[Row], device: Device) -> float:
@@ -167,11 +211,17 @@ def _gain(config: GemmConfig, reached: Sequence[float], ratios: Sequence[Mapping
     return sum(math.log(now / ratio[config]) for now, ratio in pairs if ratio.get(config, now) < now)
 
 
-def as_menu(configs: Sequence[GemmConfig]) -> str:
+def as_menu(configs: Sequence[GemmConfig], corrections: Mapping[GemmConfig, float] | None = None) -> str:
     """Entries as in ``heuristics/sm90a.py``; tile k follows from the operands there."""
+
+    def entry(config: GemmConfig) -> str:
+        text = str(config).replace(f"x{config.tile_k} s", " s", 1)
+        correction = round((corrections or {}).get(config, 1.0), 2)
+        return text if correction == 1 else f"{text} *{correction:.2f}"
+
     ordered = sorted(configs, key=lambda c: (not c.swap_ab, c.tile_m, c.tile_n, c))
-    entries = [str(config).replace(f"x{config.tile_k} s", " s", 1) for config in ordered]
-    return ",\n".join("    " + ", ".join(entries[first : first + 6]) for first in range(0, len(entries), 6))
+    lines = textwrap.wrap(", ".join(entry(config).replace(" ", "~") for config in ordered), 112)
+    return "\n".join("    " + line.replace("~", " ") for line in lines)
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -203,6 +253,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     report(sweep, data, device, "now")
     fitted = fit(sweep, data, device, options.evaluations)
     report(sweep, data, device, "fitted")
+    for promotes, found in corrections(sweep, device).items():
+        say(f"{'FP8' if promotes else 'BF16'}_MENU:\n{as_menu(list(found), found)}\n")
     print(as_code(fitted))
     return 0
 

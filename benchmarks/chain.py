@@ -5,7 +5,8 @@
 The GEMMs are those of one decoder layer of DeepSeek-V3 and the first ones of the next, at m = 1, 16 and 128. Each has
 inputs of its own, which were quantized before (the scales in each library's layout), and depends on the one before by
 the order in the stream. In FP8 the weights come to 250 MB, so that the L2 holds little of what the next replay reads.
-Every library multiplies the same tensors, and is captured without programmatic dependent launch (PDL) and with it. Results are compared with float64 first,
+Every library multiplies the same tensors, and is captured without programmatic dependent launch (PDL) and with it.
+Results are compared with float64 first,
 from a replay into outputs of NaN.
 
 Replays take turns (A B A B), and medians count: ``warm`` is a replay's share of ``--replays`` of them back to back,

@@ -19,7 +19,9 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
+
+import numpy
 
 from jitgemm import settings
 from jitgemm.device import SM90A, Architecture, Device
@@ -39,11 +41,16 @@ from jitgemm.heuristics import sm90a, tuned
 from jitgemm.heuristics.pruning import assign
 from jitgemm.settings import Settings
 
-ANCHORS = (1, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 16384)
+ANCHORS = (
+    *(1, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024),
+    *(1280, 1536, 1792, 2048, 2560, 3072, 4096, 6144, 8192, 16384),
+)
 """Values of m whose winners serve every m."""
 
 MAX_KERNELS = 12
 """Different winners that a problem may have, all m together; what each buys is in docs/performance.md."""
+
+_REACH = 2  # anchors on each side of an m: the nearest two alone may both have tiles that it fills badly
 
 _SERVED = 65536  # values of m that are kept of one problem
 
@@ -96,9 +103,9 @@ def enumerate_specs(problem: GemmProblem, device: Device) -> tuple[KernelSpec, .
 
 
 def serving_anchors(m: int) -> tuple[int, ...]:
-    """The anchors whose winners an m can get: itself, or its neighbours."""
+    """The anchors whose winners an m can get: itself, or the two before and the two after it."""
     after = bisect.bisect_left(ANCHORS, m)
-    return (m,) if m in ANCHORS else ANCHORS[max(0, after - 1) : after + 1]
+    return (m,) if m in ANCHORS else ANCHORS[max(0, after - _REACH) : after + _REACH]
 
 
 def rank_candidates(problem: GemmProblem, device: Device) -> list[GemmConfig]:
@@ -106,7 +113,7 @@ def rank_candidates(problem: GemmProblem, device: Device) -> list[GemmConfig]:
     legal = [config for config in _everything(_signature(problem)) if illegal(problem, config, device) is None]
     key, m = problem.without_m(), problem.m
     assert m is not None
-    costs = {config: _predictor(key, config, device)(m)[0] for config in legal}
+    costs = dict(zip(legal, predict_all(key, legal, device, [m])[0], strict=True))
     return sorted(costs, key=lambda config: _rank(config, costs[config]))
 
 
@@ -160,12 +167,20 @@ def candidates(problem: GemmProblem, overrides: Overrides) -> tuple[GemmConfig, 
     return _menu(_signature(problem))
 
 
-@functools.lru_cache(maxsize=256)
 def _menu(problem: GemmProblem) -> tuple[GemmConfig, ...]:
+    return tuple(corrections(problem))
+
+
+@functools.lru_cache(maxsize=256)
+def corrections(problem: GemmProblem) -> dict[GemmConfig, float]:
+    """The menu, and what predictions for its configs are multiplied by."""
     text = sm90a.FP8_MENU if problem.promotes else sm90a.BF16_MENU
     tile_k = STAGE_ROW_BYTES // problem.traits.operand_bytes
-    configs = (_parse(entry, tile_k) for entry in text.split(","))
-    return tuple(dict.fromkeys(_fitting(problem, config) for config in configs))
+    menu: dict[GemmConfig, float] = {}
+    for entry in text.split(","):
+        config, _, correction = entry.partition("*")
+        menu.setdefault(_fitting(problem, _parse(config, tile_k)), float(correction or 1))
+    return menu
 
 
 @functools.lru_cache(maxsize=256)
@@ -180,7 +195,7 @@ def _with_every_split(problem: GemmProblem) -> tuple[GemmConfig, ...]:
 
 
 def _parse(entry: str, tile_k: int) -> GemmConfig:
-    """An entry of a menu, such as ``64x48 s12 c2x1``: the text of a config without its tile k."""
+    """A config of a menu, such as ``64x48 s12 c2x1``: its text without tile k."""
     tile, _, rest = entry.strip().partition(" ")
     return GemmConfig.from_text(f"{tile}x{tile_k} {rest}")
 
@@ -293,28 +308,46 @@ def _illegal_kernel(problem: GemmProblem, config: GemmConfig, arch: Architecture
 
 
 class _Traits(NamedTuple):
-    """What the cost model reads of a kernel; none of it depends on m, n or k."""
+    """What the cost model reads of a kernel, or arrays of it for many; none of it depends on m, n or k."""
 
-    waves: int
-    warpgroups: int
-    columns: int  # of the MMA
+    tile_k: int
+    rows: int  # of D that a cluster computes at a time ...
+    columns: int  # ... and columns
+    split_k: int
+    cluster: int  # CTAs
+    fill: float  # part of the SMs that such clusters fill
     blocks_per_sm: int
-    chained: bool
-    promotion: float  # cycles of one wave
-    mma: float  # cycles of one wave's MMAs of a stage, at full rate
-    smem: float  # cycles of a stage's operand reads and copies
-    ingress: float  # cycles of its copies from L2
+    stages: int
+    tensor: float  # cycles that the MMAs of a stage take, at full rate ...
+    wave: float  # ... and those of one warpgroup
+    promotion: float  # cycles that they hide, in chains
+    waiting: float  # cycles of a stage in one CTA beside these
+    exposed: float  # cycles of a stage in which the tensor cores wait for promotion
+    reads: float  # bytes of a stage that MMAs read from shared memory
+    tokens: int  # rows of A in a stage ...
+    token_sharing: int  # ... and CTAs that share them
+    weights: int  # rows of B in a stage ...
+    weight_sharing: int  # ... and CTAs that share them
     epilogue: float  # cycles
+    multicast: float  # cycles of a stage
+    launch: float  # us
     reduction: float  # us
+    relaunch: float  # us
+    correction: float  # of the whole
 
 
 @functools.lru_cache(maxsize=4096)
 def _traits(problem: GemmProblem, config: GemmConfig) -> _Traits:
     shape = _shape(problem, config)
-    columns, rows = shape.mma_n, shape.mma_m
+    columns, waves = shape.mma_n, shape.waves
+    all_waves = shape.math_warpgroups * waves
     fixed, divisor = sm90a.MMA_OPERAND_CYCLES
-    promotion = 0.0
-    if problem.promotes:
+    mma = sm90a.MMAS_PER_STAGE * max(columns / 2, fixed + columns / divisor)
+    overhead, latency = sm90a.STAGE_OVERHEAD_CYCLES, sm90a.MMA_LATENCY_CYCLES
+    hidden = exposed = 0.0
+    if not problem.promotes:
+        waiting = sm90a.PLAIN_OVERHEAD_CYCLES
+    else:
         per_register = sm90a.PROMOTION_CYCLES
         if shape.column_scale_blocks > 1:
             few = shape.column_boundary_step >= FEW_BOUNDARIES_STEP
@@ -322,30 +355,55 @@ def _traits(problem: GemmProblem, config: GemmConfig) -> _Traits:
         if shape.n_side_scales == "row_k":
             per_register += sm90a.PROMOTION_SCALE_CYCLES
         promotion = columns / 2 * per_register
-    waves = shape.math_warpgroups * shape.waves
-    reads = waves * sm90a.MMAS_PER_STAGE * (MMA_M + columns) * 32
-    m_shared = config.cluster_m if config.swap_ab else config.cluster_n
-    n_shared = config.cluster_n if config.swap_ab else config.cluster_m
-    slices = columns // shape.store_columns
-    fixed_reduction, reduction_per_column = sm90a.REDUCTION_US
+        if shape.chain > 1:
+            hidden, waiting = promotion, sm90a.OVERLAPPED_OVERHEAD * (overhead + latency)
+            exposed = sm90a.PROMOTION_EXPOSED_IN_CHAIN * shape.math_warpgroups * promotion
+        else:
+            waiting = waves * (latency + promotion) + overhead
+            exposed = sm90a.PROMOTION_EXPOSED * waves * (latency + promotion)
+    tokens, weights = (shape.n_side_rows, shape.mma_m) if config.swap_ab else (shape.mma_m, shape.n_side_rows)
+    boxes = 1 if config.swap_ab else columns * shape.d_bytes // shape.store_row_bytes
+    store = sm90a.EPILOGUE_BOX_CYCLES * (boxes - 1) + sm90a.EPILOGUE_NARROW_CYCLES * (shape.store_row_bytes == 16)
+    reduction, per_part, per_column = sm90a.REDUCTION_US
+    reduction += per_part * (config.split_k - 2) + per_column * columns * all_waves
+    cluster = config.cluster_m * config.cluster_n * config.split_k
     return _Traits(
-        waves=shape.waves,
-        warpgroups=shape.math_warpgroups,
-        columns=columns,
+        tile_k=config.tile_k,
+        rows=config.tile_m * config.cluster_m,
+        columns=config.tile_n * config.cluster_n,
+        split_k=config.split_k,
+        cluster=cluster,
+        fill=sm90a.CLUSTER_FILL.get(cluster, 1.0),
         blocks_per_sm=shape.blocks_per_sm,
-        chained=shape.chain > 1,
-        promotion=promotion,
-        mma=sm90a.MMAS_PER_STAGE * max(columns / 2, fixed + columns / divisor),
-        smem=(reads + (rows + shape.n_side_rows) * 128) / sm90a.SMEM_BYTES_PER_CYCLE,
-        ingress=(rows / m_shared + shape.n_side_rows / n_shared) * 128 / sm90a.INGRESS_BYTES_PER_CYCLE,
+        stages=config.stages,
+        tensor=all_waves * mma,
+        wave=waves * mma,
+        promotion=hidden,
+        waiting=waiting,
+        exposed=exposed,
+        reads=all_waves * sm90a.MMAS_PER_STAGE * (MMA_M + columns) * 32,
+        tokens=tokens,
+        token_sharing=config.cluster_n,
+        weights=weights,
+        weight_sharing=config.cluster_m,
         epilogue=sm90a.EPILOGUE_CYCLES
-        + sm90a.EPILOGUE_COLUMN_CYCLES * columns * shape.waves * shape.d_bytes / 2
-        + sm90a.EPILOGUE_SLICE_CYCLES * (slices - 1),
-        reduction=fixed_reduction + reduction_per_column * columns * waves if config.split_k > 1 else 0.0,
+        + sm90a.EPILOGUE_COLUMN_CYCLES * columns * waves * shape.d_bytes / 2
+        + sm90a.EPILOGUE_SLICE_CYCLES * (columns // shape.store_columns - 1)
+        + waves * store,
+        multicast=sm90a.MULTICAST_CYCLES if config.cluster_m * config.cluster_n > 1 else 0.0,
+        launch=sm90a.LAUNCH_US + (sm90a.CLUSTER_LAUNCH_US if cluster > 1 else 0.0),
+        reduction=reduction if config.split_k > 1 else 0.0,
+        relaunch=sm90a.RELAUNCH_US if config.split_k > 1 else 0.0,
+        correction=corrections(problem).get(config, 1.0),
     )
 
 
-TERMS = ("total", "tensor", "exposed", "serial", "smem", "ingress", "hbm", "epilogue", "reduction")
+@functools.lru_cache(maxsize=256)
+def _traits_of_all(problem: GemmProblem, configs: tuple[GemmConfig, ...]) -> _Traits:
+    return _Traits(*map(numpy.array, zip(*(_traits(problem, config) for config in configs), strict=True)))
+
+
+TERMS = ("total", "tensor", "serial", "smem", "ingress", "latency", "hbm", "epilogue", "reduction")
 
 
 def predict(problem: GemmProblem, config: GemmConfig, device: Device) -> dict[str, float]:
@@ -357,82 +415,114 @@ def predict(problem: GemmProblem, config: GemmConfig, device: Device) -> dict[st
 _any_m = functools.lru_cache(maxsize=4096)(GemmProblem.without_m)
 
 
+class _Operations(NamedTuple):
+    """What numbers and arrays spell differently."""
+
+    least: Callable[..., Any]
+    most: Callable[..., Any]
+    sqrt: Callable[..., Any]
+    round: Callable[..., Any]
+    ceil: Callable[..., Any]
+    where: Callable[..., Any]
+
+
+_OF_NUMBERS = _Operations(min, max, math.sqrt, round, math.ceil, lambda condition, yes, no: yes if condition else no)
+_OF_ARRAYS = _Operations(numpy.minimum, numpy.maximum, numpy.sqrt, numpy.rint, numpy.ceil, numpy.where)
+
+
 @functools.lru_cache(maxsize=4096)
 def _predictor(problem: GemmProblem, config: GemmConfig, device: Device) -> Callable[[int], tuple[float, ...]]:
-    """``predict`` for any m, ``TERMS`` in their order; all that does not depend on m is computed once."""
-    n, k = problem.n, problem.k
-    kernel = _traits(_signature(problem), config)
-    size = problem.traits.operand_bytes
-    num_sms = device.num_sms
-    rows, clusters_n = config.tile_m * config.cluster_m, -(-n // (config.tile_n * config.cluster_n))
-    per_cluster = config.cluster_m * config.cluster_n * config.split_k
-    slots = _resident(num_sms, per_cluster, kernel.blocks_per_sm)
-    k_blocks = -(-k // config.tile_k)
-    stages = -(-k_blocks // config.split_k)
+    """``predict`` for any m, ``TERMS`` in their order."""
+    return _terms(_traits(_signature(problem), config), problem, device, _OF_NUMBERS)
 
-    # One stage of the CTAs of one SM, cycles.
+
+def predict_all(
+    problem: GemmProblem, configs: Sequence[GemmConfig], device: Device, ms: Sequence[int]
+) -> list[list[float]]:
+    """Predicted times in us of legal configs for a problem without m: a row for each m, a column for each config."""
+    kernels = _traits_of_all(_signature(problem), tuple(configs))
+    total = _terms(kernels, problem, device, _OF_ARRAYS)(numpy.array(ms)[:, None])[0]
+    return cast("list[list[float]]", total.tolist())
+
+
+def _terms(
+    kernel: _Traits, problem: GemmProblem, device: Device, operations: _Operations
+) -> Callable[[Any], tuple[Any, ...]]:
+    """The cost model: from m to ``TERMS``, of one kernel, or of many where all are arrays."""
+    least, most, sqrt, nearest, ceil, where = operations
+    n, k, num_sms = problem.n, problem.k, device.num_sms
+    size = problem.traits.operand_bytes
+    tile_k, rows, columns, split_k, cluster, fill, blocks_per_sm, ring, *_ = kernel
+    tiles_n = -(-n // columns)
+    slots = most(cluster, num_sms * blocks_per_sm * fill // cluster * cluster)  # CTAs resident at once
+    k_blocks = -(-k // tile_k)
+    stages = -(-k_blocks // split_k)
+
     nominal = 8192 // size  # FLOP per clock and SM that the MMA cycles stand for
     rate = (device.mma_fp8_flops_per_clock_per_sm if size == 1 else device.mma_bf16_flops_per_clock_per_sm) / nominal
-    mma = kernel.mma / rate
-    overhead, latency = sm90a.STAGE_OVERHEAD_CYCLES, sm90a.MMA_LATENCY_CYCLES
-    if not problem.promotes:
-        exposed, serial = 0.0, kernel.waves * mma + sm90a.OVERLAPPED_OVERHEAD * overhead
-    elif kernel.chained:
-        exposed = sm90a.PROMOTION_EXPOSED_IN_CHAIN * kernel.warpgroups * kernel.promotion
-        serial = max(mma, kernel.promotion) + sm90a.OVERLAPPED_OVERHEAD * (overhead + latency)
-    else:
-        exposed = sm90a.PROMOTION_EXPOSED * kernel.waves * (kernel.promotion + latency)
-        serial = kernel.waves * (mma + latency + kernel.promotion) + overhead
-    multicast = sm90a.MULTICAST_CYCLES if config.cluster_m * config.cluster_n > 1 else 0
+    mma, exposed, reads = kernel.tensor / rate, kernel.exposed, kernel.reads
+    serial = most(kernel.wave / rate, kernel.promotion) + kernel.waiting
+    fixed_latency, of_stage = sm90a.LOAD_LATENCY
+    latency = (fixed_latency + of_stage * serial) / ring
+    of_one, of_all = sm90a.INGRESS_BYTES_PER_CYCLE
+    unique_rate, norm, main_norm = sm90a.UNIQUE_BYTES_PER_CYCLE, sm90a.STAGE_NORM, sm90a.MAIN_NORM
+    smem_rate, exposed_smem = sm90a.SMEM_BYTES_PER_CYCLE, sm90a.PROMOTION_EXPOSED_SMEM * exposed
+    tokens, token_sharing, weights = kernel.tokens, kernel.token_sharing, kernel.weights
+    weights_asked = weights / kernel.weight_sharing
 
-    def stage_of(sharing: int) -> tuple[float, float, float, float]:
-        """Cycles of a stage, and what its tensor cores, shared memory and copies take of them."""
-        tensor = sharing * kernel.warpgroups * kernel.waves * mma
-        smem = sharing * kernel.smem + sm90a.PROMOTION_EXPOSED_SMEM * exposed
-        ingress = sharing * kernel.ingress
-        return max(tensor + exposed, smem, serial, ingress) + multicast, tensor, smem, ingress
-
-    stages_of = [stage_of(sharing) for sharing in range(1, -(-slots // num_sms) + 1)]  # by CTAs of an SM, less one
     clock, full_clock = device.clock_hz / 1e6, device.clock_hz_memory_bound / 1e6  # cycles per us
-    saturating = num_sms * sm90a.BYTES_IN_FLIGHT
+    tensor_bound, throttled_cycles = sm90a.TENSOR_BOUND, sm90a.THROTTLED_CYCLES
     bytes_of_a_row, bytes_of_b, bytes_of_d_row = k * size, n * k * size, n * (2 if problem.d_dtype == "bf16" else 4)
-    bytes_per_us = device.hbm_bytes_per_s * sm90a.HBM_UTILIZATION / 1e6
-    launch, throttled_cycles, relaunch = sm90a.LAUNCH_US, sm90a.THROTTLED_CYCLES, sm90a.RELAUNCH_US
-    tensor_bound = [tensor > sm90a.TENSOR_BOUND * stage for stage, tensor, *_ in stages_of]
-    kernel_epilogue, kernel_reduction, split = kernel.epilogue, kernel.reduction, config.split_k > 1
+    shared = sm90a.HBM_SHARED
+    hbm_rate, hbm_of_sm = device.hbm_bytes_per_s * sm90a.HBM_UTILIZATION / 1e6, sm90a.HBM_BYTES_PER_US_AND_SM
+    repeated = sm90a.EPILOGUE_REPEATED
 
-    def terms(m: int) -> tuple[float, ...]:
-        # How the tiles fall on the chip.
+    def terms(m: Any) -> tuple[Any, ...]:
+        # How the tiles fall on the chip: rounds of them, each with so many CTAs; of these, CTAs on one SM.
         tiles_m = -(-m // rows)
-        ctas = tiles_m * clusters_n * per_cluster
-        rounds = -(-ctas // slots)  # tiles that the busiest CTA computes
+        ctas = tiles_m * tiles_n * cluster
+        rounds = -(-ctas // slots)
         active = -(-ctas // rounds)
-        others = (active - 1) // num_sms  # CTAs beside one on an SM
-        stage, tensor, smem, ingress = stages_of[others]
+        sharing = least((active - 1) // num_sms, blocks_per_sm - 1) + 1
+        sms = least(num_sms, active)
+        # Rows that all CTAs of a round load for a stage, each counted once: of tiles that lie near a square.
+        at_once = active / cluster
+        tall = least(tiles_m, most(1, nearest(sqrt(at_once * columns / rows))))
+        wide = least(tiles_n, ceil(at_once / tall))
+        tall = least(tiles_m, ceil(at_once / wide))
+        unique = (least(m, tall * rows) + least(n, wide * columns)) * split_k / sms * 128
+        # One stage of the CTAs of one SM, cycles.
+        loaded = where(tiles_m > 1, tokens, least(tokens, m))
+        tensor = sharing * mma + exposed
+        smem = sharing * (reads + (loaded + weights) * 128) / smem_rate + exposed_smem
+        asked = sharing * (loaded / token_sharing + weights_asked) * 128
+        ingress = asked * most(1 / of_one, sms / num_sms / of_all) + unique / unique_rate
+        stage = (tensor**norm + smem**norm + serial**norm + ingress**norm + latency**norm) ** (1 / norm)
+        stage = stage + kernel.multicast
+        # Everything, us.
         iterations = rounds * stages
-        throttled = tensor_bound[others] and iterations * stage > throttled_cycles
-        cycles_per_us = clock if throttled else full_clock
+        throttled = (sharing * mma > tensor_bound * stage) & (iterations * stage > throttled_cycles)
+        cycles_per_us = where(throttled, clock, full_clock)
         loop = iterations / cycles_per_us
-        # Of the operands' bytes the rings hold this part; few bytes in flight stream slowly.
-        loaded = m * bytes_of_a_row + bytes_of_b * (1 + sm90a.HBM_SHARED * (1 - 1 / tiles_m))
-        in_flight = loaded * min(config.stages, iterations) / iterations
-        hbm = (loaded * max(1.0, saturating / in_flight) + m * bytes_of_d_row) / bytes_per_us
-        epilogue = rounds * kernel_epilogue / cycles_per_us
-        reduction = rounds * kernel_reduction + (rounds - 1) * relaunch if split else 0.0
-        # Loading and computing overlap, but not perfectly where they take equally long.
-        main = float(((loop * stage) ** 4 + hbm**4) ** 0.25)
+        operands = m * bytes_of_a_row + bytes_of_b * (1 + shared * (1 - 1 / tiles_m))
+        hbm = operands / least(hbm_rate, sms * hbm_of_sm) + m * bytes_of_d_row / hbm_rate
+        epilogue = (1 + (rounds - 1) * repeated) * kernel.epilogue / cycles_per_us
+        reduction = rounds * kernel.reduction + (rounds - 1) * kernel.relaunch
+        main = ((loop * stage) ** main_norm + hbm**main_norm) ** (1 / main_norm)
+        total = kernel.correction * (kernel.launch + main + epilogue + reduction)
         return (
-            *(launch + main + epilogue + reduction, loop * tensor, loop * exposed, loop * serial),
-            *(loop * smem, loop * ingress, hbm, epilogue, reduction),
+            total,
+            loop * tensor,
+            loop * serial,
+            loop * smem,
+            loop * ingress,
+            loop * latency,
+            hbm,
+            epilogue,
+            reduction,
         )
 
     return terms
-
-
-def _resident(num_sms: int, cluster_size: int, blocks_per_sm: int) -> int:
-    """CTAs resident at once. Clusters of more than 2 leave SMs of unevenly fused GPCs idle."""
-    fill = sm90a.CLUSTER_FILL.get(cluster_size, 1.0)
-    return max(cluster_size, int(num_sms * blocks_per_sm * fill) // cluster_size * cluster_size)
 
 
 # -- Choice.
@@ -496,9 +586,8 @@ class Chooser:
             def cost(winner: _Winner) -> float:
                 return winner.correction * _predictor(self._problem, winner.config, self._device)(m)[0]
 
-            near = [self._served[anchor] for anchor in serving_anchors(m)]
-            alike = near[0].config == near[-1].config
-            winner = near[0] if alike else min(near, key=lambda winner: _rank(winner.config, cost(winner)))
+            near = {winner.config: winner for winner in map(self._served.__getitem__, serving_anchors(m))}
+            winner = min(near.values(), key=lambda winner: _rank(winner.config, cost(winner)))
             if len(self._served) >= _SERVED:
                 self._served = dict(zip(ANCHORS, self.winners, strict=True))
             self._served[m] = winner
@@ -513,8 +602,7 @@ def _winners(problem: GemmProblem, device: Device, rules: _Rules, limit: int) ->
     legal = sorted(_legal(problem, device, rules), key=lambda config: _rank(config, 0.0))
     measured = _measured(problem, device, rules.tables)
     configs = list(dict.fromkeys((*legal, *(entry.config for entry, _ in measured.values()))))
-    predictors = [_predictor(problem, config, device) for config in configs]
-    predicted = [[predictor(m)[0] for predictor in predictors] for m in ANCHORS]
+    predicted = predict_all(problem, configs, device, ANCHORS)
     if rules.batch_invariant:
         split_k = _best_split(configs, predicted)
         columns = [index for index, config in enumerate(configs) if config.split_k == split_k]

@@ -298,8 +298,8 @@ def assign(function: str, field: str, value: object) -> None:
 def set_pdl(enabled: bool) -> None:
     """Launch kernels with programmatic dependent launch, or without it (the default), from the next call on.
 
-    A kernel may then be set up while the one ahead of it in its stream ends. It still waits for that one before it reads
-    or writes anything.
+    A kernel may then be set up while the one ahead of it in its stream ends. It still waits for that one before it
+    reads or writes anything.
 
     Raises:
         SettingsError: ``enabled`` is not a boolean.

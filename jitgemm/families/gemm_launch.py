@@ -12,7 +12,8 @@ from jitgemm.families.gemm import ROWS_STORED, SCALE_GROUP, GemmConfig, GemmProb
 from jitgemm.kernel import Kernel
 from jitgemm.tensor_map import ALIGNMENT, BYTES, OperandMap
 
-# The template's `Params`: tensor maps, then d_plain, c, row_scale_matrix, column_scale_matrix, raster, m, n, k_blocks, d_aligned.
+# The template's `Params`: tensor maps, then d_plain, c, row_scale_matrix, column_scale_matrix, raster,
+# m, n, k_blocks, d_aligned.
 _MAPS = ("rows", "rows_cut", "columns", "columns_cut", "row_scales", "column_scales", "d")
 _TAIL = struct.Struct("<Qq Qq Qiiii Qiiii iiii IIIIII iii i")
 _TAIL_OFFSET = len(_MAPS) * BYTES
@@ -210,10 +211,10 @@ def _divisor(number: int) -> tuple[int, int]:
 def _operand(
     shape: KernelShape, matrix: Matrix, major: str, tile_rows: int, shared_by: int
 ) -> tuple[OperandMap, OperandMap | None]:
-    """The map of A or B and, where its end cuts the last tile, the map for that; CTAs that share a tile load a part each.
+    """The map of A or B and, where its end cuts the last tile, the map for that.
 
-    Of a tile that is cut, only the rows that exist are asked for: rows beyond the end cost the copy engine some 9 cycles
-    each, others 1.2 (measured on an H200).
+    CTAs that share a tile load a part each. Of a tile that is cut, only the rows that exist are asked for: rows beyond
+    the end cost the copy engine some 9 cycles each, others 1.2 (measured on an H200).
     """
     dtype = "uint8" if shape.problem.traits.is_fp8 else "bf16"
     tile_k = shape.config.tile_k

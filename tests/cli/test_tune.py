@@ -76,8 +76,8 @@ def test_what_wins_goes_into_the_table_and_calls_get_it(
     before = choose_config(PROBLEM.with_m(64), H200)
     answer = run_json(capsys, "tune", "--shapes", shapes, "--m", 64, "--m", 100)
     (problem,) = answer["problems"]
-    assert [entry["m"] for entry in problem["entries"]] == [64, 96, 128]
-    assert (problem["layer"], problem["measured"], problem["failed"]) == ("kv_a", 3, 0)
+    assert [entry["m"] for entry in problem["entries"]] == [64, 96, 128, 192]
+    assert (problem["layer"], problem["measured"], problem["failed"]) == ("kv_a", 4, 0)
     entry = problem["entries"][0]
     assert (entry["config"], entry["model_config"]) == (str(expected), str(before))
     assert entry["margin"] > 1.05

@@ -87,7 +87,7 @@ def test_what_was_not_measured_is_left_out(tmp_path: Path, capsys: pytest.Captur
 
 def test_the_fit_finds_other_constants(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = calibrate.constants()
-    calibrate.put(before | {"LAUNCH_US": (4.0,), "EPILOGUE_CYCLES": (900.0,)})
+    calibrate.put(before | {"LAUNCH_US": (6.0,), "EPILOGUE_CYCLES": (900.0,)})
     path = write(tmp_path / "sweep.csv", {problem: measure(problem) for problem in PROBLEMS})
     calibrate.put(before)
     data = calibrate.rows(sweep.read(path), H200)

@@ -242,21 +242,21 @@ def test_settings_decide_whether_tables_are_used() -> None:
 
 def test_between_anchors_the_greater_margin_wins() -> None:
     """Measurements scale the predictions around their anchor."""
-    low = entry(48, place=0)
+    low = entry(96, place=0)
 
-    def at_60(one: Entry) -> float:
-        return predict(PROBLEM.with_m(60), one.config, H200)["total"]
+    def at_112(one: Entry) -> float:
+        return predict(PROBLEM.with_m(112), one.config, H200)["total"]
 
     place = next(
         place
-        for place in range(1, 20)
-        if entry(64, place=place).config != low.config and 0.8 < at_60(low) / at_60(entry(64, place=place)) < 1.25
+        for place in range(1, 40)
+        if entry(128, place=place).config != low.config and 0.8 < at_112(low) / at_112(entry(128, place=place)) < 1.25
     )
-    high = entry(64, place=place)
-    save(entry(48, place=0, margin=1.001), entry(64, place=place, margin=1.5))
-    assert choose_config(PROBLEM.with_m(60), H200) == high.config
-    save(entry(48, place=0, margin=1.5), entry(64, place=place, margin=1.001))
-    assert choose_config(PROBLEM.with_m(60), H200) == low.config
+    high = entry(128, place=place)
+    save(entry(96, place=0, margin=1.001), entry(128, place=place, margin=1.5))
+    assert choose_config(PROBLEM.with_m(112), H200) == high.config
+    save(entry(96, place=0, margin=1.5), entry(128, place=place, margin=1.001))
+    assert choose_config(PROBLEM.with_m(112), H200) == low.config
 
 
 def test_the_users_table_wins_over_the_shipped_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -87,7 +87,7 @@ def test_settings_of_the_user_do_not_matter() -> None:
 
 def test_serving_anchors() -> None:
     assert [serving_anchors(m) for m in (1, 2, 8, 100, 16384, 10**6)] == [
-        (1,), (1, 8), (8,), (96, 128), (16384,), (16384,)
+        (1,), (1, 8, 16), (8,), (64, 96, 128, 192), (16384,), (8192, 16384)
     ]  # fmt: skip
 
 
@@ -212,12 +212,12 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
 
 def test_tune_saves_what_wins(fake_gpu: Gpu) -> None:
     entries = jitgemm.tune(576, 7168, m=[100, 128])
-    assert set(entries) == {96, 128}
+    assert set(entries) == {64, 96, 128, 192}
     expected = offered(PROBLEM.with_m(128))[1]
     assert entries[128].config == expected == choose_config(PROBLEM.with_m(128), H200)
     assert tuned.read_table(tuned.user_path(H200), H200).problems() == {PROBLEM: entries}
     assert set(jitgemm.tune(576, 7168, m=8)) == {8}
-    assert set(tuned.read_table(tuned.user_path(H200), H200).problems()[PROBLEM]) == {8, 96, 128}
+    assert set(tuned.read_table(tuned.user_path(H200), H200).problems()[PROBLEM]) == {8, 64, 96, 128, 192}
     for bad in ({"m": -1}, {"recipe": "fp4"}, {"m": "many"}):
         with pytest.raises(ProblemError):
             jitgemm.tune(**{"n": 576, "k": 7168, **bad})  # type: ignore[arg-type]
@@ -226,21 +226,21 @@ def test_tune_saves_what_wins(fake_gpu: Gpu) -> None:
 def test_autotune_measures_what_serves_a_call_once(fake_gpu: Gpu, caplog: pytest.LogCaptureFixture) -> None:
     for _ in range(2):
         tuning.autotune(PROBLEM.with_m(100), H200)
-    assert [m for m, _ in fake_gpu.asked] == [96, 128]
+    assert [m for m, _ in fake_gpu.asked] == [64, 96, 128, 192]
     tuning.autotune(PROBLEM.with_m(128), H200)
-    assert len(fake_gpu.asked) == 2
+    assert len(fake_gpu.asked) == 4
     tuning.autotune(PROBLEM.with_m(129), H200)
-    assert [m for m, _ in fake_gpu.asked][2:] == [192]
+    assert [m for m, _ in fake_gpu.asked][4:] == [256]
     assert choose_config(PROBLEM.with_m(96), H200) == offered(PROBLEM.with_m(96))[1]
     lines = [record.getMessage() for record in caplog.records]
     assert len(lines) == 2
-    assert "576 x 7168, fp8_1x128_128x128 nt, at m = 96, 128" in lines[0]
+    assert "576 x 7168, fp8_1x128_128x128 nt, at m = 64, 96, 128, 192" in lines[0]
     assert str(tuned.user_path(H200)) in lines[0]
     # Another process finds the table.
     tuning._tried.clear()
     tuned.forget()
     tuning.autotune(PROBLEM.with_m(100), H200)
-    assert len(fake_gpu.asked) == 3
+    assert len(fake_gpu.asked) == 5
 
 
 @pytest.mark.parametrize("forced", [{"tile_m": 64}, {"batch_invariant": True}, {"tuned": False}])
