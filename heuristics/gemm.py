@@ -283,8 +283,9 @@ def _illegal_kernel(problem: GemmProblem, config: GemmConfig, arch: Architecture
         budget = 208 if problem.promotes else 128
     if shape.accumulator_registers > budget:
         return f"sums take more than {budget} registers a thread"
-    if problem.promotes and shape.chain == 1 and config.split_k > 1 and shape.accumulator_registers > 160:
-        return "sums take more than 160 registers a thread beside split-K"
+    beside_split = 144 if shape.n_side_scales == "row_k" else 160
+    if problem.promotes and shape.chain == 1 and config.split_k > 1 and shape.accumulator_registers > beside_split:
+        return f"sums take more than {beside_split} registers a thread beside split-K"
     if config.cluster_m * config.cluster_n > 2:
         return "a multicast cluster has at most 2 CTAs"
     if config.cluster_m * config.cluster_n > 1 and config.split_k > 1:
