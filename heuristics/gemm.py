@@ -50,6 +50,8 @@ ANCHORS = (
 MAX_KERNELS = 12
 """Different winners that a problem may have, all m together; what each buys is in docs/performance.md."""
 
+_MEASURED_WEIGHT = 4.0  # of an anchor with an entry in a tuned table, where kernels are limited: others are predictions
+
 _REACH = 2  # anchors on each side of an m: the nearest two alone may both have tiles that it fills badly
 
 _SERVED = 65536  # values of m that are kept of one problem
@@ -613,7 +615,8 @@ def _winners(problem: GemmProblem, device: Device, rules: _Rules, limit: int) ->
         row = costs[ANCHORS.index(m)]
         row[configs.index(entry.config)] = (1 - 1e-9) * min(row) / max(1, entry.margin)  # wins at any margin
     winners = []
-    for m, index, cost, prediction in zip(ANCHORS, assign(costs, limit), costs, predicted, strict=True):
+    weights = [_MEASURED_WEIGHT if m in measured else 1.0 for m in ANCHORS]
+    for m, index, cost, prediction in zip(ANCHORS, assign(costs, limit, weights), costs, predicted, strict=True):
         winner = _Winner(configs[index], cost[index] / prediction[index])
         if m in measured and measured[m][0].config == winner.config:
             winner = winner._replace(entry=measured[m][0], table=measured[m][1])

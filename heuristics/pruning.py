@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 
-def assign(costs: Sequence[Sequence[float]], limit: int) -> list[int]:
+def assign(costs: Sequence[Sequence[float]], limit: int, weights: Sequence[float] | None = None) -> list[int]:
     """The candidate of each row, of at most ``limit`` different ones.
 
     Every row starts with its cheapest candidate. While there are too many, the one goes whose rows lose least: the
@@ -15,6 +15,7 @@ def assign(costs: Sequence[Sequence[float]], limit: int) -> list[int]:
     Args:
         costs: one row for each size, one column for each candidate; positive, infinite where a candidate is out.
         limit: at least 1.
+        weights: of the rows' losses; 1 each unless given.
 
     Returns:
         A column for each row.
@@ -24,9 +25,9 @@ def assign(costs: Sequence[Sequence[float]], limit: int) -> list[int]:
     while len(kept := sorted(set(assigned))) > limit:
         losses = dict.fromkeys(kept, 0.0)
         substitutes = []
-        for row, current in zip(costs, assigned, strict=True):
+        for row, current, weight in zip(costs, assigned, weights or [1.0] * len(costs), strict=True):
             substitute = min((other for other in kept if other != current), key=row.__getitem__)
-            losses[current] += math.log(row[substitute] / row[current])
+            losses[current] += weight * math.log(row[substitute] / row[current])
             substitutes.append(substitute)
         dropped = min(kept, key=losses.__getitem__)
         assigned = [

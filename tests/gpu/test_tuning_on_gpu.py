@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -60,7 +61,7 @@ def test_every_recipe_is_timed(recipe: str) -> None:
 def test_tune_writes_a_table_that_calls_use(own_cache: Path) -> None:
     device = device_facts(torch.cuda.current_device())[0]
     entries = jitgemm.tune(PROBLEM.n, PROBLEM.k, m=[64, 100], candidates=6)
-    assert set(entries) == {64, 96, 128}
+    assert set(entries) == {64, 96, 128, 192}
     # The limit on kernels may drop a winner whose margin is small.
     assert any(choose_config(PROBLEM.with_m(m), device) == entry.config for m, entry in entries.items())
     assert {choose_config(PROBLEM.with_m(m), device) for m in entries} <= set(enumerate_configs(PROBLEM, device))
@@ -77,7 +78,7 @@ def test_the_command_tunes_and_checks(own_cache: Path, tmp_path: Path, capsys: p
     assert cli.run(["tune", "--shapes", str(shapes), "--m", "64", "--candidates", "4"]) == 0
     assert "measured 0 anchors" in capsys.readouterr().out
     assert cli.run(["tune", "--check"]) in (0, 1)  # noise may turn an entry of a short list
-    assert "of 1 entries are stale" in capsys.readouterr().out
+    assert re.search(r"of \d+ entries are stale", capsys.readouterr().out)  # the shipped table's are checked too
 
 
 def test_autotune_at_first_use_but_not_while_capturing(own_cache: Path, caplog: pytest.LogCaptureFixture) -> None:
