@@ -474,6 +474,15 @@ class Gemm:
     def render_context(self, spec: KernelSpec) -> dict[str, object]:
         """Values that the template names."""
         shape = self.shape(spec)
+        return {
+            **self.context_of(shape),
+            "kernel_name": self.kernel_name(spec),
+            "description": self.describe(spec),
+            "grouping": "",
+        }
+
+    def context_of(self, shape: KernelShape) -> dict[str, object]:
+        """What the template names of a shape alone; grouped kernels share it."""
         derived = (
             "mma_m",
             "mma_n",
@@ -501,8 +510,6 @@ class Gemm:
         return {
             **config.to_dict(),
             **{name: getattr(shape, name) for name in derived},
-            "kernel_name": self.kernel_name(spec),
-            "description": self.describe(spec),
             "few_boundaries_step": FEW_BOUNDARIES_STEP,
             "fp8": shape.problem.traits.is_fp8,
             "promotes": shape.problem.promotes,
