@@ -38,7 +38,6 @@ template <Grouping GROUPING, int TILE, int WIDTH>
 class GroupSchedule {
  public:
   __device__ __forceinline__ explicit GroupSchedule(const GroupLayout& layout) : layout(layout) {
-    fetch(0);
     open();
   }
 
@@ -74,20 +73,11 @@ class GroupSchedule {
   int first = 0, before = 0;  // entry of lane 0; tiles ahead of it
   int begin = 0, rows = 0;    // of this lane's group
   int tiles, end;             // along m of this lane's entry; running sum of all its tiles
-  int ahead = 0, ahead_of_it = 0;  // what the layout says of this lane's next group, and of the one ahead of that
 
   __device__ __forceinline__ int entries() const {
     if constexpr (GROUPING != INDEXED) return layout.groups;
     const int stretch = layout.positions * layout.step;
     return (layout.m + stretch - 1) / stretch;
-  }
-
-  __device__ __forceinline__ void fetch(int window) {
-    if constexpr (GROUPING != INDEXED) {
-      const int group = window + threadIdx.x % WARP;
-      ahead = group < layout.groups ? layout.values[group] : 0;
-      if constexpr (GROUPING == PSUM) ahead_of_it = group > 0 && group < layout.groups ? layout.values[group - 1] : 0;
-    }
   }
 
   __device__ __forceinline__ int clamped(int row) const { return row < 0 ? 0 : min_of(row, layout.m); }
@@ -100,12 +90,17 @@ class GroupSchedule {
 #pragma unroll 4
       for (int i = 0; i < layout.positions; ++i) tiles += starts(base + i * layout.step);
     } else {
-      const int value = clamped(ahead);
-      if constexpr (GROUPING == PSUM) begin = (clamped(ahead_of_it) + layout.alignment - 1) / layout.alignment * layout.alignment;
-      const bool exists = first + int(threadIdx.x % WARP) < layout.groups;
-      rows = exists && value > begin ? value - begin : 0;
+      const int group = first + threadIdx.x % WARP;
+      rows = 0;
+      if (group < layout.groups) {
+        const int value = clamped(layout.values[group]);
+        if constexpr (GROUPING == PSUM) {
+          const int ahead = group > 0 ? clamped(layout.values[group - 1]) : 0;
+          begin = (ahead + layout.alignment - 1) / layout.alignment * layout.alignment;
+        }
+        rows = value > begin ? value - begin : 0;
+      }
       tiles = (rows + TILE - 1) / TILE;
-      fetch(first + WARP);
     }
     end = tiles * layout.tiles_n;
 #pragma unroll
@@ -164,43 +159,49 @@ constexpr int TILE_SLOTS = 4, TILE_BYTES = 16;
 constexpr int TILE_QUEUE_BYTES = TILE_SLOTS * (TILE_BYTES + 2 * 8);
 
 struct TileQueue {
-  uint32_t base;  // shared address, aligned to 16
-  RingPosition<TILE_SLOTS> position;
-
-  __device__ __forceinline__ uint32_t tile() const { return base + position.slot * TILE_BYTES; }
-  __device__ __forceinline__ uint32_t full() const { return base + TILE_SLOTS * TILE_BYTES + position.slot * 8; }
-  __device__ __forceinline__ uint32_t empty() const { return full() + TILE_SLOTS * 8; }
+  uint32_t base;       // shared address, aligned to 16
+  uint32_t count = 0;  // tiles that have been put, or passed
 
   // By one thread, before any other uses the queue.
   __device__ __forceinline__ void init(int readers) const {
-    TileQueue queue = *this;
-    for (int slot = 0; slot < TILE_SLOTS; ++slot, queue.position.advance()) {
-      barrier_init(queue.full(), 1);
-      barrier_init(queue.empty(), readers);
+    for (uint32_t slot = 0; slot < TILE_SLOTS; ++slot) {
+      barrier_init(full(slot), 1);
+      barrier_init(empty(slot), readers);
     }
   }
 
   // By one thread.
-  __device__ __forceinline__ void put(const GroupTile& tile_given) {
-    barrier_wait(empty(), position.phase ^ 1);
-    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(tile()), "r"(tile_given.row), "r"(tile_given.rows_left), "r"(tile_given.group),
-                 "r"(tile_given.column)
+  __device__ __forceinline__ void put(const GroupTile& tile) {
+    barrier_wait(empty(count), count / TILE_SLOTS % 2 ^ 1);
+    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(place(count)), "r"(tile.row), "r"(tile.rows_left), "r"(tile.group), "r"(tile.column)
                  : "memory");
-    barrier_arrive(full());
-    position.advance();
+    barrier_arrive(full(count));
+    ++count;
   }
 
-  // By each warp of the readers, as a whole.
-  __device__ __forceinline__ GroupTile take() {
-    barrier_wait(full(), position.phase);
-    GroupTile taken;
-    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(taken.row), "=r"(taken.rows_left), "=r"(taken.group), "=r"(taken.column) : "r"(tile()) : "memory");
-    __syncwarp();
-    if (threadIdx.x % WARP == 0) barrier_arrive(empty());
-    position.advance();
-    // The same in all lanes, which the compiler is to know: branches around MMAs depend on it.
-    taken.row = __shfl_sync(0xffffffff, taken.row, 0), taken.rows_left = __shfl_sync(0xffffffff, taken.rows_left, 0);
-    taken.group = __shfl_sync(0xffffffff, taken.group, 0), taken.column = __shfl_sync(0xffffffff, taken.column, 0);
-    return taken;
+  // By whole warps of the readers: the tile that is next to be passed, or one behind it. The same in all lanes, which the
+  // compiler is to know: branches around MMAs depend on it.
+  __device__ __forceinline__ GroupTile look(uint32_t behind = 0) const {
+    const uint32_t which = count + behind;
+    barrier_wait(full(which), which / TILE_SLOTS % 2);
+    GroupTile tile;
+    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(tile.row), "=r"(tile.rows_left), "=r"(tile.group), "=r"(tile.column)
+                 : "r"(place(which))
+                 : "memory");
+    const auto of_first_lane = [](int value) { return __shfl_sync(0xffffffff, value, 0); };
+    return {of_first_lane(tile.row), of_first_lane(tile.rows_left), of_first_lane(tile.group), of_first_lane(tile.column)};
   }
+
+  // By whole warps of the readers: done with the tile.
+  __device__ __forceinline__ void pass() {
+    __syncwarp();
+    if (threadIdx.x % WARP == 0) barrier_arrive(empty(count));
+    ++count;
+  }
+
+ private:
+  __device__ __forceinline__ uint32_t place(uint32_t which) const { return base + which % TILE_SLOTS * TILE_BYTES; }
+  __device__ __forceinline__ uint32_t full(uint32_t which) const { return base + TILE_SLOTS * TILE_BYTES + which % TILE_SLOTS * 8; }
+  __device__ __forceinline__ uint32_t empty(uint32_t which) const { return full(which) + TILE_SLOTS * 8; }
 };
