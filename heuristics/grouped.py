@@ -11,7 +11,7 @@ import functools
 from jitgemm import settings
 from jitgemm.device import SM90A, Device
 from jitgemm.families.base import KernelSpec
-from jitgemm.families.gemm import GemmConfig, GemmProblem
+from jitgemm.families.gemm import GemmConfig, GemmProblem, kernel_shape
 from jitgemm.families.grouped import FAMILY, GroupedProblem
 from jitgemm.heuristics import gemm
 from jitgemm.heuristics.gemm import ANCHORS, MAX_KERNELS, Candidate, Explanation, Groups, Overrides, serving_anchors
@@ -21,6 +21,8 @@ from jitgemm.settings import Settings
 # Tiles beside those of dense GEMM's menu: between few tokens and 64 rows, weights are read once whatever the tile, and
 # the smallest that holds a group's rows leaves most to the loads.
 _TOKEN_TILES = ((48, 64), (48, 128), (64, 64), (64, 128), (80, 128), (96, 128), (128, 128))
+
+_SUMS_OF_THREE = 120  # registers a thread that sums may take where three warpgroups promote
 
 
 def choose_config(problem: GroupedProblem, device: Device) -> GemmConfig:
@@ -98,6 +100,9 @@ def illegal(problem: GroupedProblem, config: GemmConfig, device: Device) -> str 
     tile, alignment = config.tile_m, problem.alignment
     if problem.kind == "contiguous" and alignment % tile and tile % alignment:
         return f"tile_m must divide the alignment of the groups, {alignment}, or be a multiple of it"
+    shape = kernel_shape(problem.dense.without_sizes(), config)
+    if shape.math_warpgroups == 3 and problem.dense.promotes and shape.accumulator_registers > _SUMS_OF_THREE:
+        return f"sums take more than {_SUMS_OF_THREE} registers a thread beside a group's tile"
     return gemm.illegal(problem.dense, config, device)
 
 

@@ -20,7 +20,7 @@ from jitgemm.tensor_map import ALIGNMENT, BYTES, OperandMap
 # The template's `Params`: tensor maps, then d_plain, row_scale_matrix, column_scale_matrix, d_group_stride,
 # scale_matrix_group_stride, layout, n, k_blocks, d_aligned, padding.
 MAPS = ("rows", "rows_cut", "columns", "columns_cut", "row_scales", "column_scales", "d")
-TAIL = struct.Struct("<Qq Qiiii Qiiii q q Qiiiiiii4x iii4x")
+TAIL = struct.Struct("<Qq Qiiii Qiiii q i4x Qiiiiiii4x iii4x")
 TAIL_OFFSET = len(MAPS) * BYTES
 _D, _ROW_SCALES, _COLUMN_SCALES, _LAYOUT = (TAIL_OFFSET // 8 + word for word in (0, 2, 5, 10))  # words of these pointers
 PARAMS_BYTES = -(-(TAIL_OFFSET + TAIL.size) // BYTES) * BYTES
