@@ -13,6 +13,8 @@ Every function is written so that its last, partial group counts as if padded wi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -90,22 +92,36 @@ def per_block_cast_to_fp8(x: Tensor, use_ue8m0: bool = False, gran_k: int = 128)
     return values.view(align(n, gran_k), align(k, gran_k))[:n, :k].contiguous(), sf.squeeze((1, 3))
 
 
-def dequantize(x: Tensor, scales: Tensor, group: Group, dtype: torch.dtype = torch.float32) -> Tensor:
+def dequantize(
+    x: Tensor, scales: Tensor, group: Group, dtype: torch.dtype = torch.float32, offset: tuple[int, int] = (0, 0)
+) -> Tensor:
     """``x`` [rows, columns] times its scales, one for each ``group``; float64 holds the products exactly.
 
+    ``offset`` is how many rows and columns of the first group lie before ``x``, a part cut from a larger matrix.
+
     Raises:
-        ValueError: ``scales`` is not [ceil(rows / group rows), ceil(columns / group columns)].
+        ValueError: ``scales`` is not [ceil((offset + rows) / group rows), ceil((offset + columns) / group columns)].
     """
-    expected = tuple(1 if size is None else ceil_div(extent, size) for extent, size in zip(x.shape, group, strict=True))
+    expected = scale_shape(x.shape, group, offset)
     if tuple(scales.shape) != expected:
+        cut = f" from {offset} on" if any(offset) else ""
         raise ValueError(
-            f"scales have shape {tuple(scales.shape)}; groups of {group} in {tuple(x.shape)} are {expected}"
+            f"scales have shape {tuple(scales.shape)}; groups of {group} in {tuple(x.shape)}{cut} are {expected}"
         )
     scales = scales.to(dtype)
-    for dim, size in enumerate(group):
+    for dim, (size, start) in enumerate(zip(group, offset, strict=True)):
         if size is not None and size > 1:
-            scales = scales.repeat_interleave(size, dim).narrow(dim, 0, x.shape[dim])
+            scales = scales.repeat_interleave(size, dim).narrow(dim, start, x.shape[dim])
     return x.to(dtype) * scales
+
+
+def scale_shape(shape: Sequence[int], group: Group, offset: tuple[int, int] = (0, 0)) -> tuple[int, int]:
+    """How many scales a matrix of ``shape`` has, whose first group begins ``offset`` before it."""
+    rows, columns = (
+        1 if size is None else ceil_div(start + extent, size)
+        for extent, size, start in zip(shape, group, offset, strict=True)
+    )
+    return rows, columns
 
 
 def cast_back_from_fp8(
