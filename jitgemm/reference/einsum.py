@@ -93,7 +93,8 @@ def fp8_gemm_nt_skip_head_mid(
         raise ProblemError(f"d has shape {tuple(d.shape)}; accepted is {shape}")
     d_dtype = "bf16" if d.dtype == torch.bfloat16 else "fp32"
     product = gemm(a[0], b[0], a_scales=a[1], b_scales=b[1], recipe=recipe, d_dtype=d_dtype)
-    of_heads, result = d.unflatten(1, (heads, left + mid + right)), product.unflatten(1, (heads, left + right))
+    of_heads = torch.unflatten(d, 1, (heads, left + mid + right))
+    result = torch.unflatten(product, 1, (heads, left + right))
     of_heads[..., :left] = result[..., :left]
     of_heads[..., left + mid :] = result[..., left:]
 
@@ -101,7 +102,7 @@ def fp8_gemm_nt_skip_head_mid(
 def _sum_over_batch(a: Tensor, b: Tensor, d: Tensor, c: Tensor | None) -> None:
     total = torch.zeros(d.shape, dtype=torch.float64, device=d.device) if c is None else c.to(torch.float64)
     step = max(_BATCH_ELEMENTS // max(a[:1].numel(), b[:1].numel(), 1), 1)
-    for x, y in zip(a.split(step), b.split(step), strict=True):
+    for x, y in zip(torch.split(a, step), torch.split(b, step), strict=True):
         total = total + torch.bmm(x.to(torch.float64), y.to(torch.float64).mT).sum(0)
     d.copy_(round_to_bf16(total) if d.dtype == torch.bfloat16 else total)
 

@@ -100,7 +100,7 @@ def gemm_into(
         b_scales, recipe = _scales_of_interleaved_rows(b_scales, n), "fp8_1x128_1x128"
     scales_of_rows = group is not None and group[0][0] is not None
     selected = torch.arange(m, device=a.device) if rows is None else rows
-    for part in selected.split(_ROWS_AT_A_TIME):
+    for part in torch.split(selected, _ROWS_AT_A_TIME):
         if not part.numel():
             continue
         product = torch.empty((part.numel(), n), dtype=torch.float64, device=a.device)

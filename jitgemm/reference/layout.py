@@ -57,6 +57,18 @@ def get_mn_major_tma_aligned_packed_ue8m0_tensor(sf: Tensor) -> Tensor:
     return empty_mn_major(packed_shape(sf.shape), torch.int32, sf.device).copy_(pack_ue8m0(sf, padding=0))
 
 
+def get_k_grouped_mn_major_tma_aligned_packed_ue8m0_tensor(sf: Tensor, blocks: Sequence[int]) -> Tensor:
+    """The exponents of ``sf`` [sum of blocks, mn], packed along K within each group, rows padded to 16 bytes."""
+    words, mn = sum(ceil_div(count, 4) for count in blocks), sf.shape[1]
+    output = empty_mn_major((mn, words), torch.int32, sf.device).mT
+    start = 0
+    for part in torch.split(sf, list(blocks)):
+        packed = pack_ue8m0(part.mT, padding=0).mT
+        output[start : start + packed.shape[0]] = packed
+        start += packed.shape[0]
+    return output
+
+
 GATE_UP_RUN = 8
 """Rows of gate, then as many of up, in interleaved weights: the columns of D that one MMA core matrix spans."""
 
@@ -74,7 +86,7 @@ def interleave_gate_up(x: Tensor, dim: int, run: int = GATE_UP_RUN) -> Tensor:
         ProblemError: the extent of ``dim`` is no multiple of two runs.
     """
     dim = _check_gate_up(x, dim, run)
-    halves = _as_bytes(x).unflatten(dim, (2, -1, run)).transpose(dim, dim + 1)
+    halves = torch.unflatten(_as_bytes(x), dim, (2, -1, run)).transpose(dim, dim + 1)
     return halves.flatten(dim, dim + 2).contiguous().view(x.dtype)
 
 
@@ -94,7 +106,7 @@ def split_gate_up(x: Tensor, dim: int, run: int = GATE_UP_RUN) -> tuple[Tensor, 
         ProblemError: the extent of ``dim`` is no multiple of two runs.
     """
     dim = _check_gate_up(x, dim, run)
-    gate, up = _as_bytes(x).unflatten(dim, (-1, 2, run)).unbind(dim + 1)
+    gate, up = torch.unflatten(_as_bytes(x), dim, (-1, 2, run)).unbind(dim + 1)
     return gate.flatten(dim, dim + 1).view(x.dtype), up.flatten(dim, dim + 1).view(x.dtype)
 
 
@@ -104,7 +116,7 @@ def rows_of_gate_up_blocks(sf: Tensor) -> Tensor:
     Scales 2i and 2i + 1 belong to gate and up among the rows from 256i on.
     """
     blocks, k_blocks = sf.shape
-    of_pairs = sf.unflatten(0, (blocks // 2, 1, 2, 1))
+    of_pairs = torch.unflatten(sf, 0, (blocks // 2, 1, 2, 1))
     return of_pairs.expand(-1, SCALE_BLOCK // GATE_UP_RUN, -1, GATE_UP_RUN, -1).reshape(-1, k_blocks)
 
 

@@ -13,6 +13,7 @@ Every function is written so that its last, partial group counts as if padded wi
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -90,6 +91,65 @@ def per_block_cast_to_fp8(x: Tensor, use_ue8m0: bool = False, gran_k: int = 128)
     groups = _padded(x, gran_k, gran_k).view(ceil_div(n, gran_k), gran_k, ceil_div(k, gran_k), gran_k)
     values, sf = _cast_groups(groups, (1, 3), use_ue8m0)
     return values.view(align(n, gran_k), align(k, gran_k))[:n, :k].contiguous(), sf.squeeze((1, 3))
+
+
+def per_custom_dims_cast_to_fp8(x: Tensor, dims: tuple[int, ...], use_ue8m0: bool) -> tuple[Tensor, Tensor]:
+    """E4M3 ``x`` and one scale for each position along ``dims``: all that differ in other dimensions alone share it."""
+    within = tuple(dim for dim in range(x.dim()) if dim not in {dim % x.dim() for dim in dims})
+    values, sf = _cast_groups(x, within, use_ue8m0)
+    return values, sf.squeeze()
+
+
+def per_token_cast_to_fp4(
+    x: Tensor, use_ue8m0: bool, gran_k: int = 128, use_packed_ue8m0: bool = False
+) -> tuple[Tensor, Tensor]:
+    """E2M1 ``x`` [m, k], two to a byte, int8 [m, k / 2], and scales as ``per_token_cast_to_fp8`` returns them.
+
+    An even column's code is in the low half of its byte. Codes are rounded to nearest even; zeros have no sign.
+    """
+    m, k = x.shape
+    groups = _padded(x, 1, gran_k).view(m, ceil_div(k, gran_k), gran_k)
+    sf = groups.abs().float().amax(dim=2, keepdim=True).clamp(min=SMALLEST_AMAX) / E2M1_MAX
+    if use_ue8m0:
+        sf = ceil_to_ue8m0(sf)
+    codes = _e2m1_codes(groups * (1.0 / sf)).view(m, align(k, gran_k))[:, :k]
+    sf = sf.squeeze(2)
+    return _pack_nibbles(codes), pack_ue8m0(sf, padding=127) if use_packed_ue8m0 else sf
+
+
+def cast_back_from_fp4(packed: Tensor, sf: Tensor, gran_k: int = 128, use_packed_ue8m0: bool = False) -> Tensor:
+    """Undo ``per_token_cast_to_fp4``: fp32 [m, k]."""
+    codes = _unpack_nibbles(packed)
+    values = torch.tensor(_E2M1_VALUES + tuple(-value for value in _E2M1_VALUES), device=packed.device)[codes.int()]
+    return cast_back_from_fp8(values, sf, (1, gran_k), use_packed_ue8m0)
+
+
+def transpose_packed_fp4(a: Tensor) -> Tensor:
+    """Packed E2M1 [m, k / 2] as its transpose [k, m / 2]."""
+    return _pack_nibbles(_unpack_nibbles(a).T)
+
+
+E2M1_MAX = 6.0
+_E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+
+
+def _e2m1_codes(x: Tensor) -> Tensor:
+    """The nearest E2M1 codes, as uint8; NaN becomes 6, for E2M1 has none."""
+    magnitude = x.abs()
+    code = torch.zeros_like(x, dtype=torch.uint8)
+    for below, (low, high) in enumerate(itertools.pairwise(_E2M1_VALUES)):
+        middle = (low + high) / 2
+        code += ~(magnitude <= middle) if below % 2 == 0 else ~(magnitude < middle)  # a tie goes to the even code
+    return code | ((x < 0) & (code != 0)).to(torch.uint8) << 3
+
+
+def _pack_nibbles(codes: Tensor) -> Tensor:
+    return (codes[:, ::2] | codes[:, 1::2] << 4).contiguous().view(torch.int8)
+
+
+def _unpack_nibbles(packed: Tensor) -> Tensor:
+    data = packed.contiguous().view(torch.uint8)
+    return torch.stack([data & 0xF, data >> 4], 2).flatten(1)
 
 
 def dequantize(
