@@ -440,7 +440,7 @@ class _ReferencePlan:
 
     def __init__(self, extents: _Extents, recipe: str, layout: str, d_dtype: str) -> None:
         self._extents = extents
-        self._arguments = {"recipe": recipe, "layout": layout, "d_dtype": d_dtype}
+        self._arguments: dict[str, Any] = {"recipe": recipe, "layout": layout, "d_dtype": d_dtype}
 
     def __call__(
         self, a: Tensor, a_scales: Tensor | None, b: Tensor, b_scales: Tensor | None, d: Tensor, c: Tensor | None
