@@ -344,7 +344,9 @@ class Groups(NamedTuple):
     """What the cost model knows of grouped GEMMs, whose m, n and k are those of one group."""
 
     count: int
-    alignment: int = 0  # of the groups' first rows, where tiles end at multiples of their height; 0 where with the group
+    alignment: int = (
+        0  # of the groups' first rows, where tiles end at multiples of their height; 0 where with the group
+    )
 
 
 @functools.lru_cache(maxsize=4096)
@@ -496,7 +498,9 @@ def _terms(
     def terms(m: Any) -> tuple[Any, ...]:
         # How the tiles fall on the chip: rounds of them, each with so many CTAs; of these, CTAs on one SM.
         tiles_m = -(-m // rows)
-        if groups is not None and groups.alignment:  # at the first tile's end, any multiple of the alignment into the group
+        if (
+            groups is not None and groups.alignment
+        ):  # at the first tile's end, any multiple of the alignment into the group
             tiles_m = most(tiles_m, (m + rows - groups.alignment) / rows)
         ctas = tiles_m * tiles_n * cluster
         if groups is not None:

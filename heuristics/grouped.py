@@ -20,8 +20,9 @@ from jitgemm.settings import Settings
 
 # Tiles beside those of dense GEMM's menu: between few tokens and 64 rows, weights are read once whatever the tile, and
 # the smallest that holds a group's rows leaves most to the loads.
-_TOKEN_TILES = ((48, 64), (48, 128), (64, 64), (64, 128), (80, 128), (96, 128), (128, 128))
+_TOKEN_TILES = ((48, 64), (48, 128), (64, 64), (64, 128), (80, 128), (96, 128))
 
+_MOST_TOKENS = 96  # of FP8, on the MMA's N side
 _SUMS_OF_THREE = 120  # registers a thread that sums may take where three warpgroups promote
 
 
@@ -81,15 +82,11 @@ def candidates(problem: GemmProblem, overrides: Overrides) -> tuple[GemmConfig, 
     if overrides:
         return tuple(gemm.generate(problem, overrides))
     tile_k = 128 // problem.traits.operand_bytes
-    menu = [
-        dataclasses.replace(config, cluster_m=1, cluster_n=1, split_k=1) for config in gemm.candidates(problem, ())
-    ]
+    menu = [dataclasses.replace(config, cluster_m=1, cluster_n=1, split_k=1) for config in gemm.candidates(problem, ())]
     for tile_m, tile_n in _TOKEN_TILES:
         config = GemmConfig(tile_m, tile_n, tile_k, 0, swap_ab=True)
         if gemm._illegal_kernel(problem, dataclasses.replace(config, stages=2), SM90A) is None:
-            menu += [
-                dataclasses.replace(config, stages=stages) for stages in gemm.stage_choices(problem, config)
-            ]
+            menu += [dataclasses.replace(config, stages=stages) for stages in gemm.stage_choices(problem, config)]
     return tuple(dict.fromkeys(menu))
 
 
@@ -103,6 +100,8 @@ def illegal(problem: GroupedProblem, config: GemmConfig, device: Device) -> str 
     shape = kernel_shape(problem.dense.without_sizes(), config)
     if shape.math_warpgroups == 3 and problem.dense.promotes and shape.accumulator_registers > _SUMS_OF_THREE:
         return f"sums take more than {_SUMS_OF_THREE} registers a thread beside a group's tile"
+    if config.swap_ab and problem.dense.promotes and tile > _MOST_TOKENS:
+        return f"tile_m must be at most {_MOST_TOKENS} beside a group's tile where operands are swapped"
     return gemm.illegal(problem.dense, config, device)
 
 

@@ -17,6 +17,13 @@ if not (_package / "heuristics").is_dir() and (_package.parent / "heuristics").i
     __path__.append(str(_package.parent))
 
 _PUBLIC = {
+    "fp8_m_grouped_gemm_nt_masked": "jitgemm.ops.grouped",
+    "m_grouped_bf16_gemm_nn_contiguous": "jitgemm.ops.grouped",
+    "m_grouped_bf16_gemm_nt_contiguous": "jitgemm.ops.grouped",
+    "m_grouped_bf16_gemm_nt_masked": "jitgemm.ops.grouped",
+    "m_grouped_fp8_gemm_nn_contiguous": "jitgemm.ops.grouped",
+    "m_grouped_fp8_gemm_nt_contiguous": "jitgemm.ops.grouped",
+    "m_grouped_fp8_gemm_nt_masked": "jitgemm.ops.grouped",
     "align": "jitgemm.utils.math",
     "bf16_gemm_nn": "jitgemm.ops.gemm",
     "bf16_gemm_nt": "jitgemm.ops.gemm",

@@ -68,6 +68,10 @@ class OperandMap:
         status = encode_tensor_map_function()(target, self._type, self._rank, address, *self._arguments)
         if status:
             numbers = list(self._geometry)
-            sizes, strides, box = numbers[: self._rank], numbers[self._rank : 2 * self._rank - 1], numbers[2 * self._rank - 1]
+            sizes, strides, box = (
+                numbers[: self._rank],
+                numbers[self._rank : 2 * self._rank - 1],
+                numbers[2 * self._rank - 1],
+            )
             what = f"{'x'.join(map(str, sizes))}, strides {strides} bytes, box {box & 0xFFFFFFFF}x{box >> 32}"
             raise error_of(status, f"tensor map of {what} at {address:#x}")

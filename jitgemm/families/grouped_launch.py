@@ -22,7 +22,9 @@ from jitgemm.tensor_map import ALIGNMENT, BYTES, OperandMap
 MAPS = ("rows", "rows_cut", "columns", "columns_cut", "row_scales", "column_scales", "d")
 TAIL = struct.Struct("<Qq Qiiii Qiiii q i4x Qiiiiiii4x iii4x")
 TAIL_OFFSET = len(MAPS) * BYTES
-_D, _ROW_SCALES, _COLUMN_SCALES, _LAYOUT = (TAIL_OFFSET // 8 + word for word in (0, 2, 5, 10))  # words of these pointers
+_D, _ROW_SCALES, _COLUMN_SCALES, _LAYOUT = (
+    TAIL_OFFSET // 8 + word for word in (0, 2, 5, 10)
+)  # words of these pointers
 PARAMS_BYTES = -(-(TAIL_OFFSET + TAIL.size) // BYTES) * BYTES
 
 _BAND_ROWS = 1024  # of D that are walked before n advances
