@@ -14,6 +14,7 @@ from jitgemm.errors import ProblemError
 
 if TYPE_CHECKING:
     from jitgemm.families.gemm import GemmProblem
+    from jitgemm.families.grouped import GroupedProblem
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class NamedProblem:
     """A problem without its m, and the layer that asks it (empty where it has no name)."""
 
     layer: str
-    problem: GemmProblem
+    problem: GemmProblem | GroupedProblem
 
 
 def from_preset(name: str) -> list[NamedProblem]:
@@ -92,6 +93,7 @@ def _json(line: str) -> dict[str, Any]:
 
 def _parse(entry: dict[str, Any]) -> NamedProblem:
     from jitgemm.families.gemm import GemmProblem
+    from jitgemm.families.grouped import GroupedProblem
 
     for name, value in entry.items():
         if isinstance(value, (list, dict)):
@@ -99,5 +101,7 @@ def _parse(entry: dict[str, Any]) -> NamedProblem:
     layer = entry.get("layer", "")
     if not isinstance(layer, str):
         raise ProblemError(f"layer is {layer!r}; accepted is a string")
-    problem = GemmProblem.from_dict({name: value for name, value in entry.items() if name != "layer"})
+    values = {name: value for name, value in entry.items() if name != "layer"}
+    grouped = str(values.get("kind", "gemm")).startswith("m_grouped_")
+    problem = GroupedProblem.from_dict(values) if grouped else GemmProblem.from_dict(values)
     return NamedProblem(layer, problem.without_m())
