@@ -11,7 +11,6 @@ import re
 import shutil
 import subprocess
 from collections.abc import Sequence
-from pathlib import Path
 
 import pytest
 from support import ROOT
@@ -29,10 +28,8 @@ _SHIM = """
 #include <cstdlib>
 #define __device__
 #define __forceinline__ inline
-typedef int int32_t_;
 constexpr int WARP = 32;
 template <typename T> constexpr T min_of(T x, T y) { return x < y ? x : y; }
-struct Lane { int x; };
 static ucontext_t contexts[32], outside;
 static int current, alive, values[2][32], turn[32];
 static char* stacks[32];
@@ -92,15 +89,20 @@ static void run() {
   for (int lane = 0; lane < 32; ++lane) {
     if (!stacks[lane]) stacks[lane] = static_cast<char*>(malloc(1 << 16));
     getcontext(&contexts[lane]);
-    contexts[lane].uc_stack.ss_sp = stacks[lane], contexts[lane].uc_stack.ss_size = 1 << 16, contexts[lane].uc_link = nullptr;
+    contexts[lane].uc_stack.ss_sp = stacks[lane], contexts[lane].uc_stack.ss_size = 1 << 16;
+    contexts[lane].uc_link = nullptr;
     makecontext(&contexts[lane], reinterpret_cast<void (*)()>(lane_of_block<GROUPING, TILE>), 0);
     turn[lane] = 0;
   }
   current = 0;
   swapcontext(&outside, &contexts[0]);
 }
-extern "C" int find_quotient(int dividend, int divisor, int wrong) { wrong_by = wrong; return quotient(dividend, divisor); }
-extern "C" int find_tiles(int grouping, int tile, const GroupLayout* layout, int block, int grid, int (*tiles)[5], int capacity) {
+extern "C" int find_quotient(int dividend, int divisor, int wrong) {
+  wrong_by = wrong;
+  return quotient(dividend, divisor);
+}
+extern "C" int find_tiles(int grouping, int tile, const GroupLayout* layout, int block, int grid, int (*tiles)[5],
+                          int capacity) {
   given = layout, blocks = block | grid << 16, limit = capacity, found = 0, out = tiles;
   %(cases)s
   return found;
