@@ -53,13 +53,15 @@ def pack_ue8m0(sf: Tensor, padding: int) -> Tensor:
     Bytes past the end of the last dimension hold ``padding``. Signs and mantissas are dropped.
     """
     exponents = (sf.contiguous().view(torch.int32) >> 23).to(torch.uint8)
-    missing = -sf.shape[-1] % 4
-    return torch.nn.functional.pad(exponents, (0, missing), value=padding).view(torch.int32)
+    exponents = torch.nn.functional.pad(exponents, (0, -sf.shape[-1] % 4), value=padding)
+    # Flat, because a dimension of size 1 may have any stride.
+    return exponents.flatten().view(torch.int32).view(*sf.shape[:-1], exponents.shape[-1] // 4)
 
 
 def unpack_ue8m0(packed: Tensor) -> Tensor:
     """Reverse ``pack_ue8m0``, padding included: four fp32 powers of two per int32."""
-    return (packed.contiguous().view(torch.uint8).to(torch.int32) << 23).view(torch.float32)
+    exponents = packed.flatten().view(torch.uint8).to(torch.int32)
+    return (exponents << 23).view(torch.float32).view(*packed.shape[:-1], 4 * packed.shape[-1])
 
 
 def per_token_cast_to_fp8(
@@ -95,9 +97,10 @@ def per_block_cast_to_fp8(x: Tensor, use_ue8m0: bool = False, gran_k: int = 128)
 
 def per_custom_dims_cast_to_fp8(x: Tensor, dims: tuple[int, ...], use_ue8m0: bool) -> tuple[Tensor, Tensor]:
     """E4M3 ``x`` and one scale for each position along ``dims``: all that differ in other dimensions alone share it."""
-    within = tuple(dim for dim in range(x.dim()) if dim not in {dim % x.dim() for dim in dims})
-    values, sf = _cast_groups(x, within, use_ue8m0)
-    return values, sf.squeeze()
+    kept = {dim % x.dim() for dim in dims}
+    within = tuple(dim for dim in range(x.dim()) if dim not in kept)
+    values, sf = _cast_groups(x[..., None], (*within, x.dim()), use_ue8m0)  # to reduce no dimension means to reduce all
+    return values.squeeze(-1), sf.squeeze()
 
 
 def per_token_cast_to_fp4(

@@ -22,7 +22,7 @@ from jitgemm.reference.grouped import (
     rows_of_index,
     rows_of_psum,
 )
-from jitgemm.reference.layout import deinterleave_gate_up, interleave_gate_up, slice_scales
+from jitgemm.reference.layout import deinterleave_gate_up, empty_mn_major, interleave_gate_up, slice_scales
 
 NAN = float("nan")
 INF = float("inf")
@@ -477,6 +477,21 @@ def test_quantized_output_refuses_scales_of_another_shape() -> None:
     d = (fp8(4, 256), torch.zeros(4, 1))
     with pytest.raises(ProblemError, match=r"d's scales have shape \(4, 1\); accepted is \(4, 2\) for 256 columns"):
         gemm_into(bf16(4, 16), bf16(256, 16), d, recipe="bf16")
+
+
+def test_outputs_of_any_strides_are_written_in_place() -> None:
+    a, b = bf16(2, 6, 16), bf16(2, 256, 16)
+    counts = torch.tensor([4, 6], dtype=torch.int32)
+    contiguous = torch.zeros(2, 6, 256).to(torch.float8_e4m3fn), torch.zeros(2, 6, 2)
+    around = torch.zeros(2, 8, 300).to(torch.float8_e4m3fn)
+    strided = around[:, 1:7, 20:276], empty_mn_major((2, 6, 2), torch.float32, torch.device("cpu")).zero_()
+    assert strided[1].stride() == (16, 1, 8)
+    for d in (contiguous, strided):
+        m_grouped_masked(a, b, d, counts, recipe="bf16")
+    for x, y in zip(strided, contiguous, strict=True):
+        assert torch.equal(x.float(), y.float())
+    strided[0].view(torch.uint8).zero_()
+    assert not around.view(torch.uint8).any()
 
 
 def test_nan_and_inf_reach_quantized_outputs() -> None:
