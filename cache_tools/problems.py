@@ -24,6 +24,19 @@ class NamedProblem:
     layer: str
     problem: GemmProblem | GroupedProblem
 
+    @property
+    def dense(self) -> GemmProblem:
+        """The problem, for what knows dense ones only.
+
+        Raises:
+            UsageError: it is a grouped one.
+        """
+        from jitgemm.families.gemm import GemmProblem
+
+        if not isinstance(self.problem, GemmProblem):
+            raise UsageError(f"{self.problem.to_dict()['kind']} problems are not tuned; accepted is gemm")
+        return self.problem
+
 
 def from_preset(name: str) -> list[NamedProblem]:
     """The problems of a preset that ships with jitgemm.

@@ -343,10 +343,8 @@ class _Traits(NamedTuple):
 class Groups(NamedTuple):
     """What the cost model knows of grouped GEMMs, whose m, n and k are those of one group."""
 
-    count: int
-    alignment: int = (
-        0  # of the groups' first rows, where tiles end at multiples of their height; 0 where with the group
-    )
+    number: int
+    alignment: int = 0  # of their first rows where tiles end at multiples of their height, else 0
 
 
 @functools.lru_cache(maxsize=4096)
@@ -504,7 +502,7 @@ def _terms(
             tiles_m = most(tiles_m, (m + rows - groups.alignment) / rows)
         ctas = tiles_m * tiles_n * cluster
         if groups is not None:
-            ctas = ctas * groups.count
+            ctas = ctas * groups.number
         rounds = -(-ctas // slots)
         active = -(-ctas // rounds)
         sharing = least((active - 1) // num_sms, blocks_per_sm - 1) + 1
@@ -512,7 +510,7 @@ def _terms(
         # Rows that all CTAs of a round load for a stage, each counted once: of tiles that lie near a square.
         at_once = active / cluster
         if groups is not None:
-            groups_at_once = least(groups.count, ceil(at_once / (tiles_m * tiles_n)))
+            groups_at_once = least(groups.number, ceil(at_once / (tiles_m * tiles_n)))
             at_once = at_once / groups_at_once
         tall = least(tiles_m, most(1, nearest(sqrt(at_once * columns / rows))))
         wide = least(tiles_n, ceil(at_once / tall))
@@ -538,7 +536,7 @@ def _terms(
         operands = m * bytes_of_a_row + bytes_of_b * (1 + shared * (1 - 1 / tiles_m))
         hbm = operands / least(hbm_rate, sms * hbm_of_sm) + m * bytes_of_d_row / hbm_rate
         if groups is not None:
-            hbm = hbm * groups.count
+            hbm = hbm * groups.number
         epilogue = (1 + (rounds - 1) * repeated) * kernel.epilogue / cycles_per_us
         reduction = rounds * kernel.reduction + (rounds - 1) * kernel.relaunch
         main = ((loop * stage) ** main_norm + hbm**main_norm) ** (1 / main_norm)

@@ -99,15 +99,17 @@ class GroupedGeometry:
             width = shape.store_row_bytes
             height = shape.store_columns if config.swap_ab else ROWS_STORED
             d_map = _map(problem.d_dtype, d, width // shape.d_bytes, height, width)
+        maps: tuple[OperandMap | None, ...]
         b_fields = (0, 0, 0)
         if b_scales is not None:
             b_fields = (b_scales.row_stride, b_scales_k_stride, -(-problem.n // SCALE_GROUP))
         if config.swap_ab:
-            self._maps = (*weights, *tokens, None, scales_map, d_map)
+            maps = (*weights, *tokens, None, scales_map, d_map)
             row_fields, column_fields = b_fields, (0, 0, 0)
         else:
-            self._maps = (*tokens, *weights, scales_map, None, d_map)
+            maps = (*tokens, *weights, scales_map, None, d_map)
             row_fields, column_fields = (0, 0, 0), b_fields
+        self._maps = maps
 
         tiles_n = -(-problem.n // config.tile_n)
         most = most_tiles(problem, config, a.rows)
