@@ -249,13 +249,12 @@ def _call(
         _check_expected("expected_m_for_psum_layout", expected_m)
     if not isinstance(zero_padding, bool):
         raise ProblemError(f"ensure_zero_padding is {zero_padding!r}; accepted is a boolean")
-    alignment = settings.current().mk_alignment
     if needs_dispatch(a, a_scales, b, b_scales, d, layout):
         named: dict[str, object] = {"a": a, "b": b, "d": d, _layout_name(kind): layout}
         _check_tensors(**named, **({} if a_scales is None else {"a_scales": a_scales, "b_scales": b_scales}))
-        torch.ops.jitgemm.m_grouped_gemm(a, a_scales, b, b_scales, d, layout, kind, expected_m, zero_padding, alignment)
+        torch.ops.jitgemm.m_grouped_gemm(a, a_scales, b, b_scales, d, layout, kind, expected_m, zero_padding)
         return
-    _run(a, a_scales, b, b_scales, d, layout, kind, expected_m, zero_padding, alignment)
+    _run(a, a_scales, b, b_scales, d, layout, kind, expected_m, zero_padding)
 
 
 _plans: Table[Any, Any] = Table(4096)
@@ -271,13 +270,12 @@ def _run(
     kind: str,
     expected_m: int | None,
     zero_padding: bool,
-    alignment: int,
 ) -> None:
     """Find or make the plan of a call and launch it; CPU tensors go to the reference."""
     in_force = settings.current()
     try:
         key = (
-            kind, expected_m, zero_padding, alignment, in_force.generation,
+            kind, expected_m, zero_padding, in_force.generation,
             a.shape, a.stride(), a.dtype, a.device, b.shape, b.stride(), b.dtype, b.device,
             d.shape, d.stride(), d.dtype, d.device, layout.shape, layout.stride(), layout.dtype, layout.device,
             None if a_scales is None else (a_scales.shape, a_scales.stride(), a_scales.dtype, a_scales.device,
@@ -290,7 +288,7 @@ def _run(
         raise
     plan = _plans.get(key)
     if plan is None:
-        operands = _Operands(a, a_scales, b, b_scales, d, layout, kind, expected_m, alignment)
+        operands = _Operands(a, a_scales, b, b_scales, d, layout, kind, expected_m, in_force.mk_alignment)
         plan = _plans.put(key, _make_plan(operands, a_scales, in_force, zero_padding))
     plan(a, a_scales, b, b_scales, d, layout)
 
@@ -607,9 +605,8 @@ def _grouped_operator(
     kind: str,
     expected_m: int | None,
     zero_padding: bool,
-    alignment: int,
 ) -> None:
-    _run(a, a_scales, b, b_scales, d, layout, kind, expected_m, zero_padding, alignment)
+    _run(a, a_scales, b, b_scales, d, layout, kind, expected_m, zero_padding)
 
 
 def _grouped_fake(
@@ -622,7 +619,6 @@ def _grouped_fake(
     kind: str,
     expected_m: int | None,
     zero_padding: bool,
-    alignment: int,
 ) -> None:
     rank = 3 if kind == "masked" else 2
     for name, tensor, dimensions in (("a", a, rank), ("b", b, 3), ("d", d, rank), (_layout_name(kind), layout, 1)):
@@ -633,7 +629,7 @@ def _grouped_fake(
 torch.library.define(
     "jitgemm::m_grouped_gemm",
     "(Tensor a, Tensor? a_scales, Tensor b, Tensor? b_scales, Tensor(d!) d, Tensor layout, str kind, int? expected_m,"
-    " bool zero_padding, int alignment) -> ()",
+    " bool zero_padding) -> ()",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 torch.library.impl("jitgemm::m_grouped_gemm", ("cpu", "cuda"), _grouped_operator)
