@@ -57,7 +57,8 @@ def test_the_largest_kernels_of_every_kind_fit(cache: None, kind: str, recipe: s
     shapes: dict[tuple[int, bool], list[GemmConfig]] = {}
     for config in legal:
         shapes.setdefault((config.tile_n if config.swap_ab else config.tile_m, config.swap_ab), []).append(config)
-    chosen = {max(configs, key=lambda c: (sums(c), c)) for configs in shapes.values()}
+    largest = sorted((max(configs, key=lambda c: (sums(c), c)) for configs in shapes.values()), key=sums)
+    chosen = largest if kind == "masked" else largest[-2:]  # the kinds differ in the producer alone
     found = []
     for config in sorted(chosen):
         found += faults(problem, config)
