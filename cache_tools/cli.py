@@ -92,18 +92,24 @@ def run(arguments: Sequence[str]) -> int:
 def _use_cache_dir(context: click.Context, parameter: click.Parameter, value: str | None) -> None:
     if value is None:
         return
-    if not value:
-        raise click.BadParameter("is empty; accepted is a directory", context, parameter)
-    context.with_resource(settings.override(cache_dir=Path(value).absolute()))
+    directories = value.split(os.pathsep)
+    if not all(directories):
+        raise click.BadParameter(
+            f"{value!r} names an empty one; accepted is a directory, or several with {os.pathsep} between them",
+            context,
+            parameter,
+        )
+    context.with_resource(settings.override(cache_dir=tuple(Path(one).absolute() for one in directories)))
 
 
 def _cache_dir_option(command: Command) -> Command:
     return click.option(
         "--cache-dir",
-        type=click.Path(file_okay=False),
+        metavar="DIR[:DIR]...",
         callback=_use_cache_dir,
         expose_value=False,
-        help="Directory of the kernel cache  [default: JITGEMM_CACHE_DIR, else the user's cache directory]",
+        help="Directory of the kernel cache, then read-only ones  [default: JITGEMM_CACHE_DIR, else the user's cache"
+        " directory]",
     )(command)
 
 
@@ -311,6 +317,98 @@ def doctor(as_json: bool) -> int:
     else:
         print_diagnosis(diagnosis)
     return EXIT_ENVIRONMENT if diagnosis.problems else 0
+
+
+@cli.command()
+@_json_option
+@_cache_dir_option
+def verify(as_json: bool) -> int:
+    """Check every kernel of the cache: ok, stale, under a wrong key, or damaged. The last two give exit code 1."""
+    from jitgemm.cache_tools import upkeep
+
+    return upkeep.verify(as_json=as_json)
+
+
+def _size(context: click.Context, parameter: click.Parameter, value: str | None) -> int | None:
+    try:
+        return None if value is None else settings.parse_size(value)
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is not accepted; accepted are {settings.SIZES}") from None
+
+
+_AGE_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
+
+
+def _age(context: click.Context, parameter: click.Parameter, value: str | None) -> float | None:
+    if value is None:
+        return None
+    number, unit = value[:-1], value[-1:].lower()
+    if unit not in _AGE_UNITS or not (number.isascii() and number.isdecimal() and len(number) < 10):
+        raise click.BadParameter(f"{value!r} is not accepted; accepted is a whole number and s, m, h, d or w, such as 30d")
+    return float(int(number) * _AGE_UNITS[unit])
+
+
+@cli.command()
+@click.option("--max-size", "max_bytes", metavar="SIZE", callback=_size, help="Least recently used first, down to this.")
+@click.option("--unused-for", "unused_seconds", metavar="AGE", callback=_age, help="Not used for so long, such as 30d.")
+@click.option("--stale", is_flag=True, help="Those that this version of jitgemm and its NVRTC will not use any more.")
+@click.option("--damaged", is_flag=True, help="Those that are damaged, or under a wrong key.")
+@click.option("--dry-run", is_flag=True, help="Say what would go; remove nothing.")
+@_json_option
+@_cache_dir_option
+def prune(
+    max_bytes: int | None,
+    unused_seconds: float | None,
+    stale: bool,
+    damaged: bool,
+    dry_run: bool,
+    as_json: bool,
+) -> int:
+    """Remove kernels that meet any of the criteria. What was used a moment ago stays, and so do read-only layers."""
+    from jitgemm.cache_tools import upkeep
+
+    upkeep.prune(
+        max_bytes=max_bytes,
+        unused_seconds=unused_seconds,
+        stale=stale,
+        damaged=damaged,
+        dry_run=dry_run,
+        as_json=as_json,
+    )
+    return 0
+
+
+@cli.command()
+@_json_option
+@_cache_dir_option
+def clear(as_json: bool) -> int:
+    """Remove all kernels from the cache. Tuned tables stay, and so do read-only layers."""
+    from jitgemm.cache_tools import upkeep
+
+    upkeep.clear(as_json=as_json)
+    return 0
+
+
+@cli.command()
+@_json_option
+@_cache_dir_option
+def stats(as_json: bool) -> int:
+    """Print how the cache has served all processes so far, and how much it holds."""
+    from jitgemm.cache_tools import upkeep
+
+    upkeep.stats(as_json=as_json)
+    return 0
+
+
+@cli.command()
+@_json_option
+@_cache_dir_option
+def path(as_json: bool) -> int:
+    """Print the directory that kernels are stored in."""
+    from jitgemm.cache_tools import upkeep
+
+    upkeep.path(as_json=as_json)
+    return 0
 
 
 @cli.command()

@@ -21,6 +21,7 @@ _PUBLIC = {
     "bf16_gemm_nt": "jitgemm.ops.gemm",
     "bf16_gemm_tn": "jitgemm.ops.gemm",
     "bf16_gemm_tt": "jitgemm.ops.gemm",
+    "cache_stats": "jitgemm.builder",
     "fp8_gemm_nt": "jitgemm.ops.gemm",
     "get_mn_major_tma_aligned_packed_ue8m0_tensor": "jitgemm.ops.layout",
     "get_mn_major_tma_aligned_tensor": "jitgemm.ops.layout",

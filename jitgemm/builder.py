@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Literal
 from jitgemm import settings
 from jitgemm.cache import KernelCache, damaged_entries, default_cache, logger
 from jitgemm.cache_key import cache_key
-from jitgemm.compiler import Cubin, compile_source, driver_accepts, find_nvrtc
+from jitgemm.cache_stats import Stats
+from jitgemm.compiler import Cubin, compile_source, driver_accepts, driver_version, find_nvrtc, version_text
 from jitgemm.errors import CacheError, CacheMissError, CompileError
 from jitgemm.families.base import KernelSpec
 from jitgemm.settings import Settings
@@ -41,23 +42,12 @@ class Built:
     seconds: float
 
 
-@dataclass
-class Stats:
-    """What this process has asked for so far, and how it was served."""
-
-    memory_hits: int = 0
-    disk_hits: int = 0
-    misses: int = 0
-    compiles: int = 0
-    damaged: int = 0  # invalid entries met on disk
-
-
 @dataclass(frozen=True)
 class _Place:
     """A kernel and the settings that decide where it may come from."""
 
     spec: KernelSpec
-    cache_dir: Path | None
+    cache_dir: tuple[Path, ...] | None
     nvrtc: Path | None
     exact_nvrtc: bool
 
@@ -123,6 +113,10 @@ def stats() -> Stats:
         return dataclasses.replace(_stats, damaged=damaged_entries())
 
 
+cache_stats = stats
+"""Its public name."""
+
+
 def forget() -> None:
     """Empty the table in memory, so that the next look-up goes to the disk."""
     with _guard:
@@ -133,39 +127,51 @@ def _from_disk_or_compiled(spec: KernelSpec, in_force: Settings, capturing: bool
     cache, key = default_cache(), cache_key(spec)
     find = _finder(cache, key, in_force)
     cubin = find()
-    with _guard:
-        _stats.disk_hits += cubin is not None
-        _stats.misses += cubin is None
+    _count(cache, Stats(disk_hits=1) if cubin is not None else Stats(misses=1))
     if cubin is not None:
         return cubin, "disk"
     if in_force.jit == "forbid" or capturing:
         why = "JITGEMM_JIT is 'forbid'" if in_force.jit == "forbid" else "a CUDA graph is being captured"
         raise CacheMissError(
-            f"kernel {key} ({_describe(spec)}) is not in the cache {cache.directory} and {why}; "
+            f"kernel {key} ({_describe(spec)}) is not in the cache {cache.directory}{_unloadable(cache, key)} and {why}; "
             f"build it with: jitgemm prewarm --arch {spec.arch} --shapes FILE (or --preset NAME)"
         )
     if in_force.jit == "warn":
         logger.warning("kernel %s (%s) is not in the cache %s: compiling it", key, _describe(spec), cache.directory)
-    return _compile_once(spec, key, cache, find, in_force.lock_timeout)
+    try:
+        return _compile_once(spec, key, cache, find, in_force)
+    finally:
+        cache.save_counts()  # takes nothing beside a compile, and a killed process loses no more than its last hits
 
 
 def _compile_once(
-    spec: KernelSpec, key: str, cache: KernelCache, find: Callable[[], Cubin | None], timeout: float
+    spec: KernelSpec, key: str, cache: KernelCache, find: Callable[[], Cubin | None], in_force: Settings
 ) -> tuple[Cubin, Source]:
     from jitgemm.render import render
 
     with contextlib.ExitStack() as held:
-        cubin = _take_turn(held, cache, key, find, timeout)
+        cubin = _take_turn(held, cache, key, find, in_force.lock_timeout)
         if cubin is not None:
             return cubin, "disk"
         cubin = compile_source(render(spec), spec, key)
-        with _guard:
-            _stats.compiles += 1
+        _count(cache, Stats(compiles=1, compile_seconds=cubin.metadata.compile_seconds))
         try:
             cache.publish(cubin)
         except (OSError, CacheError) as error:
+            _count(cache, Stats(publish_failures=1))
             _warn_once(cache, error)
+    if in_force.cache_max_bytes is not None:
+        _keep_bound(cache, in_force.cache_max_bytes)
     return cubin, "compiled"
+
+
+def _keep_bound(cache: KernelCache, max_bytes: int) -> None:
+    from jitgemm.cache_upkeep import prune
+
+    try:
+        prune(cache, max_bytes=max_bytes)
+    except OSError as error:
+        _warn_once(cache, error)
 
 
 def _take_turn(
@@ -177,8 +183,10 @@ def _take_turn(
     """
     import filelock
 
-    deadline = time.monotonic() + timeout
+    start = time.monotonic()
+    deadline = start + timeout
     pause, longest = _POLL_SECONDS
+    waits = 0
     try:
         lock = cache.lock(key)
         while True:
@@ -186,6 +194,7 @@ def _take_turn(
                 lock.acquire(timeout=0)
                 held.callback(_release, lock)
                 return find()  # it may have been published since the first look
+            waits = 1
             cubin = find()  # all waiters at once, rather than one by one as the lock goes round
             if cubin is not None:
                 return cubin
@@ -193,9 +202,12 @@ def _take_turn(
                 break
             time.sleep(pause)
             pause = min(2 * pause, longest)
-    except (OSError, NotImplementedError) as error:
+    except (OSError, NotImplementedError, CacheError) as error:
         _warn_once(cache, error)
         return None
+    finally:
+        if waits:
+            _count(cache, Stats(lock_waits=1, lock_wait_seconds=time.monotonic() - start))
     logger.warning(
         "kernel %s: process %s has held its lock for more than %g s; compiling it here too",
         key,
@@ -232,6 +244,21 @@ def _nvrtc_in_use(in_force: Settings) -> str | None:
 def _loadable(version: str) -> bool:
     major, minor = map(int, version.split("."))
     return driver_accepts((major, minor))
+
+
+def _unloadable(cache: KernelCache, key: str) -> str:
+    """What to say of entries that are there and of no use here."""
+    driver = driver_version()
+    too_new = [version for version in cache.versions(key) if not _loadable(version)]
+    if driver is None or not too_new:
+        return ""
+    return f" (save as compiled by NVRTC {', '.join(too_new)}, too new for the CUDA {version_text(driver)} driver)"
+
+
+def _count(cache: KernelCache, counts: Stats) -> None:
+    with _guard:
+        _stats.add(counts)
+    cache.count(counts)
 
 
 def _remember(place: _Place, cubin: Cubin) -> None:

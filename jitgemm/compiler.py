@@ -41,6 +41,7 @@ class CubinMetadata:
     kernel_name: str
     arch: str
     nvrtc_version: str
+    build: str  # digest of templates, generators and options; with the spec it gives the key
     compile_seconds: float
     registers: int
     spill_bytes: int  # stores and loads together
@@ -77,6 +78,7 @@ _METADATA_TYPES: dict[str, tuple[type, ...]] = {
     "kernel_name": (str,),
     "arch": (str,),
     "nvrtc_version": (str,),
+    "build": (str,),
     "compile_seconds": (float, int),
     "registers": (int,),
     "spill_bytes": (int,),
@@ -336,6 +338,8 @@ def compile_source(source: KernelSource, spec: KernelSpec, key: str) -> Cubin:
     Raises:
         CompileError: no library serves, or NVRTC rejected the source; the message holds its whole log.
     """
+    from jitgemm.cache_key import build_digest  # which imports this module
+
     library = find_nvrtc()
     nvrtc = _load(str(library.path))
     start = time.perf_counter()
@@ -352,6 +356,7 @@ def compile_source(source: KernelSource, spec: KernelSpec, key: str) -> Cubin:
         kernel_name=source.name,
         arch=spec.arch,
         nvrtc_version=version_text(nvrtc.version),
+        build=build_digest(spec.arch),
         compile_seconds=round(seconds, 6),
         registers=registers,
         spill_bytes=spills,

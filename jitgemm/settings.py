@@ -11,6 +11,7 @@ import contextlib
 import contextvars
 import dataclasses
 import os
+import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -57,6 +58,29 @@ def _absolute_path(text: str) -> Path:
     if not path.is_absolute():  # a cache must not move with the working directory
         raise ValueError
     return path
+
+
+def _directories(text: str) -> tuple[Path, ...]:
+    return tuple(map(_absolute_path, text.split(os.pathsep)))
+
+
+_UNITS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
+
+
+def parse_size(text: str) -> int:
+    """Bytes that a text such as ``500M`` means.
+
+    Raises:
+        ValueError: it is no size.
+    """
+    match = re.fullmatch(r"([0-9]{1,15})([KMGT]?)", text.strip().upper())
+    if match is None:
+        raise ValueError(text)
+    return int(match[1]) << _UNITS[match[2]]
+
+
+SIZES = "bytes, such as 500M or 2G (K, M, G, T: powers of 1024)"
+"""What ``parse_size`` accepts."""
 
 
 def _cluster(text: str) -> tuple[int, int]:
@@ -106,9 +130,24 @@ def _variable(
 VARIABLES: tuple[Variable, ...] = (
     _variable(
         "cache_dir",
-        (_absolute_path, "an absolute path"),
-        "Directory of the kernel cache.",
+        (_directories, "an absolute path, or several with : between them"),
+        "Directory of the kernel cache; of several, the first is written and the others are read only.",
         default_text="the user's cache directory",
+        read="when the cache is first used",
+    ),
+    _variable(
+        "cache_max_bytes",
+        (parse_size, SIZES),
+        "Bound of what entries take in the cache directory: when one is published, the least recently used go.",
+        default_text="no bound",
+        read="at each compile",
+    ),
+    _variable(
+        "cache_group",
+        (_boolean, "0 or 1"),
+        "Share the cache directory with its group: files are made for the group, and those of its members are trusted.",
+        default=False,
+        default_text="0",
         read="when the cache is first used",
     ),
     _variable(
@@ -208,7 +247,9 @@ TUNING_FIELDS = ("tile_m", "tile_n", "tile_k", "stages", "cluster", "split_k", "
 class Settings:
     """A consistent set of values; equal settings are one object with one ``generation``."""
 
-    cache_dir: Path | None = None
+    cache_dir: tuple[Path, ...] | None = None
+    cache_max_bytes: int | None = None
+    cache_group: bool = False
     jit: str = "allow"
     nvrtc: Path | None = None
     exact_nvrtc: bool = False
@@ -369,7 +410,9 @@ def as_written(value: Any) -> str:
     """A value as the text that its variable would hold."""
     if isinstance(value, bool):
         return str(int(value))
-    return "x".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    if isinstance(value, tuple):
+        return (os.pathsep if all(isinstance(item, Path) for item in value) else "x").join(map(str, value))
+    return str(value)
 
 
 def _checked(function: str, field: str, value: Any) -> Any:
