@@ -10,6 +10,7 @@ import torch
 
 from jitgemm import driver
 from jitgemm.builder import build
+from jitgemm.compiler import driver_version, version_text
 from jitgemm.errors import DriverError
 from jitgemm.families import KernelSpec, family_of
 
@@ -51,8 +52,10 @@ def load(spec: KernelSpec, device: int) -> Kernel:
         try:
             library, handle = driver.load_kernel(cubin.image, cubin.metadata.kernel_name, smem_bytes, device)
         except DriverError as error:
+            version = driver_version()
             raise DriverError(
-                f"kernel {family.describe(spec)}, compiled by NVRTC {cubin.metadata.nvrtc_version}: {error}"
+                f"kernel {family.describe(spec)}, compiled by NVRTC {cubin.metadata.nvrtc_version}, was refused by the "
+                f"CUDA {version_text(version) if version else '(unknown)'} driver: {error}"
             ) from None
         kernel = Kernel(spec, device, handle, family.num_threads(spec), smem_bytes, library)
         _kernels[spec, device] = kernel

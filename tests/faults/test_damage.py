@@ -97,7 +97,7 @@ def test_a_folder_in_the_place_of_an_entry_is_left_alone(entry: Path, caplog: py
     assert builder.build(SPEC).source == "compiled"
     assert builder.build(SPEC).source == "memory"
     assert (entry / "content").is_dir()
-    assert os.listdir(entry.parents[1] / "staging") == []
+    assert os.listdir(entry.parents[2] / "staging") == []
 
 
 @pytest.fixture

@@ -19,7 +19,11 @@ def test_an_empty_environment_gives_the_defaults_of_the_table() -> None:
 @pytest.mark.parametrize(
     ("name", "text", "field", "value"),
     [
-        ("JITGEMM_CACHE_DIR", "/somewhere/else", "cache_dir", Path("/somewhere/else")),
+        ("JITGEMM_CACHE_DIR", "/somewhere/else", "cache_dir", (Path("/somewhere/else"),)),
+        ("JITGEMM_CACHE_DIR", "/first:/second", "cache_dir", (Path("/first"), Path("/second"))),
+        ("JITGEMM_CACHE_MAX_BYTES", "1000", "cache_max_bytes", 1000),
+        ("JITGEMM_CACHE_MAX_BYTES", "2g", "cache_max_bytes", 2 << 30),
+        ("JITGEMM_CACHE_GROUP", "1", "cache_group", True),
         ("JITGEMM_JIT", "forbid", "jit", "forbid"),
         ("JITGEMM_NVRTC", "/lib/libnvrtc.so.12", "nvrtc", Path("/lib/libnvrtc.so.12")),
         ("JITGEMM_EXACT_NVRTC", "1", "exact_nvrtc", True),
@@ -44,6 +48,12 @@ def test_accepted_values(name: str, text: str, field: str, value: object) -> Non
     [
         ("JITGEMM_CACHE_DIR", "relative/path"),
         ("JITGEMM_CACHE_DIR", "~no-such-user/cache"),
+        ("JITGEMM_CACHE_DIR", "/first::/second"),
+        ("JITGEMM_CACHE_DIR", "/first:second"),
+        ("JITGEMM_CACHE_MAX_BYTES", "-1"),
+        ("JITGEMM_CACHE_MAX_BYTES", "1.5G"),
+        ("JITGEMM_CACHE_MAX_BYTES", "1P"),
+        ("JITGEMM_CACHE_GROUP", "team"),
         ("JITGEMM_JIT", "sometimes"),
         ("JITGEMM_NVRTC", "libnvrtc.so"),
         ("JITGEMM_EXACT_NVRTC", "maybe"),
