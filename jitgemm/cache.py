@@ -40,7 +40,7 @@ from jitgemm.errors import CacheError
 from jitgemm.trust import (
     InvalidEntryError,
     check_directory,
-    check_file,
+    check_own_file,
     file_mode,
     make_folder,
     open_trusted,
@@ -535,10 +535,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _write_pid(descriptor: int, group: int | None) -> None:
-    status = os.fstat(descriptor)
-    check_file(status, group)
-    if status.st_nlink > 1:  # another file of this user's, which must not be overwritten
-        raise InvalidEntryError("the lock has a second name")
+    check_own_file(os.fstat(descriptor), group)
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, b"%d\n" % os.getpid(), 0)
 

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 from jitgemm.errors import CacheError
-from jitgemm.trust import check_file, file_mode
+from jitgemm.trust import check_own_file, file_mode
 
 LARGEST_STEP = 7 * 86_400.0
 """Seconds; a larger difference between two uses is a jump, which does not count."""
@@ -57,7 +57,7 @@ class CacheClock:
 
     def _advance(self, descriptor: int, system: float) -> float:
         status = os.fstat(descriptor)
-        check_file(status, status.st_gid if self._shared else None)
+        check_own_file(status, status.st_gid if self._shared else None)
         content = os.pread(descriptor, _BYTES, 0)
         try:
             last, here = map(float, content.split())

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jitgemm.errors import CacheError
-from jitgemm.trust import check_file, file_mode, open_trusted
+from jitgemm.trust import check_own_file, file_mode, open_trusted
 
 _BYTES = 512
 _PATIENCE_SECONDS = 0.5
@@ -56,7 +56,7 @@ def add_to_file(path: Path, counts: Stats, *, shared: bool = False) -> bool:
         return False
     try:
         status = os.fstat(descriptor)
-        check_file(status, status.st_gid if shared else None)
+        check_own_file(status, status.st_gid if shared else None)
         if shared and status.st_uid == os.geteuid():
             os.fchmod(descriptor, file_mode(shared=True))
         if not _lock(descriptor):

@@ -69,7 +69,11 @@ class CubinMetadata:
         KernelSpec.from_dict(data["spec"])
         if not all(map(str.isprintable, _strings(data))):  # they reach terminals
             raise ValueError("a field holds unprintable text")
-        return cls(**{**data, "warnings": tuple(map(str, data["warnings"]))})
+        if not all(isinstance(warning, str) for warning in data["warnings"]):
+            raise ValueError("field warnings holds something else than text")
+        if not all(abs(data[name]) < 2**63 for name, accepted in _METADATA_TYPES.items() if int in accepted):
+            raise ValueError("a number is out of range")  # nan too
+        return cls(**{**data, "warnings": tuple(data["warnings"])})
 
 
 _METADATA_TYPES: dict[str, tuple[type, ...]] = {

@@ -52,6 +52,17 @@ def check_file(status: os.stat_result, group: int | None = None) -> None:
         raise InvalidEntryError(f"it belongs to user {status.st_uid}")
 
 
+def check_own_file(status: os.stat_result, group: int | None = None) -> None:
+    """Check an open file that is about to be written, by its ``fstat``.
+
+    Raises:
+        InvalidEntryError: it is not a trusted regular file, or is also one of another name.
+    """
+    check_file(status, group)
+    if status.st_nlink > 1:
+        raise InvalidEntryError("it has a second name")
+
+
 def read_trusted(path: Path, limit: int) -> bytes:
     """Content of a regular file that only this user or root could have written; follows no link, never blocks.
 
