@@ -344,12 +344,16 @@ def _age(context: click.Context, parameter: click.Parameter, value: str | None) 
         return None
     number, unit = value[:-1], value[-1:].lower()
     if unit not in _AGE_UNITS or not (number.isascii() and number.isdecimal() and len(number) < 10):
-        raise click.BadParameter(f"{value!r} is not accepted; accepted is a whole number and s, m, h, d or w, such as 30d")
+        raise click.BadParameter(
+            f"{value!r} is not accepted; accepted is a whole number and s, m, h, d or w, such as 30d"
+        )
     return float(int(number) * _AGE_UNITS[unit])
 
 
 @cli.command()
-@click.option("--max-size", "max_bytes", metavar="SIZE", callback=_size, help="Least recently used first, down to this.")
+@click.option(
+    "--max-size", "max_bytes", metavar="SIZE", callback=_size, help="Least recently used first, down to this."
+)
 @click.option("--unused-for", "unused_seconds", metavar="AGE", callback=_age, help="Not used for so long, such as 30d.")
 @click.option("--stale", is_flag=True, help="Those that this version of jitgemm and its NVRTC will not use any more.")
 @click.option("--damaged", is_flag=True, help="Those that are damaged, or under a wrong key.")

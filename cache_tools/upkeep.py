@@ -95,7 +95,10 @@ def stats(*, as_json: bool) -> None:
         return
     print_table(
         ["count", ">", ""],
-        [(name, f"{value:.1f}" if isinstance(value, float) else value, _MEANINGS[name]) for name, value in counts.items()],
+        [
+            (name, f"{value:.1f}" if isinstance(value, float) else value, _MEANINGS[name])
+            for name, value in counts.items()
+        ],
     )
     limit = "" if bound is None else f" of {bound / 1e6:.1f}"
     print(printable(f"{len(files)} kernels, {size / 1e6:.1f}{limit} MB in {cache.directory}"))

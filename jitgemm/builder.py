@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal
 from jitgemm import settings
 from jitgemm.cache import KernelCache, damaged_entries, default_cache, logger
 from jitgemm.cache_key import cache_key
-from jitgemm.cache_stats import Stats
+from jitgemm.cache_counts import Stats
 from jitgemm.compiler import Cubin, compile_source, driver_accepts, driver_version, find_nvrtc, version_text
 from jitgemm.errors import CacheError, CacheMissError, CompileError
 from jitgemm.families.base import KernelSpec

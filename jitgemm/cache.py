@@ -7,7 +7,7 @@ without them. ::
     <directory>/kernels/<kk>/<key>.<NVRTC version>.jgk  entries, by the first two digits of their key
     <directory>/locks/<key>.lock                        one per key, holding the PID of its last owner; kept
     <directory>/staging/                                entries being written
-    <directory>/clock, stats.json                       see jitgemm.cache_clock and jitgemm.cache_stats
+    <directory>/clock, stats.json                       see jitgemm.cache_clock and jitgemm.cache_counts
 
 Other directories may lie below the first as layers: they are read and never written.
 """
@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING
 
 from jitgemm import settings
 from jitgemm.cache_clock import CacheClock
-from jitgemm.cache_stats import Stats, add_to_file, read_file
+from jitgemm.cache_counts import Stats, add_to_file, read_file
 from jitgemm.compiler import Cubin, CubinMetadata
 from jitgemm.errors import CacheError
 from jitgemm.trust import (

@@ -340,7 +340,10 @@ def test_a_kernel_too_new_for_the_driver_is_named_and_not_called_damaged(
     monkeypatch.setattr(compiler, "driver_version", lambda: (13, 0))
     monkeypatch.setattr(builder, "driver_version", lambda: (13, 0))
     damaged = builder.stats().damaged
-    with settings.override(jit="forbid"), pytest.raises(CacheMissError, match=r"NVRTC 14\.1, too new for the CUDA 13\.0"):
+    with (
+        settings.override(jit="forbid"),
+        pytest.raises(CacheMissError, match=r"NVRTC 14\.1, too new for the CUDA 13\.0"),
+    ):
         builder.build(SPEC)
     with warnings_of(logger) as texts:
         built = builder.build(SPEC)
