@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Literal
 
 from jitgemm import settings
 from jitgemm.cache import KernelCache, damaged_entries, default_cache, logger
-from jitgemm.cache_key import cache_key
 from jitgemm.cache_counts import Stats
+from jitgemm.cache_key import cache_key
 from jitgemm.compiler import Cubin, compile_source, driver_accepts, driver_version, find_nvrtc, version_text
 from jitgemm.errors import CacheError, CacheMissError, CompileError
 from jitgemm.families.base import KernelSpec
@@ -132,8 +132,9 @@ def _from_disk_or_compiled(spec: KernelSpec, in_force: Settings, capturing: bool
         return cubin, "disk"
     if in_force.jit == "forbid" or capturing:
         why = "JITGEMM_JIT is 'forbid'" if in_force.jit == "forbid" else "a CUDA graph is being captured"
+        where = f"{cache.directory}{_unloadable(cache, key)}"
         raise CacheMissError(
-            f"kernel {key} ({_describe(spec)}) is not in the cache {cache.directory}{_unloadable(cache, key)} and {why}; "
+            f"kernel {key} ({_describe(spec)}) is not in the cache {where} and {why}; "
             f"build it with: jitgemm prewarm --arch {spec.arch} --shapes FILE (or --preset NAME)"
         )
     if in_force.jit == "warn":

@@ -6,6 +6,7 @@ Whatever stands at the place of an entry: a miss and a recompile, never a crash 
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import resource
 import shutil
@@ -306,5 +307,5 @@ def test_a_compile_error_is_raised_whole_never_kept_and_not_met_by_all_at_once(c
         assert "jitgemm_transpose_scales.cu(" in result["log"]  # NVRTC's own lines
     spans = sorted(result["times"] for result in results)
     assert all(len(span) == 2 for span in spans)
-    assert all(before[1] <= after[0] for before, after in zip(spans, spans[1:], strict=False))
+    assert all(before[1] <= after[0] for before, after in itertools.pairwise(spans))
     assert not (cache_dir / "kernels").exists()

@@ -19,7 +19,7 @@ def test_counts_of_many_processes_add_up(tmp_path: Path) -> None:
     path = tmp_path / "stats.json"
 
     def work(index: int) -> bool:
-        return all([add_to_file(path, Stats(disk_hits=1, misses=2, compile_seconds=0.5)) for _ in range(20)])
+        return all(add_to_file(path, Stats(disk_hits=1, misses=2, compile_seconds=0.5)) for _ in range(20))
 
     assert all(in_processes(16, work))
     assert read_file(path) == Stats(disk_hits=320, misses=640, compile_seconds=160.0)
