@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 MEMORY_ENTRIES = 1024
 """Kernels that the table in memory keeps; the oldest leave first."""
 
-_POLL_SECONDS = (0.001, 0.02)  # between looks at a lock that another process holds: at first, and at most
+_POLL_SECONDS = (0.005, 0.05)  # between looks at a lock that another process holds: at first, and at most
 
 Source = Literal["memory", "disk", "compiled"]
 
@@ -191,12 +191,14 @@ def _take_turn(
     try:
         lock = cache.lock(key)
         while True:
-            with contextlib.suppress(filelock.Timeout):
-                lock.acquire(timeout=0)
-                held.callback(_release, lock)
-                return find()  # it may have been published since the first look
+            if not cache.is_locked(key):
+                with contextlib.suppress(filelock.Timeout):
+                    lock.acquire(timeout=0)
+                    held.callback(_release, lock)
+                    return find()  # it may have been published since the first look
             waits = 1
-            cubin = find()  # all waiters at once, rather than one by one as the lock goes round
+            # All waiters look at once, rather than one by one as the lock goes round.
+            cubin = find() if cache.versions(key) else None
             if cubin is not None:
                 return cubin
             if time.monotonic() >= deadline:

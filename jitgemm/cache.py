@@ -264,6 +264,18 @@ class KernelCache:
             on_acquired=functools.partial(_write_pid, group=self._own.group),
         )
 
+    def is_locked(self, key: str) -> bool:
+        """Whether someone holds the lock of ``key``, as far as can be told; much cheaper than to try to take it."""
+        with contextlib.suppress(OSError):  # whoever tries will learn why
+            descriptor = os.open(self._lock_path(key), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+            finally:
+                os.close(descriptor)
+        return False
+
     def lock_holder(self, key: str) -> int | None:
         """The process that last took the lock of ``key``, if known."""
         with (
