@@ -197,14 +197,14 @@ def _take_turn(
                     held.callback(_release, lock)
                     return find()  # it may have been published since the first look
             waits = 1
-            # All waiters look at once, rather than one by one as the lock goes round.
-            cubin = find() if cache.versions(key) else None
-            if cubin is not None:
-                return cubin
             if time.monotonic() >= deadline:
                 break
             time.sleep(pause)
             pause = min(2 * pause, longest)
+            # All waiters look at once, rather than one by one as the lock goes round.
+            cubin = find() if cache.versions(key) else None
+            if cubin is not None:
+                return cubin
     except (OSError, NotImplementedError, CacheError) as error:
         _warn_once(cache, error)
         return None
