@@ -118,15 +118,18 @@ class _Layer:
         self.kernels = directory / "kernels"
         self.group: int | None = None  # whose members are trusted, once the directory exists
         self._shared = shared
-        self._checked = False
-        self.check()
+        self._exists = False
+        self._check()
 
     def check(self) -> None:
-        """Refuse a directory that others can write, once it exists."""
-        if not self._checked:
-            status = check_directory(self.directory, shared=self._shared)
-            self._checked = status is not None
-            self.group = trusted_group(status) if self._shared and status else None
+        """Refuse a directory that others can write, if it did not exist before and does now."""
+        if not self._exists and self.directory.exists():
+            self._check()
+
+    def _check(self) -> None:
+        status = check_directory(self.directory, shared=self._shared)
+        self._exists = status is not None
+        self.group = trusted_group(status) if self._shared and status else None
 
     def path_of(self, key: str, version: str) -> Path:
         name = f"{key}.{version}.jgk"
@@ -377,12 +380,10 @@ class KernelCache:
 
     def _make(self, folder: Path) -> None:
         self._own.check()
-        missing = [folder]
-        while not missing[-1].parent.exists():
-            missing.append(missing[-1].parent)
-        inside = [one for one in folder.parents if one.is_relative_to(self.directory) and one != self.directory]
-        for one in dict.fromkeys((*reversed(missing), *reversed(inside), folder)):
-            make_folder(one, shared=self._shared)
+        for one in (*reversed(folder.parents), folder):
+            inside = one != self.directory and one.is_relative_to(self.directory)
+            if inside or not one.exists():
+                make_folder(one, shared=self._shared, group=self._own.group)
         self._own.check()
 
     def _lock_path(self, key: str) -> Path:

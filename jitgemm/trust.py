@@ -126,17 +126,26 @@ def trusted_group(status: os.stat_result) -> int | None:
     return status.st_gid if status.st_gid in (os.getegid(), *os.getgroups()) else None
 
 
-def make_folder(path: Path, *, shared: bool) -> None:
-    """Make a folder that is ours alone, or its group's; one that exists must be no link to somewhere else.
+def make_folder(path: Path, *, shared: bool, group: int | None) -> None:
+    """Make a folder that is ours alone, or its group's; one that exists must be no link, and of someone trusted.
+
+    Args:
+        path: the folder.
+        shared: whether to make it for its group.
+        group: the group whose members are trusted, if any.
 
     Raises:
+        InvalidEntryError: it belongs to someone else.
         OSError: it cannot be made, or something else is there.
     """
     try:
         os.mkdir(path, 0o700)
     except FileExistsError:
-        if not stat.S_ISDIR(path.lstat().st_mode):
+        status = path.lstat()
+        if not stat.S_ISDIR(status.st_mode):
             raise NotADirectoryError(f"{path} is not a folder") from None
+        if not _is_trusted(status, group):
+            raise InvalidEntryError(f"{path} belongs to user {status.st_uid}") from None
     else:
         if shared:  # by chmod, which heeds no umask; what is made inside inherits the group
             os.chmod(path, 0o2770)

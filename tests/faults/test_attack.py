@@ -90,6 +90,21 @@ def test_a_directory_that_someone_else_makes_later_is_refused(place: Path) -> No
     assert list((place / "later").iterdir()) == []
 
 
+@as_root
+@pytest.mark.parametrize("name", ["kernels", "locks", "staging"])
+def test_a_folder_that_someone_else_made_in_a_sticky_directory_is_not_used(place: Path, name: str) -> None:
+    """Scenario 28: everyone may make files in such a directory, but ours go into folders of ours."""
+    place.chmod(0o1777)
+    (place / name).mkdir()
+    os.chown(place / name, NOBODY, NOBODY)
+    cache = KernelCache(place)
+    with pytest.raises(CacheError, match=f"{place / name} belongs to user {NOBODY}"):
+        cache.lock(KEY) if name == "locks" else cache.publish(make_cubin())
+    with settings.override(cache_dir=place):
+        assert builder.build(SPEC).source == "compiled"
+    assert list((place / name).iterdir()) == []
+
+
 def test_what_is_made_is_private_whatever_the_umask(place: Path) -> None:
     """Scenario 28: also the folders above, which would be refused next time if they were open."""
     before = os.umask(0)
