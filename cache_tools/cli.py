@@ -95,10 +95,13 @@ def _use_cache_dir(context: click.Context, parameter: click.Parameter, value: st
     directories = value.split(os.pathsep)
     if not all(directories):
         raise click.BadParameter(
-            f"{value!r} names an empty one; accepted is a directory, or several with {os.pathsep} between them",
+            f"{value!r} names an empty path; accepted is a directory, or several with {os.pathsep} between them",
             context,
             parameter,
         )
+    for one in directories:
+        if os.path.exists(one) and not os.path.isdir(one):
+            raise click.BadParameter(f"{one!r} is not a directory", context, parameter)
     context.with_resource(settings.override(cache_dir=tuple(Path(one).absolute() for one in directories)))
 
 

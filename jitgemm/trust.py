@@ -105,7 +105,7 @@ def check_directory(directory: Path, *, shared: bool = False) -> os.stat_result 
     real = Path(os.path.realpath(directory))
     for path in dict.fromkeys((directory, *directory.parents, real, *real.parents)):
         status = _status(path)
-        if status is None:
+        if status is None or not stat.S_ISDIR(status.st_mode):  # nothing can be put there
             continue
         what = f"the kernel cache {directory}" if path == directory else f"{path}, above the kernel cache {directory},"
         if not _is_trusted(status, group) and not (path != directory and _is_unmapped_root(status)):

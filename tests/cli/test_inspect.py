@@ -82,7 +82,7 @@ def _copy_with_metadata(warm: Jitgemm, jitgemm: Jitgemm, **changes: object) -> N
     metadata.update(changes)
     text = json.dumps(metadata).encode()
     body = struct.pack("<8sIQ", magic, len(text), payload_bytes) + text + data[start + metadata_bytes :]
-    folder = jitgemm.cache / "kernels"
+    folder = jitgemm.cache / "kernels" / original.name[:2]
     folder.mkdir(parents=True)
     jitgemm.cache.chmod(0o700)
     (folder / original.name).write_bytes(body + hashlib.sha256(body).digest())

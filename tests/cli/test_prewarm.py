@@ -200,7 +200,8 @@ def test_one_failure_does_not_stop_the_rest(jitgemm: Jitgemm, shapes: Path) -> N
     kernels = jitgemm.json(*arguments, "--dry-run", environment=NARROW)["kernels"]
     # A folder at the place of an entry: the kernel compiles, but cannot be stored.
     for version in ("12.9", *(f"13.{minor}" for minor in range(20))):
-        (jitgemm.cache / "kernels" / f"{kernels[0]['key']}.{version}.jgk").mkdir(parents=True)
+        key = kernels[0]["key"]
+        (jitgemm.cache / "kernels" / key[:2] / f"{key}.{version}.jgk").mkdir(parents=True)
     jitgemm.cache.chmod(0o700)
     report = jitgemm.json(*arguments, code=1, environment=NARROW)
     assert (report["failed"], report["built"]) == (1, len(kernels) - 1)
