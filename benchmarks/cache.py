@@ -67,7 +67,8 @@ cache_key(spec)
 print("ready", flush=True)
 os.read({barrier}, 1)  # its end comes when all are let go
 builder.build(spec)
-print(time.monotonic(), builder.stats().compiles)
+print(time.monotonic(), builder.stats().compiles, flush=True)
+sys.stdin.read()  # ending takes longer than all this, and would hold up those who are not served yet
 """
 
 FILL = """
@@ -120,16 +121,17 @@ def release_together(count: int, cache: Path) -> float:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "JITGEMM_CACHE_DIR": str(cache)}
     waiters = []
     for _ in range(count):
-        waiters.append(
-            subprocess.Popen(command, env=environment, pass_fds=[barrier], stdout=subprocess.PIPE, text=True)
-        )
-    for waiter in waiters:
-        assert waiter.stdout is not None
-        waiter.stdout.readline()
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        waiters.append(subprocess.Popen(command, env=environment, pass_fds=[barrier], **pipes))
+    lines = [waiter.stdout for waiter in waiters]
+    for line in lines:
+        line.readline()  # it is ready
     os.close(barrier)
     begin = time.monotonic()
     os.close(release)
-    answers = [waiter.communicate(timeout=60)[0].split() for waiter in waiters]
+    answers = [line.readline().split() for line in lines]
+    for waiter in waiters:
+        waiter.communicate(timeout=60)
     if sum(len(answer) == 2 and answer[1] == "1" for answer in answers) != 1 or not all(answers):
         raise ChildError(f"not one compile: {answers}"[:300])
     return max(float(end) for end, _ in answers) - begin

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 MEMORY_ENTRIES = 1024
 """Kernels that the table in memory keeps; the oldest leave first."""
 
-_POLL_SECONDS = (0.005, 0.05)  # between looks at a lock that another process holds: at first, and at most
+_POLL_SECONDS = (0.005, 0.03)  # between looks at a lock that another process holds: at first, and at most
 
 Source = Literal["memory", "disk", "compiled"]
 
@@ -189,10 +189,10 @@ def _take_turn(
     pause, longest = _POLL_SECONDS
     waits = 0
     try:
-        lock = cache.lock(key)
         while True:
             if not cache.is_locked(key):
                 with contextlib.suppress(filelock.Timeout):
+                    lock = cache.lock(key)
                     lock.acquire(timeout=0)
                     held.callback(_release, lock)
                     return find()  # it may have been published since the first look
