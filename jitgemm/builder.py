@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 MEMORY_ENTRIES = 1024
 """Kernels that the table in memory keeps; the oldest leave first."""
 
-_POLL_SECONDS = (0.005, 0.03)  # between looks at a lock that another process holds: at first, and at most
+_LOOK_SECONDS = 0.1
+"""How often who waits for a lock looks for the entry, which may be there though the lock is not free yet."""
 
 Source = Literal["memory", "disk", "compiled"]
 
@@ -185,9 +186,7 @@ def _take_turn(
     import filelock
 
     start = time.monotonic()
-    deadline = start + timeout
-    pause, longest = _POLL_SECONDS
-    waits = 0
+    free: threading.Event | None = None
     try:
         while True:
             if not cache.is_locked(key):
@@ -196,11 +195,12 @@ def _take_turn(
                     lock.acquire(timeout=0)
                     held.callback(_release, lock)
                     return find()  # it may have been published since the first look
-            waits = 1
-            if time.monotonic() >= deadline:
+            remaining = start + timeout - time.monotonic()
+            if remaining <= 0:
                 break
-            time.sleep(pause)
-            pause = min(2 * pause, longest)
+            if free is None or free.is_set():
+                free = cache.when_unlocked(key)
+            free.wait(min(remaining, _LOOK_SECONDS))
             # All waiters look at once, rather than one by one as the lock goes round.
             cubin = find() if cache.versions(key) else None
             if cubin is not None:
@@ -209,7 +209,7 @@ def _take_turn(
         _warn_once(cache, error)
         return None
     finally:
-        if waits:
+        if free is not None:
             _count(cache, Stats(lock_waits=1, lock_wait_seconds=time.monotonic() - start))
     logger.warning(
         "kernel %s: process %s has held its lock for more than %g s; compiling it here too",

@@ -270,7 +270,7 @@ class KernelCache:
     def is_locked(self, key: str) -> bool:
         """Whether someone holds the lock of ``key``, as far as can be told; much cheaper than to try to take it."""
         with contextlib.suppress(OSError):  # whoever tries will learn why
-            descriptor = os.open(self._lock_path(key), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            descriptor = self._open_lock(key)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -278,6 +278,27 @@ class KernelCache:
             finally:
                 os.close(descriptor)
         return False
+
+    def when_unlocked(self, key: str) -> threading.Event:
+        """An event that is set once nobody holds the lock of ``key``; until then a daemon thread waits in the kernel.
+
+        So any number of processes may wait without taking time from the one that compiles, and go on together: the
+        thread takes the lock shared, and lets go of it at once.
+        """
+        free = threading.Event()
+
+        def wait() -> None:
+            with contextlib.suppress(OSError):  # whoever tries to take the lock will learn why
+                descriptor = self._open_lock(key)
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_SH)
+                    fcntl.flock(descriptor, fcntl.LOCK_UN)  # not by closing it, of which a fork may have a copy
+                finally:
+                    os.close(descriptor)
+            free.set()
+
+        threading.Thread(target=wait, name="jitgemm-lock", daemon=True).start()
+        return free
 
     def lock_holder(self, key: str) -> int | None:
         """The process that last took the lock of ``key``, if known."""
@@ -388,6 +409,9 @@ class KernelCache:
 
     def _lock_path(self, key: str) -> Path:
         return self._locks / f"{key}.lock"
+
+    def _open_lock(self, key: str) -> int:
+        return os.open(self._lock_path(key), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
 
     def _read_valid(self, layer: _Layer, path: Path) -> Cubin | None:
         try:
