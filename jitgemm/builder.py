@@ -140,10 +140,10 @@ def _from_disk_or_compiled(spec: KernelSpec, in_force: Settings, capturing: bool
         )
     if in_force.jit == "warn":
         logger.warning("kernel %s (%s) is not in the cache %s: compiling it", key, _describe(spec), cache.directory)
-    try:
-        return _compile_once(spec, key, cache, find, in_force)
-    finally:
-        cache.save_counts()  # takes nothing beside a compile, and a killed process loses no more than its last hits
+    cubin, source = _compile_once(spec, key, cache, find, in_force)
+    if source == "compiled":  # beside which this takes nothing; who waited must not wait for the counts, too
+        cache.save_counts()
+    return cubin, source
 
 
 def _compile_once(
