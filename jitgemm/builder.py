@@ -171,7 +171,8 @@ def _keep_bound(cache: KernelCache, max_bytes: int) -> None:
     from jitgemm.cache_upkeep import prune
 
     try:
-        prune(cache, max_bytes=max_bytes)
+        if cache.size() > max_bytes:
+            prune(cache, max_bytes=max_bytes)
     except OSError as error:
         _warn_once(cache, error)
 

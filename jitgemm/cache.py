@@ -30,7 +30,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from jitgemm import settings
 from jitgemm.cache_clock import CacheClock
@@ -82,8 +82,7 @@ class WrongKeyError(InvalidEntryError):
     """An entry is whole, but of another key or NVRTC version than its name says."""
 
 
-@dataclass(frozen=True)
-class EntryFile:
+class EntryFile(NamedTuple):
     """One file among the entries, not read: which it is, and its size and last use.
 
     ``identity`` tells it from a file that has taken its place, or has been used, since.
@@ -143,16 +142,15 @@ class _Layer:
 
     def files(self) -> Iterator[EntryFile]:
         for folder in sorted(_names(self.kernels)):
-            for name in sorted(_names(self.kernels / folder)):
+            inside = self.kernels / folder
+            for name in sorted(_names(inside)):
                 match = _NAME.fullmatch(name)
-                if match is None or match["key"][:2] != folder:
+                if match is None or not name.startswith(folder):
                     continue
-                path = self.kernels / folder / name
+                path = inside / name
                 with contextlib.suppress(OSError):  # removed meanwhile
-                    status = path.lstat()
-                    yield EntryFile(
-                        path, match["key"], match["version"], status.st_size, status.st_mtime, _identity(status)
-                    )
+                    status = os.lstat(path)
+                    yield EntryFile(path, *match.groups(), status.st_size, status.st_mtime, _identity(status))
 
     def read(self, path: Path, clock: CacheClock | None = None) -> Cubin:
         """A valid entry, which is marked as used now where a clock is given."""
@@ -326,6 +324,17 @@ class KernelCache:
     def files(self) -> Iterator[EntryFile]:
         """Every entry of the first directory, by key and version, not read."""
         return self._own.files()
+
+    def size(self) -> int:
+        """Bytes that the entries of the first directory take; several times quicker than to list them."""
+        total = 0
+        for folder in _names(self._own.kernels):
+            with contextlib.suppress(OSError), os.scandir(self._own.kernels / folder) as files:
+                for file in files:
+                    if file.name.endswith(".jgk"):
+                        with contextlib.suppress(OSError):  # removed meanwhile
+                            total += file.stat(follow_symlinks=False).st_size
+        return total
 
     def remove(self, key: str, version: str | None = None) -> int:
         """Remove from the first directory the entries of ``key``, or that of an NVRTC ``version``; how many."""

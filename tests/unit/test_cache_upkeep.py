@@ -105,6 +105,7 @@ def test_the_least_recently_used_go_first(cache: KernelCache) -> None:
     for key, days in zip(keys, (3, 9, 1, 5), strict=True):
         _publish(cache, make_cubin(key), days)
     size = next(cache.files()).size
+    assert cache.size() == 4 * size
     pruned = prune(cache, max_bytes=2 * size + 1)
     assert [removal.file.key for removal in pruned.removed] == [keys[1], keys[3]]
     assert (pruned.entries, pruned.bytes) == (2, 2 * size)
