@@ -150,7 +150,8 @@ class _Layer:
                 path = inside / name
                 with contextlib.suppress(OSError):  # removed meanwhile
                     status = os.lstat(path)
-                    yield EntryFile(path, *match.groups(), status.st_size, status.st_mtime, _identity(status))
+                    found = match["key"], match["version"], status.st_size, status.st_mtime
+                    yield EntryFile(path, *found, _identity(status))
 
     def read(self, path: Path, clock: CacheClock | None = None) -> Cubin:
         """A valid entry, which is marked as used now where a clock is given."""
