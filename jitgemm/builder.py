@@ -31,6 +31,8 @@ MEMORY_ENTRIES = 1024
 _LOOK_SECONDS = 0.1
 """How often who waits for a lock looks for the entry, which may be there though the lock is not free yet."""
 
+_RETRY_SECONDS = 0.002
+
 Source = Literal["memory", "disk", "compiled"]
 
 
@@ -196,6 +198,7 @@ def _take_turn(
                     lock.acquire(timeout=0)
                     held.callback(_release, lock)
                     return find()  # it may have been published since the first look
+                time.sleep(_RETRY_SECONDS)  # somebody was quicker, or was just looking whether it is free
             remaining = start + timeout - time.monotonic()
             if remaining <= 0:
                 break

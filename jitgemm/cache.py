@@ -296,7 +296,8 @@ class KernelCache:
                     os.close(descriptor)
             free.set()
 
-        threading.Thread(target=wait, name="jitgemm-lock", daemon=True).start()
+        with contextlib.suppress(RuntimeError):  # no more threads: the event stays unset, and its waiter looks by time
+            threading.Thread(target=wait, name="jitgemm-lock", daemon=True).start()
         return free
 
     def lock_holder(self, key: str) -> int | None:
