@@ -73,7 +73,7 @@ _HEADER = struct.Struct("<8sIQ")  # magic, bytes of metadata, bytes of payload; 
 _DIGEST_BYTES = hashlib.sha256().digest_size
 MAX_METADATA_BYTES = 64 << 10
 MAX_PAYLOAD_BYTES = 64 << 20
-_MAX_ENTRY_BYTES = _HEADER.size + MAX_METADATA_BYTES + MAX_PAYLOAD_BYTES + _DIGEST_BYTES
+MAX_ENTRY_BYTES = _HEADER.size + MAX_METADATA_BYTES + MAX_PAYLOAD_BYTES + _DIGEST_BYTES
 
 _NAME = re.compile(r"(?P<key>[0-9a-f]{64})\.(?P<version>[0-9]{1,4}\.[0-9]{1,4})\.jgk")
 
@@ -156,7 +156,7 @@ class _Layer:
     def read(self, path: Path, clock: CacheClock | None = None) -> Cubin:
         """A valid entry, which is marked as used now where a clock is given."""
         with open_trusted(path, group=self.group) as (descriptor, status):
-            cubin = decode(read_all(descriptor, status, _MAX_ENTRY_BYTES))
+            cubin = decode(read_all(descriptor, status, MAX_ENTRY_BYTES))
             if path.name != f"{cubin.metadata.key}.{cubin.metadata.nvrtc_version}.jgk":
                 raise WrongKeyError("it holds the kernel of another entry")
             if clock is not None:
