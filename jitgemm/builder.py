@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import os
+import shlex
 import threading
 import time
 from collections.abc import Callable
@@ -13,12 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from jitgemm import settings
+from jitgemm import hooks, settings
 from jitgemm.cache import KernelCache, damaged_entries, default_cache, logger
 from jitgemm.cache_key import cache_key
 from jitgemm.compiler import Cubin, compile_source, driver_accepts, find_nvrtc
 from jitgemm.errors import CacheError, CacheMissError, CompileError
 from jitgemm.families.base import KernelSpec
+from jitgemm.problem import Problem
 from jitgemm.settings import Settings
 
 if TYPE_CHECKING:
@@ -69,11 +72,12 @@ _stats = Stats()
 _warned: set[Path] = set()
 
 
-def build(spec: KernelSpec, capturing: bool = False) -> Built:
+def build(spec: KernelSpec, capturing: bool = False, problem: Problem | None = None) -> Built:
     """The cubin of ``spec``: from memory, from disk, or compiled here and published.
 
     Any number of threads and processes that ask at once cause one compile. ``capturing`` says that a CUDA graph is
-    being captured, which is no time to compile.
+    being captured, which is no time to compile. ``problem`` is what the kernel is needed for: messages then give the
+    command that prewarms it.
 
     Raises:
         CacheMissError: it would have to be compiled, and ``JITGEMM_JIT`` is ``forbid`` or a graph is being captured.
@@ -96,7 +100,7 @@ def build(spec: KernelSpec, capturing: bool = False) -> Built:
         with contextlib.suppress(CancelledError):  # its thread was interrupted: try again, maybe as the one who works
             return Built(pending.result(), "memory", time.perf_counter() - start)
     try:
-        cubin, source = _from_disk_or_compiled(spec, in_force, capturing)
+        cubin, source = _from_disk_or_compiled(spec, in_force, capturing, problem)
     except BaseException as error:
         with _guard:
             del _pending[place]
@@ -109,7 +113,10 @@ def build(spec: KernelSpec, capturing: bool = False) -> Built:
         _remember(place, cubin)
         del _pending[place]
     mine.set_result(cubin)
-    return Built(cubin, source, time.perf_counter() - start)
+    built = Built(cubin, source, time.perf_counter() - start)
+    if source == "compiled":
+        _tell_of_compile(spec, built, in_force, problem)
+    return built
 
 
 def find_cached(spec: KernelSpec) -> Cubin | None:
@@ -129,7 +136,9 @@ def forget() -> None:
         _memory.clear()
 
 
-def _from_disk_or_compiled(spec: KernelSpec, in_force: Settings, capturing: bool) -> tuple[Cubin, Source]:
+def _from_disk_or_compiled(
+    spec: KernelSpec, in_force: Settings, capturing: bool, problem: Problem | None
+) -> tuple[Cubin, Source]:
     cache, key = default_cache(), cache_key(spec)
     find = _finder(cache, key, in_force)
     cubin = find()
@@ -138,14 +147,13 @@ def _from_disk_or_compiled(spec: KernelSpec, in_force: Settings, capturing: bool
         _stats.misses += cubin is None
     if cubin is not None:
         return cubin, "disk"
+    hooks.emit("miss", spec)
     if in_force.jit == "forbid" or capturing:
         why = "JITGEMM_JIT is 'forbid'" if in_force.jit == "forbid" else "a CUDA graph is being captured"
         raise CacheMissError(
             f"kernel {key} ({_describe(spec)}) is not in the cache {cache.directory} and {why}; "
-            f"build it with: jitgemm prewarm --arch {spec.arch} --shapes FILE (or --preset NAME)"
+            f"build it with: {_prewarm_command(spec, problem)}"
         )
-    if in_force.jit == "warn":
-        logger.warning("kernel %s (%s) is not in the cache %s: compiling it", key, _describe(spec), cache.directory)
     return _compile_once(spec, key, cache, find, in_force.lock_timeout)
 
 
@@ -238,6 +246,26 @@ def _remember(place: _Place, cubin: Cubin) -> None:
     if len(_memory) >= MEMORY_ENTRIES:
         del _memory[next(iter(_memory))]
     _memory[place] = cubin
+
+
+def _tell_of_compile(spec: KernelSpec, built: Built, in_force: Settings, problem: Problem | None) -> None:
+    hooks.emit("compile", spec, built.seconds)
+    if in_force.jit == "warn":
+        logger.warning(
+            "kernel %s (%s) was not in the cache %s: compiled in %.2f s; build it ahead with: %s",
+            built.cubin.metadata.key,
+            _describe(spec),
+            default_cache().directory,
+            built.seconds,
+            _prewarm_command(spec, problem),
+        )
+
+
+def _prewarm_command(spec: KernelSpec, problem: Problem | None) -> str:
+    what = "--shapes FILE (or --preset NAME)"
+    if problem is not None:
+        what = f"--problem {shlex.quote(json.dumps(problem.without_m().to_dict()))}"
+    return f"jitgemm prewarm --arch {spec.arch} {what}"
 
 
 def _describe(spec: KernelSpec) -> str:

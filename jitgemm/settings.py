@@ -197,6 +197,19 @@ VARIABLES: tuple[Variable, ...] = (
         default=False,
         default_text="0",
     ),
+    _variable(
+        "record",
+        (_absolute_path, "an absolute path"),
+        "A file to which every problem that is met is added, once a process, for `jitgemm prewarm --shapes`.",
+        default_text="none",
+    ),
+    _variable(
+        "nvtx",
+        (_boolean, "0 or 1"),
+        "Whether launches and loads of kernels are NVTX ranges, for profilers.",
+        default=False,
+        default_text="0",
+    ),
 )
 _BY_FIELD = {variable.field: variable for variable in VARIABLES}
 
@@ -227,6 +240,8 @@ class Settings:
     tuned: bool = True
     autotune: bool = False
     batch_invariant: bool = False
+    record: Path | None = None
+    nvtx: bool = False
     generation: int = dataclasses.field(default=0, compare=False)
 
     def tuning(self) -> dict[str, Any]:
