@@ -146,6 +146,22 @@ class KernelCache:
         except (OSError, ValueError, InvalidEntryError):
             return None
 
+    def is_locked(self, key: str) -> bool:
+        """Whether someone compiles ``key`` now, as far as can be told; makes no file."""
+        try:
+            descriptor = os.open(self._lock_path(key), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError:
+            return False
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:  # no locks here
+            return False
+        finally:
+            os.close(descriptor)
+        return False
+
     def entries(self) -> Iterator[EntryInfo]:
         """Every entry by key and version, read whole and checked."""
         for name in sorted(_names(self._kernels)):

@@ -17,8 +17,8 @@ class KernelEvent:
     """What happened to one kernel.
 
     Args:
-        event: ``miss``: it is in no cache; what follows depends on ``JITGEMM_JIT``. ``compile``: it was compiled in this
-            process. ``load``: it is on a device and can be launched.
+        event: ``miss``: it is in no cache; what follows depends on ``JITGEMM_JIT``. ``compile``: this process has
+            compiled it. ``load``: it is on a device and can be launched.
         key: its name in the cache.
         kernel: what it is, for people.
         arch: its architecture, such as ``sm_90a``.
