@@ -6,14 +6,17 @@ imports torch but ``tune`` and ``demo``.
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+from click.shell_completion import CompletionItem, ShellComplete, get_completion_class
 
 import jitgemm
 from jitgemm import settings
@@ -28,12 +31,12 @@ from jitgemm.cache_tools.console import (
     print_error,
     print_json,
 )
-from jitgemm.device import ARCHITECTURES, PRESETS, Device, presets_of
+from jitgemm.device import ARCHITECTURES, PRESETS, Device
 from jitgemm.errors import CacheError, CacheMissError, CompileError, JitGemmError, ProblemError, SettingsError
 from jitgemm.families.gemm import D_DTYPES, LAYOUTS, RECIPES, GemmProblem
 
 if TYPE_CHECKING:
-    from jitgemm.cache_tools.problems import NamedProblem
+    from jitgemm.cache_tools.models import Layers
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -108,33 +111,134 @@ def _cache_dir_option(command: Command) -> Command:
 
 
 def _jobs_option(command: Command) -> Command:
+    def default() -> int:
+        from jitgemm.resources import compile_jobs
+
+        return compile_jobs()
+
     return click.option(
         "--jobs",
         type=click.IntRange(1, 1024),
-        default=lambda: len(os.sched_getaffinity(0)),
-        show_default="all cores",
+        default=default,
+        show_default="one a core, as memory allows",
         help="Processes that compile.",
     )(command)
 
 
-def _problem_options(command: Command) -> Command:
-    preset = click.option("--preset", metavar="NAME", help=f"A set of problems: {', '.join(presets.names())}.")
-    shapes = click.option(
-        "--shapes",
-        type=click.Path(exists=True, dir_okay=False, path_type=Path),
-        help="A file with one JSON problem a line.",
-    )
-    return preset(shapes(command))
+@dataclass(frozen=True)
+class _Source:
+    """Where a command's problems come from."""
+
+    preset: str | None
+    model: Path | None
+    shapes: Path | None
+    problem: tuple[str, ...]
+    tp: int
+    ep: int
+    recipe: str | None
+
+    @property
+    def given(self) -> list[str]:
+        """The options that name problems."""
+        return [f"--{name}" for name in ("preset", "model", "shapes", "problem") if getattr(self, name)]
+
+    def read(self, command: str) -> Layers:
+        """The problems, and remarks on them."""
+        from jitgemm.cache_tools import models, problems
+
+        given = self.given
+        if len(given) != 1:
+            got = " and ".join(given) or "none"
+            raise UsageError(f"{command}: wants one of --preset, --model, --shapes and --problem, got {got}")
+        cut = {"tp": self.tp, "ep": self.ep, "recipe": self.recipe}
+        if self.preset is not None:
+            return models.from_preset(self.preset, **cut)
+        if self.model is not None:
+            return models.from_file(self.model, **cut)
+        if (self.tp, self.ep, self.recipe) != (1, 1, None):
+            raise UsageError(f"{command}: --tp, --ep and --recipe go with --preset and --model, got {given[0]}")
+        try:
+            if self.shapes is not None:
+                return models.Layers(problems.from_shapes_file(self.shapes), [])
+            return models.Layers([problems.from_line(line) for line in self.problem], [])
+        except ProblemError as error:
+            raise UsageError(f"{given[0]}: {error}") from None
 
 
-def _problems(command: str, preset: str | None, shapes: Path | None) -> list[NamedProblem]:
-    from jitgemm.cache_tools import problems as read
+def _complete_preset(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    return [CompletionItem(name) for name in presets.names() if name.startswith(incomplete)]
 
-    if preset is not None and shapes is None:
-        return read.from_preset(preset)
-    if shapes is not None and preset is None:
-        return read.from_shapes_file(shapes)
-    raise UsageError(f"{command}: wants one of --preset and --shapes, got {'both' if preset else 'neither'}")
+
+def _source_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Options that name problems; the command gets them as one ``source``."""
+
+    @functools.wraps(command)
+    def with_source(**options: Any) -> Any:
+        given = {name: options.pop(name) for name in _Source.__dataclass_fields__}
+        return command(source=_Source(**given), **options)
+
+    for option in reversed(
+        (
+            click.option(
+                "--preset",
+                metavar="NAME",
+                shell_complete=_complete_preset,
+                help=f"A model: {', '.join(presets.names())}.",
+            ),
+            click.option(
+                "--model",
+                type=click.Path(exists=True, path_type=Path),
+                help="The config.json of a Hugging Face model, or its folder.",
+            ),
+            click.option(
+                "--shapes",
+                type=click.Path(exists=True, dir_okay=False, path_type=Path),
+                help="A file with one JSON problem a line, such as JITGEMM_RECORD writes.",
+            ),
+            click.option(
+                "--problem", metavar="JSON", multiple=True, help="One line of a shapes file; may be repeated."
+            ),
+            click.option(
+                "--tp",
+                type=click.IntRange(1, 65536),
+                default=1,
+                show_default=True,
+                help="Ranks of tensor parallelism that the model is cut for.",
+            ),
+            click.option(
+                "--ep",
+                type=click.IntRange(1, 65536),
+                default=1,
+                show_default=True,
+                help="Ranks of expert parallelism that the model is cut for.",
+            ),
+            click.option(
+                "--recipe",
+                type=click.Choice(list(RECIPES)),
+                help="Of the model's quantized layers  [default: what its config says]",
+            ),
+        )
+    ):
+        option(with_source)
+    return with_source
+
+
+class _Architectures(click.ParamType):
+    """Some architectures, separated by commas, or all that have kernels."""
+
+    name = "arch"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
+        if isinstance(value, tuple):
+            return value
+        names = tuple(ARCHITECTURES) if value == "all" else tuple(value.split(","))
+        for name in names:
+            if name not in ARCHITECTURES:
+                self.fail(f"{name!r} has no kernels; accepted are {', '.join(ARCHITECTURES)}, and all", param, ctx)
+        return names
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        return [CompletionItem(name) for name in (*ARCHITECTURES, "all") if name.startswith(incomplete)]
 
 
 _json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
@@ -155,39 +259,49 @@ def cli(context: click.Context) -> int | None:
 
 
 @cli.command()
-@_problem_options
-@click.option("--arch", type=click.Choice(list(ARCHITECTURES)), default="sm_90a", show_default=True)
+@_source_options
+@click.option(
+    "--arch",
+    "archs",
+    type=_Architectures(),
+    default="sm_90a",
+    show_default=True,
+    help="Architectures to build for, separated by commas, or all.",
+)
 @click.option(
     "--device",
     "device_names",
     type=click.Choice(list(PRESETS)),
     multiple=True,
-    help="A chip to build for; may be repeated  [default: all chips of the architecture]",
+    help="A chip to build for; may be repeated  [default: all chips of the architectures]",
 )
 @_jobs_option
 @click.option("--dry-run", is_flag=True, help="Say what is needed; build and write nothing.")
+@click.option("--check", is_flag=True, help="Fail where the cache lacks a kernel; build and write nothing.")
+@click.option("--require-complete", is_flag=True, help="Afterwards look all kernels up, and fail where one is missing.")
 @_json_option
 @_cache_dir_option
 def prewarm(
-    preset: str | None,
-    shapes: Path | None,
-    arch: str,
+    source: _Source,
+    archs: tuple[str, ...],
     device_names: tuple[str, ...],
     jobs: int,
     dry_run: bool,
+    check: bool,
+    require_complete: bool,
     as_json: bool,
 ) -> int:
     """Build every kernel that calls of some problems can need, whatever their m. Needs no GPU."""
     from jitgemm.cache_tools import prewarm as work
 
-    problems = _problems("prewarm", preset, shapes)
+    if dry_run + check + require_complete > 1:
+        raise UsageError("prewarm: --dry-run, --check and --require-complete are three things; accepted is one")
+    layers = source.read("prewarm")
+    mode = "check" if check else "dry run" if dry_run else "complete" if require_complete else "build"
     report = work.prewarm(
-        problems,
-        _devices(arch, device_names),
-        jobs=jobs,
-        dry_run=dry_run,
-        progress=sys.stderr.isatty(),
+        layers.problems, _devices(archs, device_names), jobs=jobs, mode=mode, progress=sys.stderr.isatty()
     )
+    report.notes = layers.notes
     if as_json:
         print_json(**report.to_dict())
     else:
@@ -195,17 +309,18 @@ def prewarm(
     return report.exit_code
 
 
-def _devices(arch: str, names: Sequence[str]) -> list[Device]:
-    of_arch = presets_of(arch)
+def _devices(archs: Sequence[str], names: Sequence[str] = ()) -> list[Device]:
+    of_archs = [device for device in PRESETS.values() if device.arch.name in archs]
     for name in names:
-        if PRESETS[name] not in of_arch:
-            accepted = ", ".join(device.name for device in of_arch)
-            raise UsageError(f"--device: {name!r} is {PRESETS[name].arch.name}, not {arch}; accepted are {accepted}")
-    return [device for device in of_arch if not names or device.name in names]
+        if PRESETS[name] not in of_archs:
+            accepted = ", ".join(device.name for device in of_archs)
+            wanted = ", ".join(archs)
+            raise UsageError(f"--device: {name!r} is {PRESETS[name].arch.name}, not {wanted}; accepted are {accepted}")
+    return [device for device in of_archs if not names or device.name in names]
 
 
 @cli.command()
-@_problem_options
+@_source_options
 @click.option(
     "--m", "ms", type=click.IntRange(1), multiple=True, help="An m to tune for; may be repeated  [default: all]"
 )
@@ -219,8 +334,7 @@ def _devices(arch: str, names: Sequence[str]) -> list[Device]:
 @_json_option
 @_cache_dir_option
 def tune(
-    preset: str | None,
-    shapes: Path | None,
+    source: _Source,
     ms: tuple[int, ...],
     candidates: int | None,
     force: bool,
@@ -232,9 +346,8 @@ def tune(
     """Measure configs on the GPU at hand; what wins over the cost model goes into a table that calls use."""
     from jitgemm.cache_tools import tune as work
 
-    everything = check_only and preset is None and shapes is None
     return work.run(
-        None if everything else _problems("tune", preset, shapes),
+        None if check_only and not source.given else source.read("tune").problems,
         out=out,
         check_only=check_only,
         show=print_json if as_json else None,
@@ -320,14 +433,25 @@ def doctor(as_json: bool) -> int:
 def demo(preset: str, jobs: int) -> int:
     """Prewarm a preset for sm_90a, then compute a GEMM and check it: on the GPU, or without one in the reference."""
     from jitgemm.cache_tools import demo as work
+    from jitgemm.cache_tools import models
     from jitgemm.cache_tools import prewarm as prewarming
-    from jitgemm.cache_tools import problems as read
 
-    problems = read.from_preset(preset)
+    problems = models.from_preset(preset).problems
     work.require_torch()
-    report = prewarming.prewarm(problems, presets_of("sm_90a"), jobs=jobs, dry_run=False, progress=sys.stderr.isatty())
+    report = prewarming.prewarm(problems, _devices(["sm_90a"]), jobs=jobs, mode="build", progress=sys.stderr.isatty())
     prewarming.print_report(report)
     return report.exit_code or work.check(problems)
+
+
+@cli.command()
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> int:
+    """Print the script that completes this command in a shell: eval "$(jitgemm completion bash)"."""
+    kind = get_completion_class(shell)
+    assert kind is not None
+    # Not the class's own source(), which for bash starts one to ask its version.
+    click.echo(ShellComplete.source(kind(cli, {}, "jitgemm", "_JITGEMM_COMPLETE")))
+    return 0
 
 
 if __name__ == "__main__":

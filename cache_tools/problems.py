@@ -1,4 +1,4 @@
-"""Named problems: from a preset, or from a file of shapes with one JSON object a line."""
+"""Named problems, and the shapes file that holds one JSON object a line."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jitgemm.cache_tools import presets
-from jitgemm.cache_tools.console import UsageError
 from jitgemm.errors import ProblemError
 
 if TYPE_CHECKING:
@@ -22,17 +20,6 @@ class NamedProblem:
 
     layer: str
     problem: GemmProblem
-
-
-def from_preset(name: str) -> list[NamedProblem]:
-    """The problems of a preset that ships with jitgemm.
-
-    Raises:
-        UsageError: there is no such preset.
-    """
-    if name not in presets.names():
-        raise UsageError(f"--preset: {name!r} is not a preset; there are: {', '.join(presets.names())}")
-    return [parse(entry) for entry in presets.read(name)["problems"]]
 
 
 def from_shapes_file(path: Path) -> list[NamedProblem]:
@@ -84,6 +71,8 @@ def _json(line: str) -> dict[str, Any]:
 
     try:
         value = json.loads(line, object_pairs_hook=unique)
+    except ProblemError:  # a ValueError too
+        raise
     except json.JSONDecodeError as error:
         raise ProblemError(f"not JSON: {error.msg} at column {error.colno}") from None
     except (RecursionError, ValueError):  # nested too deep; an integer of thousands of digits
