@@ -150,11 +150,10 @@ class _Source:
         if len(given) != 1:
             got = " and ".join(given) or "none"
             raise UsageError(f"{command}: wants one of --preset, --model, --shapes and --problem, got {got}")
-        cut = {"tp": self.tp, "ep": self.ep, "recipe": self.recipe}
         if self.preset is not None:
-            return models.from_preset(self.preset, **cut)
+            return models.from_preset(self.preset, tp=self.tp, ep=self.ep, recipe=self.recipe)
         if self.model is not None:
-            return models.from_file(self.model, **cut)
+            return models.from_file(self.model, tp=self.tp, ep=self.ep, recipe=self.recipe)
         if (self.tp, self.ep, self.recipe) != (1, 1, None):
             raise UsageError(f"{command}: --tp, --ep and --recipe go with --preset and --model, got {given[0]}")
         try:
@@ -223,22 +222,17 @@ def _source_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return with_source
 
 
-class _Architectures(click.ParamType):
-    """Some architectures, separated by commas, or all that have kernels."""
+def _architectures(context: click.Context, parameter: click.Parameter, value: str) -> tuple[str, ...]:
+    names = tuple(ARCHITECTURES) if value == "all" else tuple(value.split(","))
+    for name in names:
+        if name not in ARCHITECTURES:
+            accepted = f"{', '.join(ARCHITECTURES)}, several of them separated by commas, and all"
+            raise click.BadParameter(f"{name!r} has no kernels; accepted are {accepted}", context, parameter)
+    return names
 
-    name = "arch"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
-        if isinstance(value, tuple):
-            return value
-        names = tuple(ARCHITECTURES) if value == "all" else tuple(value.split(","))
-        for name in names:
-            if name not in ARCHITECTURES:
-                self.fail(f"{name!r} has no kernels; accepted are {', '.join(ARCHITECTURES)}, and all", param, ctx)
-        return names
-
-    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-        return [CompletionItem(name) for name in (*ARCHITECTURES, "all") if name.startswith(incomplete)]
+def _complete_architecture(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    return [CompletionItem(name) for name in (*ARCHITECTURES, "all") if name.startswith(incomplete)]
 
 
 _json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
@@ -263,9 +257,11 @@ def cli(context: click.Context) -> int | None:
 @click.option(
     "--arch",
     "archs",
-    type=_Architectures(),
+    metavar="ARCH,...",
     default="sm_90a",
     show_default=True,
+    callback=_architectures,
+    shell_complete=_complete_architecture,
     help="Architectures to build for, separated by commas, or all.",
 )
 @click.option(
@@ -297,7 +293,7 @@ def prewarm(
     if dry_run + check + require_complete > 1:
         raise UsageError("prewarm: --dry-run, --check and --require-complete are three things; accepted is one")
     layers = source.read("prewarm")
-    mode = "check" if check else "dry run" if dry_run else "complete" if require_complete else "build"
+    mode: work.Mode = "check" if check else "dry run" if dry_run else "complete" if require_complete else "build"
     report = work.prewarm(
         layers.problems, _devices(archs, device_names), jobs=jobs, mode=mode, progress=sys.stderr.isatty()
     )
