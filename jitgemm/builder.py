@@ -152,7 +152,7 @@ def _from_disk_or_compiled(
         why = "JITGEMM_JIT is 'forbid'" if in_force.jit == "forbid" else "a CUDA graph is being captured"
         raise CacheMissError(
             f"kernel {key} ({_describe(spec)}) is not in the cache {cache.directory} and {why}; "
-            f"build it with: {_prewarm_command(spec, problem)}"
+            f"build it with: {_prewarm_command(spec, problem, in_force)}"
         )
     return _compile_once(spec, key, cache, find, in_force.lock_timeout)
 
@@ -257,15 +257,16 @@ def _tell_of_compile(spec: KernelSpec, built: Built, in_force: Settings, problem
             _describe(spec),
             default_cache().directory,
             built.seconds,
-            _prewarm_command(spec, problem),
+            _prewarm_command(spec, problem, in_force),
         )
 
 
-def _prewarm_command(spec: KernelSpec, problem: Problem | None) -> str:
+def _prewarm_command(spec: KernelSpec, problem: Problem | None, in_force: Settings) -> str:
+    variables = [f"{name}={shlex.quote(value)}" for name, value in settings.choosing_variables(in_force).items()]
     what = "--shapes FILE (or --preset NAME)"
     if problem is not None:
         what = f"--problem {shlex.quote(json.dumps(problem.without_m().to_dict()))}"
-    return f"jitgemm prewarm --arch {spec.arch} {what}"
+    return " ".join([*variables, f"jitgemm prewarm --arch {spec.arch} {what}"])
 
 
 def _describe(spec: KernelSpec) -> str:

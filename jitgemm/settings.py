@@ -216,6 +216,8 @@ _BY_FIELD = {variable.field: variable for variable in VARIABLES}
 TUNING_FIELDS = ("tile_m", "tile_n", "tile_k", "stages", "cluster", "split_k", "swap_ab", "config")
 """The settings that narrow the heuristics' candidates."""
 
+_CHOOSING_FIELDS = (*TUNING_FIELDS, "tuned", "batch_invariant")
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -385,6 +387,12 @@ def as_written(value: Any) -> str:
     if isinstance(value, bool):
         return str(int(value))
     return "x".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def choosing_variables(settings: Settings) -> dict[str, str]:
+    """The variables, with values, that make another process choose the kernels that ``settings`` do."""
+    chosen = ((_BY_FIELD[field], getattr(settings, field)) for field in _CHOOSING_FIELDS)
+    return {variable.name: as_written(value) for variable, value in chosen if value != variable.default}
 
 
 def _checked(function: str, field: str, value: Any) -> Any:

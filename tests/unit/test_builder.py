@@ -219,11 +219,12 @@ def test_messages_give_the_command_that_prewarms_the_problem(
     problem = GemmProblem(256, 512, "bf16", m=7, d_dtype="fp32")
     with settings.override(jit="forbid"), pytest.raises(CacheMissError) as refused:
         builder.build(SPEC, problem=problem)
-    with settings.override(jit="warn"):
+    with settings.override(jit="warn", config="64x48x128 s12 c2x1", batch_invariant=True, num_sms=7):
         builder.build(SPEC, problem=problem)
-    for message in (str(refused.value), caught.records[0].getMessage()):
-        name, command, *options, text = shlex.split(message.partition("with: ")[2])
-        assert (name, command, options) == ("jitgemm", "prewarm", ["--arch", "sm_90a", "--problem"])
+    variables = ["JITGEMM_CONFIG=64x48x128 s12 c2x1", "JITGEMM_BATCH_INVARIANT=1"]  # which decide on the kernels
+    for message, before in ((str(refused.value), []), (caught.records[0].getMessage(), variables)):
+        *start, text = shlex.split(message.partition("with: ")[2])
+        assert start == [*before, "jitgemm", "prewarm", "--arch", "sm_90a", "--problem"]
         assert GemmProblem.from_dict(json.loads(text)) == problem.without_m()
 
 

@@ -102,6 +102,13 @@ def test_readme_example_runs(cache_dir: Path) -> None:
     exec(compile(code, "README.md", "exec"), {"__name__": "example"})
 
 
+def test_examples_of_the_cache_run(cache_dir: Path) -> None:
+    with settings.override(tile_m=64, tile_n=64, split_k=1, cluster="1x1", swap_ab=False):
+        for code in re.findall(r"```python\n(.*?)```", (ROOT / "docs/cache.md").read_text(encoding="utf-8"), re.DOTALL):
+            exec(compile(code, "docs/cache.md", "exec"), {"__name__": "example"})
+    assert list(cache_dir.rglob("*.jgk"))
+
+
 def test_readme_commands_are_one_line_each() -> None:
     for name, end in (("demo", "bin/jitgemm demo"), ("test", "bin/pytest -n 2")):
         command = _readme(rf"<!-- command: {name} -->\n```sh\n(.*?)\n```")
