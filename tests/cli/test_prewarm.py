@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from command import NARROW, Jitgemm
 
-from jitgemm import settings
+from jitgemm import resources, settings
 from jitgemm.cache_tools import cli, prewarm
 from jitgemm.device import ARCHITECTURES, H200, PRESETS, SM90A
 
@@ -175,6 +175,22 @@ def test_several_architectures_at_once_and_no_stop_at_failures(
     output = capsys.readouterr()
     assert f"{report['failed']} failed, such as bf16" in output.err
     assert cli.run([*arguments, "--arch", "sm_90a", "--device", "a100"]) == 2
+
+
+@pytest.mark.parametrize(("options", "jobs"), [([], 3), (["--jobs", "5"], 5)])
+def test_processes_are_as_many_as_the_machine_can_take(
+    shapes: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], jobs: int
+) -> None:
+    asked: list[int] = []
+
+    def note(problems: object, devices: object, *, jobs: int, **rest: Any) -> prewarm.Report:
+        asked.append(jobs)
+        return prewarm.Report([], [], shapes)
+
+    monkeypatch.setattr(resources, "compile_jobs", lambda: 3)
+    monkeypatch.setattr(prewarm, "prewarm", note)
+    assert cli.run(["prewarm", "--shapes", str(shapes), *options]) == 0
+    assert asked == [jobs]
 
 
 def test_the_command_that_a_refused_call_names_is_enough(jitgemm: Jitgemm) -> None:
