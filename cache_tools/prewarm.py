@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jitgemm import settings
 from jitgemm.cache_tools.console import (
     EXIT_FAILED,
     EXIT_INTERRUPTED,
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
     from jitgemm.families.gemm import GemmProblem
 
-HIT, BUILT, FAILED, MISSING = "hit", "built", "failed", "missing"
+HIT, FETCHED, BUILT, FAILED, MISSING = "hit", "fetched", "built", "failed", "missing"
 
 
 @dataclass
@@ -67,6 +68,7 @@ class Report:
     directory: Path
     dry_run: bool = False
     interrupted: bool = False
+    not_uploaded: Sequence[Kernel] = ()  # of what is in the cache and was to be in the remote layer too
     seconds: float = field(default=0.0)
 
     def in_state(self, state: str) -> list[Kernel]:
@@ -78,18 +80,20 @@ class Report:
         """0 where all that was asked is in the cache now (a dry run asks nothing)."""
         if self.interrupted:
             return EXIT_INTERRUPTED
-        return EXIT_FAILED if self.in_state(FAILED) else 0
+        return EXIT_FAILED if self.in_state(FAILED) or self.not_uploaded else 0
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON report, without its schema."""
         return {
             "needed": len(self.kernels),
             "hits": len(self.in_state(HIT)),
+            "fetched": len(self.in_state(FETCHED)),
             "built": len(self.in_state(BUILT)),
             "failed": len(self.in_state(FAILED)),
             "seconds": round(self.seconds, 3),
             "dry_run": self.dry_run,
             "interrupted": self.interrupted,
+            "not_uploaded": len(self.not_uploaded),
             "cache_dir": str(self.directory),
             "kernels": [kernel.to_dict() for kernel in self.kernels],
         }
@@ -102,6 +106,7 @@ def prewarm(
 
     Raises:
         EnvironmentFaultError: there is something to build, and no NVRTC or no place to put it.
+        SettingsError: ``JITGEMM_REMOTE`` needs a package that is not installed.
     """
     from jitgemm.builder import find_cached
     from jitgemm.cache import default_cache
@@ -126,15 +131,18 @@ def prewarm(
                 _build(missing, jobs, cache.directory, advance)
             except KeyboardInterrupt:
                 report.interrupted = True
+    if not dry_run and not report.interrupted:
+        report.not_uploaded = _complete_remote(kernels, progress)
     report.seconds = time.perf_counter() - start
     return report
 
 
 def print_report(report: Report) -> None:
     """The closing table: a row for each problem, then the totals; failures go to stderr."""
-    states = {"cached": HIT, "built": BUILT, "failed": FAILED}
-    if not report.in_state(FAILED):
-        del states["failed"]
+    states = {"cached": HIT, "fetched": FETCHED, "built": BUILT, "failed": FAILED}
+    for name in ("fetched", "failed"):
+        if not report.in_state(states[name]):
+            del states[name]
 
     def row(label: str, kernels: Sequence[Kernel], problem: GemmProblem | None = None) -> tuple[object, ...]:
         counts = [len(kernels), *(sum(kernel.state == state for kernel in kernels) for state in states.values())]
@@ -153,8 +161,9 @@ def print_report(report: Report) -> None:
     )
     verb = "would build" if report.dry_run else "built"
     built = len(report.in_state(MISSING if report.dry_run else BUILT))
+    fetched = f" {len(report.in_state(FETCHED))} fetched," if report.in_state(FETCHED) else ""
     print(
-        f"{verb} {built} of {len(report.kernels)} kernels, {len(report.in_state(HIT))} already cached,"
+        f"{verb} {built} of {len(report.kernels)} kernels, {len(report.in_state(HIT))} already cached,{fetched}"
         f" {len(report.in_state(FAILED))} failed; {report.seconds:.1f} s; cache {printable(report.directory)}"
     )
     if spilling := sum(1 for kernel in report.kernels if kernel.spill_bytes):
@@ -166,6 +175,8 @@ def print_report(report: Report) -> None:
         example = kernels[0]
         description = family_of(example.spec).describe(example.spec)
         print_error(f"{len(kernels)} failed, such as {description} ({example.key[:12]}): {headline}")
+    if report.not_uploaded:
+        print_error(f"{len(report.not_uploaded)} kernels are in the cache, but not in {settings.current().remote}")
     if report.interrupted:
         print_error(f"interrupted; {len(report.in_state(MISSING))} kernels are not built, the same command continues")
 
@@ -194,11 +205,14 @@ def require_tools(directory: Path) -> None:
 
     Raises:
         EnvironmentFaultError: the cache can't be written.
-        CompileError: there is no NVRTC.
+        CompileError: there is no NVRTC, and no remote layer that could have the kernels.
+        SettingsError: ``JITGEMM_REMOTE`` needs a package that is not installed.
     """
     from jitgemm.compiler import find_nvrtc
+    from jitgemm.remote import default_remote
 
-    find_nvrtc()
+    if default_remote() is None:
+        find_nvrtc()
     if fault := write_fault(directory):
         raise EnvironmentFaultError(f"the cache directory {directory} cannot be written: {fault}")
 
@@ -213,8 +227,28 @@ def _build(kernels: Sequence[Kernel], jobs: int, directory: Path, advance: Calla
             kernel = kernels[index]
             kernel.seconds, kernel.error = outcome.seconds, outcome.error
             kernel.registers, kernel.spill_bytes = outcome.registers, outcome.spill_bytes
-            kernel.state = FAILED if outcome.error else BUILT if outcome.compiled else HIT
+            done = BUILT if outcome.compiled else FETCHED if outcome.fetched else HIT
+            kernel.state = FAILED if outcome.error else done
             advance()
+
+
+def _complete_remote(kernels: Sequence[Kernel], progress: bool) -> list[Kernel]:
+    """Upload what the remote layer lacks of the kernels in the cache, if it is to be written; those it still lacks."""
+    from jitgemm.builder import find_cached
+    from jitgemm.remote import default_remote
+
+    remote = default_remote() if settings.current().remote_write else None
+    if remote is None:
+        return []
+    lacking = []
+    cached = [kernel for kernel in kernels if kernel.state in (HIT, BUILT)]
+    with progress_bar("uploading", "kernels", len(cached), shown=progress) as advance:
+        for kernel in cached:
+            cubin = find_cached(kernel.spec)
+            if cubin is None or not remote.ensure(cubin):
+                lacking.append(kernel)
+            advance()
+    return lacking
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""From a ``KernelSpec`` to its cubin: memory, then disk, then one compile per host. Used by calls and by prewarm."""
+"""From a ``KernelSpec`` to its cubin: memory, disk, the remote layer, then one compile per host. For calls and prewarm."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from jitgemm.cache_key import cache_key
 from jitgemm.compiler import Cubin, compile_source, driver_accepts, find_nvrtc
 from jitgemm.errors import CacheError, CacheMissError, CompileError
 from jitgemm.families.base import KernelSpec
+from jitgemm.remote import Remote, default_remote, refused_objects
 from jitgemm.settings import Settings
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ MEMORY_ENTRIES = 1024
 
 _POLL_SECONDS = (0.001, 0.02)  # between looks at a lock that another process holds: at first, and at most
 
-Source = Literal["memory", "disk", "compiled"]
+Source = Literal["memory", "disk", "remote", "compiled"]
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,9 @@ class Stats:
 
     memory_hits: int = 0
     disk_hits: int = 0
-    misses: int = 0
+    misses: int = 0  # of memory and disk
+    remote_hits: int = 0
+    remote_damaged: int = 0  # invalid objects met in the remote layer
     compiles: int = 0
     damaged: int = 0  # invalid entries met on disk
 
@@ -70,15 +73,16 @@ _warned: set[Path] = set()
 
 
 def build(spec: KernelSpec, capturing: bool = False) -> Built:
-    """The cubin of ``spec``: from memory, from disk, or compiled here and published.
+    """The cubin of ``spec``: from memory, from disk, fetched from the remote layer, or compiled here; then published.
 
-    Any number of threads and processes that ask at once cause one compile. ``capturing`` says that a CUDA graph is
-    being captured, which is no time to compile.
+    Any number of threads and processes that ask at once cause one fetch or compile. ``capturing`` says that a CUDA
+    graph is being captured, which is no time for either.
 
     Raises:
         CacheMissError: it would have to be compiled, and ``JITGEMM_JIT`` is ``forbid`` or a graph is being captured.
         CompileError: NVRTC is missing or rejected the kernel. Failures are not remembered.
         CacheError: the cache directory is not safe to use.
+        SettingsError: ``JITGEMM_REMOTE`` needs a package that is not installed.
     """
     start = time.perf_counter()
     in_force = settings.current()
@@ -96,7 +100,7 @@ def build(spec: KernelSpec, capturing: bool = False) -> Built:
         with contextlib.suppress(CancelledError):  # its thread was interrupted: try again, maybe as the one who works
             return Built(pending.result(), "memory", time.perf_counter() - start)
     try:
-        cubin, source = _from_disk_or_compiled(spec, in_force, capturing)
+        cubin, source = _from_disk_or_beyond(spec, in_force, capturing)
     except BaseException as error:
         with _guard:
             del _pending[place]
@@ -120,7 +124,7 @@ def find_cached(spec: KernelSpec) -> Cubin | None:
 def stats() -> Stats:
     """A copy of this process's counts."""
     with _guard:
-        return dataclasses.replace(_stats, damaged=damaged_entries())
+        return dataclasses.replace(_stats, damaged=damaged_entries(), remote_damaged=refused_objects())
 
 
 def forget() -> None:
@@ -129,7 +133,7 @@ def forget() -> None:
         _memory.clear()
 
 
-def _from_disk_or_compiled(spec: KernelSpec, in_force: Settings, capturing: bool) -> tuple[Cubin, Source]:
+def _from_disk_or_beyond(spec: KernelSpec, in_force: Settings, capturing: bool) -> tuple[Cubin, Source]:
     cache, key = default_cache(), cache_key(spec)
     find = _finder(cache, key, in_force)
     cubin = find()
@@ -138,34 +142,57 @@ def _from_disk_or_compiled(spec: KernelSpec, in_force: Settings, capturing: bool
         _stats.misses += cubin is None
     if cubin is not None:
         return cubin, "disk"
+    remote = None if capturing else default_remote()
+    if remote is None:
+        _check_allowed(spec, key, cache, in_force, capturing)
+    return _obtain_once(spec, key, cache, find, in_force, remote)
+
+
+def _check_allowed(spec: KernelSpec, key: str, cache: KernelCache, in_force: Settings, capturing: bool = False) -> None:
+    """Whether ``spec`` may be compiled here and now."""
+    where = f"{cache.directory}" + (f" or {in_force.remote}" if in_force.remote and not capturing else "")
     if in_force.jit == "forbid" or capturing:
         why = "JITGEMM_JIT is 'forbid'" if in_force.jit == "forbid" else "a CUDA graph is being captured"
         raise CacheMissError(
-            f"kernel {key} ({_describe(spec)}) is not in the cache {cache.directory} and {why}; "
+            f"kernel {key} ({_describe(spec)}) is not in the cache {where} and {why}; "
             f"build it with: jitgemm prewarm --arch {spec.arch} --shapes FILE (or --preset NAME)"
         )
     if in_force.jit == "warn":
-        logger.warning("kernel %s (%s) is not in the cache %s: compiling it", key, _describe(spec), cache.directory)
-    return _compile_once(spec, key, cache, find, in_force.lock_timeout)
+        logger.warning("kernel %s (%s) is not in the cache %s: compiling it", key, _describe(spec), where)
 
 
-def _compile_once(
-    spec: KernelSpec, key: str, cache: KernelCache, find: Callable[[], Cubin | None], timeout: float
+def _obtain_once(
+    spec: KernelSpec,
+    key: str,
+    cache: KernelCache,
+    find: Callable[[], Cubin | None],
+    in_force: Settings,
+    remote: Remote | None,
 ) -> tuple[Cubin, Source]:
     from jitgemm.render import render
 
     with contextlib.ExitStack() as held:
-        cubin = _take_turn(held, cache, key, find, timeout)
+        cubin = _take_turn(held, cache, key, find, in_force.lock_timeout)
         if cubin is not None:
             return cubin, "disk"
-        cubin = compile_source(render(spec), spec, key)
+        source: Source = "remote"
+        if remote is not None:
+            exact, version = in_force.exact_nvrtc, _nvrtc_in_use(in_force)
+            cubin = remote.find(key, version=version, exact=exact, loadable=_loadable)
+            if cubin is None:
+                _check_allowed(spec, key, cache, in_force)
+        if cubin is None:
+            cubin, source = compile_source(render(spec), spec, key), "compiled"
         with _guard:
-            _stats.compiles += 1
+            _stats.remote_hits += source == "remote"
+            _stats.compiles += source == "compiled"
         try:
             cache.publish(cubin)
         except (OSError, CacheError) as error:
             _warn_once(cache, error)
-    return cubin, "compiled"
+    if remote is not None and source == "compiled" and in_force.remote_write:
+        remote.publish(cubin)  # the lock is free: nobody waits for this but the caller
+    return cubin, source
 
 
 def _take_turn(

@@ -42,6 +42,7 @@ _HEADER = struct.Struct("<8sIQ")  # magic, bytes of metadata, bytes of payload; 
 _DIGEST_BYTES = hashlib.sha256().digest_size
 MAX_METADATA_BYTES = 64 << 10
 MAX_PAYLOAD_BYTES = 64 << 20
+MAX_ENTRY_BYTES = _HEADER.size + MAX_METADATA_BYTES + MAX_PAYLOAD_BYTES + _DIGEST_BYTES
 
 _NAME = re.compile(r"(?P<key>[0-9a-f]{64})\.(?P<version>[0-9]{1,4}\.[0-9]{1,4})\.jgk")
 
@@ -205,7 +206,7 @@ class KernelCache:
             return None
 
     def _read(self, path: Path) -> Cubin:
-        cubin = decode(read_trusted(path, limit=_HEADER.size + MAX_METADATA_BYTES + MAX_PAYLOAD_BYTES + _DIGEST_BYTES))
+        cubin = decode(read_trusted(path, limit=MAX_ENTRY_BYTES))
         if path.name != f"{cubin.metadata.key}.{cubin.metadata.nvrtc_version}.jgk":
             raise InvalidEntryError("it holds the kernel of another entry")
         return cubin

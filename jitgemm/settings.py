@@ -11,6 +11,7 @@ import contextlib
 import contextvars
 import dataclasses
 import os
+import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -39,6 +40,12 @@ def _seconds(text: str) -> float:
     return value
 
 
+def _positive_seconds(text: str) -> float:
+    if not (value := _seconds(text)):
+        raise ValueError
+    return value
+
+
 def _boolean(text: str) -> bool:
     return {"0": False, "1": True, "false": False, "true": True, "off": False, "on": True}[text.strip().lower()]
 
@@ -57,6 +64,13 @@ def _absolute_path(text: str) -> Path:
     if not path.is_absolute():  # a cache must not move with the working directory
         raise ValueError
     return path
+
+
+def _remote(text: str) -> str:
+    # No user or password: a URL appears in messages and logs.
+    if not text.isprintable() or not re.fullmatch(r"(s3|gs)://[^/@]+(/.*)?|file:///.*[^/].*|memory://.*[^/].*", text):
+        raise ValueError
+    return text.rstrip("/")
 
 
 def _cluster(text: str) -> tuple[int, int]:
@@ -143,6 +157,29 @@ VARIABLES: tuple[Variable, ...] = (
         read="at each compile",
     ),
     _variable(
+        "remote",
+        (_remote, "s3://BUCKET/PREFIX, gs://BUCKET/PREFIX, file:///PATH or memory://NAME"),
+        "A cache that hosts share, asked after a miss in the cache directory and before a compile.",
+        default_text="none",
+        read="at each look-up of a kernel",
+    ),
+    _variable(
+        "remote_write",
+        (_boolean, "0 or 1"),
+        "Whether what is compiled here is uploaded to JITGEMM_REMOTE.",
+        default=False,
+        default_text="0",
+        read="at each compile",
+    ),
+    _variable(
+        "remote_timeout",
+        (_positive_seconds, "seconds, more than 0"),
+        "How long a look-up in JITGEMM_REMOTE, and likewise an upload, may hold up a call.",
+        default=2.0,
+        default_text="2",
+        read="at each look-up of a kernel",
+    ),
+    _variable(
         "num_sms",
         _integer(0, 2**31 - 1),
         "Multiprocessors that calls may use; 0 means all.",
@@ -213,6 +250,9 @@ class Settings:
     nvrtc: Path | None = None
     exact_nvrtc: bool = False
     lock_timeout: float = 60.0
+    remote: str | None = None
+    remote_write: bool = False
+    remote_timeout: float = 2.0
     num_sms: int = 0
     pdl: bool = False
     static_weights: bool = False
