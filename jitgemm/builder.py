@@ -1,4 +1,4 @@
-"""From a ``KernelSpec`` to its cubin: memory, disk, the remote layer, then one compile per host. For calls and prewarm."""
+"""From a ``KernelSpec`` to its cubin: memory, disk, the remote layer, then one compile per host."""
 
 from __future__ import annotations
 
