@@ -205,13 +205,14 @@ def require_tools(directory: Path) -> None:
 
     Raises:
         EnvironmentFaultError: the cache can't be written.
-        CompileError: there is no NVRTC, and no remote layer that could have the kernels.
+        CompileError: there is no NVRTC, and no remote layer that answers.
         SettingsError: ``JITGEMM_REMOTE`` needs a package that is not installed.
     """
     from jitgemm.compiler import find_nvrtc
     from jitgemm.remote import default_remote
 
-    if default_remote() is None:
+    remote = default_remote()
+    if remote is None or not remote.answers():
         find_nvrtc()
     if fault := write_fault(directory):
         raise EnvironmentFaultError(f"the cache directory {directory} cannot be written: {fault}")

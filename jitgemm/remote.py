@@ -57,8 +57,9 @@ class Remote:
                     f"JITGEMM_REMOTE is {url!r}, which needs the package {package}; pip install 'jitgemm[{extra}]'"
                 )
         self._opened: AbstractFileSystem | None = None
+        self.fault: str | None = None
+        """Why it failed the last time that it did."""
         self._retry_at = 0.0
-        self._warned = False
 
     def find(
         self,
@@ -101,6 +102,10 @@ class Remote:
         metadata = cubin.metadata
         found = self.find(metadata.key, version=metadata.nvrtc_version, exact=True)
         return found is not None or self.publish(cubin)
+
+    def answers(self) -> bool:
+        """Whether it can be asked now; a warning or ``fault`` says why not."""
+        return self._in_time(lambda files: self._versions(files, "0" * 64)) is not None
 
     def _path(self, key: str, version: str = "") -> str:
         return f"{self._root}/kernels/{key}" + (f"/{version}.jgk" if version else "")
@@ -165,8 +170,8 @@ class Remote:
 
     def _leave_alone(self, why: str) -> None:
         self._retry_at = time.monotonic() + RETRY_SECONDS
-        if not self._warned:
-            self._warned = True
+        first, self.fault = self.fault is None, why
+        if first:
             logger.warning(
                 "kernel cache: the remote %s failed (%s) and is left alone for %g s at a time",
                 self.url,

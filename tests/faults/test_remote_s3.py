@@ -115,7 +115,7 @@ def test_a_remote_that_is_not_there_costs_one_warning(
 ) -> None:
     if url == "s3://bucket/x":
         monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
-    absent = Remote(url, 3)
+    absent = Remote(url, 1)
     for key in (KEY, "f" * 64):
         assert absent.find(key) is None
     assert not absent.publish(make_cubin())
