@@ -267,6 +267,54 @@ def show(key: str, source: bool, as_json: bool) -> int:
 
 
 @cli.command()
+@click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
+@_problem_options
+@click.option("--arch", type=click.Choice(list(ARCHITECTURES)), help="Kernels of one architecture  [default: all]")
+@click.option(
+    "--device",
+    "device_names",
+    type=click.Choice(list(PRESETS)),
+    multiple=True,
+    help="With --preset or --shapes: a chip to take kernels for; may be repeated  [default: all of the architecture]",
+)
+@_json_option
+@_cache_dir_option
+def export(
+    file: Path, preset: str | None, shapes: Path | None, arch: str | None, device_names: tuple[str, ...], as_json: bool
+) -> int:
+    """Write kernels of the cache to FILE, a bundle for import: all, or those that some problems can need."""
+    from jitgemm.cache_tools import bundle
+
+    keys = None
+    if preset is not None or shapes is not None:
+        from jitgemm import heuristics
+        from jitgemm.cache_key import cache_key
+
+        keys = {
+            cache_key(spec)
+            for named in _problems("export", preset, shapes)
+            for device in _devices(arch or "sm_90a", device_names)
+            for spec in heuristics.enumerate_specs(named.problem, device)
+        }
+    elif device_names:
+        raise UsageError("--device: wants --preset or --shapes, got neither")
+    bundle.export(file, keys=keys, arch=arch, as_json=as_json)
+    return 0
+
+
+@cli.command(name="import")
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@_json_option
+@_cache_dir_option
+def import_bundle(file: Path, as_json: bool) -> int:
+    """Add the kernels of FILE, a bundle that export wrote, to the cache: all of them, or none of a damaged one."""
+    from jitgemm.cache_tools import bundle
+
+    bundle.import_bundle(file, as_json=as_json)
+    return 0
+
+
+@cli.command()
 @click.option("--m", type=click.IntRange(1), required=True, help="Rows of D.")
 @click.option("--n", type=click.IntRange(1), required=True, help="Columns of D.")
 @click.option("--k", type=click.IntRange(1), required=True, help="Length of the contraction.")

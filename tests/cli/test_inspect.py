@@ -20,7 +20,17 @@ PROBLEM = ("--m", 128, "--n", 4096, "--k", 7168, "--recipe", "fp8_1x128_128x128"
 
 def test_version_and_help(jitgemm: Jitgemm) -> None:
     assert jitgemm("--version").stdout == "jitgemm 0.1.0\n"
-    for command in ((), ("prewarm",), ("list",), ("show",), ("explain",), ("doctor",), ("demo",)):
+    for command in (
+        (),
+        ("prewarm",),
+        ("list",),
+        ("show",),
+        ("explain",),
+        ("doctor",),
+        ("demo",),
+        ("export",),
+        ("import",),
+    ):
         assert "Usage: jitgemm" in jitgemm(*command, "--help").stdout
     assert "Commands:" in jitgemm(code=2).stderr
     assert "'prewrm'" in jitgemm("prewrm", code=2).stderr
