@@ -100,7 +100,7 @@ def build(spec: KernelSpec, capturing: bool = False) -> Built:
         with contextlib.suppress(CancelledError):  # its thread was interrupted: try again, maybe as the one who works
             return Built(pending.result(), "memory", time.perf_counter() - start)
     try:
-        cubin, source = _from_disk_or_beyond(spec, in_force, capturing)
+        cubin, source = _from_disk_or_compiled(spec, in_force, capturing)
     except BaseException as error:
         with _guard:
             del _pending[place]
@@ -133,7 +133,7 @@ def forget() -> None:
         _memory.clear()
 
 
-def _from_disk_or_beyond(spec: KernelSpec, in_force: Settings, capturing: bool) -> tuple[Cubin, Source]:
+def _from_disk_or_compiled(spec: KernelSpec, in_force: Settings, capturing: bool) -> tuple[Cubin, Source]:
     cache, key = default_cache(), cache_key(spec)
     find = _finder(cache, key, in_force)
     cubin = find()
@@ -143,25 +143,20 @@ def _from_disk_or_beyond(spec: KernelSpec, in_force: Settings, capturing: bool) 
     if cubin is not None:
         return cubin, "disk"
     remote = None if capturing else default_remote()
-    if remote is None:
-        _check_allowed(spec, key, cache, in_force, capturing)
-    return _obtain_once(spec, key, cache, find, in_force, remote)
+    if remote is None and (in_force.jit == "forbid" or capturing):
+        raise _miss(spec, key, str(cache.directory), in_force)
+    return _compile_once(spec, key, cache, find, in_force, remote)
 
 
-def _check_allowed(spec: KernelSpec, key: str, cache: KernelCache, in_force: Settings, capturing: bool = False) -> None:
-    """Whether ``spec`` may be compiled here and now."""
-    where = f"{cache.directory}" + (f" or {in_force.remote}" if in_force.remote and not capturing else "")
-    if in_force.jit == "forbid" or capturing:
-        why = "JITGEMM_JIT is 'forbid'" if in_force.jit == "forbid" else "a CUDA graph is being captured"
-        raise CacheMissError(
-            f"kernel {key} ({_describe(spec)}) is not in the cache {where} and {why}; "
-            f"build it with: jitgemm prewarm --arch {spec.arch} --shapes FILE (or --preset NAME)"
-        )
-    if in_force.jit == "warn":
-        logger.warning("kernel %s (%s) is not in the cache %s: compiling it", key, _describe(spec), where)
+def _miss(spec: KernelSpec, key: str, where: str, in_force: Settings) -> CacheMissError:
+    why = "JITGEMM_JIT is 'forbid'" if in_force.jit == "forbid" else "a CUDA graph is being captured"
+    return CacheMissError(
+        f"kernel {key} ({_describe(spec)}) is not in the cache {where} and {why}; "
+        f"build it with: jitgemm prewarm --arch {spec.arch} --shapes FILE (or --preset NAME)"
+    )
 
 
-def _obtain_once(
+def _compile_once(
     spec: KernelSpec,
     key: str,
     cache: KernelCache,
@@ -169,20 +164,28 @@ def _obtain_once(
     in_force: Settings,
     remote: Remote | None,
 ) -> tuple[Cubin, Source]:
+    """Compile the kernel, unless another process publishes it first or the remote layer has it."""
     from jitgemm.render import render
 
+    forbidden = in_force.jit == "forbid"
     with contextlib.ExitStack() as held:
-        cubin = _take_turn(held, cache, key, find, in_force.lock_timeout)
+        # One process asks the remote for all. Who may not compile asks for itself: if the remote is dead, nobody will
+        # publish anything, and each would sit through the timeouts of those before it.
+        cubin = None if forbidden else _take_turn(held, cache, key, find, in_force.lock_timeout)
         if cubin is not None:
             return cubin, "disk"
-        source: Source = "remote"
         if remote is not None:
-            exact, version = in_force.exact_nvrtc, _nvrtc_in_use(in_force)
+            version, exact = _nvrtc_in_use(in_force), in_force.exact_nvrtc
             cubin = remote.find(key, version=version, exact=exact, loadable=_loadable)
-            if cubin is None:
-                _check_allowed(spec, key, cache, in_force)
+            if cubin is None and forbidden:
+                raise _miss(spec, key, f"{cache.directory} or {remote.url}", in_force)
+        source: Source = "remote" if cubin is not None else "compiled"
         if cubin is None:
-            cubin, source = compile_source(render(spec), spec, key), "compiled"
+            if in_force.jit == "warn":
+                logger.warning(
+                    "kernel %s (%s) is not in the cache %s: compiling it", key, _describe(spec), cache.directory
+                )
+            cubin = compile_source(render(spec), spec, key)
         with _guard:
             _stats.remote_hits += source == "remote"
             _stats.compiles += source == "compiled"

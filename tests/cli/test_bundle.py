@@ -67,11 +67,10 @@ def test_an_export_may_be_narrowed(warm: Jitgemm, tmp_path: Path) -> None:
     assert warm.json("export", path, "--arch", "sm_90a")["exported"] == count
     one = warm.json("prewarm", *NEEDED)["kernels"][0]["key"]
     few = Jitgemm(tmp_path, tmp_path / "cache", dict(NARROW))
-    (few.cache / "kernels").mkdir(mode=0o700, parents=True)
-    few.cache.chmod(0o700)
-    for file in warm.cached_files():
-        if file.name.startswith(one):
-            shutil.copy(file, few.cache / "kernels")
+    (file,) = [file for file in warm.cached_files() if file.name.startswith(one)]
+    copy = few.cache / file.relative_to(warm.cache)
+    copy.parent.mkdir(parents=True)
+    shutil.copy(file, copy)
     shutil.copy(warm.home / "tiny.jsonl", tmp_path)
     assert few.json("export", path)["exported"] == 1
     done = few("export", tmp_path / "all.tar", *NEEDED, code=1)

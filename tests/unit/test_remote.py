@@ -59,10 +59,10 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return keys
 
 
-def _elsewhere(url: str, **values: Any) -> Any:
+def _elsewhere(url: str, cache_dir: Path) -> Any:
     """Settings of another host with a cache of its own."""
     builder.forget()
-    return settings.override(cache_dir=f"{settings.current().cache_dir}-elsewhere", remote=url, **values)
+    return settings.override(cache_dir=cache_dir.with_name("elsewhere"), remote=url)
 
 
 def _objects(url: str) -> list[str]:
@@ -83,7 +83,7 @@ def test_what_one_host_compiled_another_fetches(url: str, compiled: list[str], c
         first = builder.build(SPEC)
     (path,) = _objects(url)
     assert path.endswith(f"/remote/kernels/{cache_key(SPEC)}/13.5.jgk")
-    with _elsewhere(url):
+    with _elsewhere(url, cache_dir):
         second = builder.build(SPEC)
         builder.forget()
         third = builder.build(SPEC)
@@ -110,6 +110,15 @@ def test_forbid_fetches_and_an_absent_kernel_names_both_places(url: str, compile
             builder.build(OTHER)
     assert f"{cache_dir} or {url}" in str(caught.value)
     assert compiled == []
+
+
+def test_who_may_not_compile_waits_for_nobody_who_does(compiled: list[str], tmp_path: Path, cache_dir: Path) -> None:
+    url = f"file://{tmp_path}/remote"
+    Remote(url, 10).publish(make_cubin(cache_key(SPEC)))
+    with KernelCache(cache_dir).lock(cache_key(SPEC)), settings.override(remote=url, jit="forbid", lock_timeout=30):
+        start = time.monotonic()
+        assert builder.build(SPEC).source == "remote"
+        assert time.monotonic() - start < 10
 
 
 def test_nothing_is_fetched_while_a_graph_is_captured(url: str, compiled: list[str], cache_dir: Path) -> None:
@@ -310,7 +319,7 @@ def test_ensure_uploads_what_is_missing_or_damaged_only(tmp_path: Path) -> None:
     assert _objects(url) == [str(path)]  # nothing staged is left
 
 
-def test_a_forked_child_opens_the_remote_anew(compiled: list[str], tmp_path: Path) -> None:
+def test_a_forked_child_opens_the_remote_anew(compiled: list[str], tmp_path: Path, cache_dir: Path) -> None:
     url = f"file://{tmp_path}/remote"
     with settings.override(remote=url, remote_write=True):
         builder.build(SPEC)
@@ -318,7 +327,7 @@ def test_a_forked_child_opens_the_remote_anew(compiled: list[str], tmp_path: Pat
 
         def child() -> None:
             assert remote.default_remote() is not parents
-            with _elsewhere(url):
+            with _elsewhere(url, cache_dir):
                 assert builder.build(SPEC).source == "remote"
 
         assert in_forked_child(child) == 0
