@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ from typing import Any
 
 import fsspec
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 from support import KEY, SPEC, in_forked_child, make_cubin
 
 from jitgemm import builder, remote, settings
@@ -317,6 +319,29 @@ def test_ensure_uploads_what_is_missing_or_damaged_only(tmp_path: Path) -> None:
     assert shared.ensure(cubin)
     assert decode(path.read_bytes()) == cubin
     assert _objects(url) == [str(path)]  # nothing staged is left
+
+
+def test_an_upload_to_a_directory_that_is_killed_halfway_shows_nothing(
+    tmp_path: Path, caught: pytest.LogCaptureFixture
+) -> None:
+    url, cubin = f"file://{tmp_path}/remote", make_cubin()
+
+    def write_half(self: LocalFileSystem, path: str, value: bytes) -> None:
+        Path(path).parent.mkdir(parents=True)
+        Path(path).write_bytes(value[: len(value) // 2])
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def child() -> None:
+        LocalFileSystem.pipe_file = write_half
+        Remote(url, 10).publish(cubin)
+
+    assert in_forked_child(child) == -signal.SIGKILL
+    assert len(_objects(url)) == 1
+    shared = Remote(url, 10)
+    assert shared.find(KEY) is None
+    assert caught.records == []
+    assert shared.publish(cubin)
+    assert shared.find(KEY) == cubin
 
 
 def test_a_forked_child_opens_the_remote_anew(compiled: list[str], tmp_path: Path, cache_dir: Path) -> None:
