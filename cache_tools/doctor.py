@@ -15,7 +15,7 @@ import jitgemm
 from jitgemm import settings
 from jitgemm.cache_tools.console import print_table, printable
 from jitgemm.cache_tools.storage import write_fault
-from jitgemm.errors import CacheError, CompileError
+from jitgemm.errors import CacheError, CompileError, SettingsError
 
 REQUIRED = ("click", "filelock", "jinja2", "platformdirs", "rich")
 """Without these the commands do not work."""
@@ -132,7 +132,24 @@ def _cache(problems: list[str]) -> dict[str, Any]:
         "mode": mode,
         "entries": len(entries),
         "bytes": sum(entry.size for entry in entries),
+        **_remote(problems),
     }
+
+
+def _remote(problems: list[str]) -> dict[str, Any]:
+    from jitgemm.remote import default_remote
+
+    try:
+        remote = default_remote()
+    except SettingsError as error:
+        problems.append(str(error))
+        return {}
+    if remote is None:
+        return {}
+    answers = remote.answers()
+    if not answers:
+        problems.append(f"the remote {remote.url} failed: {remote.fault}")
+    return {"remote": remote.url, "remote_answers": answers}
 
 
 def _owner_and_mode(directory: Path) -> tuple[str | None, str | None]:

@@ -17,10 +17,12 @@ if not (_package / "heuristics").is_dir() and (_package.parent / "heuristics").i
     __path__.append(str(_package.parent))
 
 _PUBLIC = {
+    "add_hook": "jitgemm.hooks",
     "bf16_gemm_nn": "jitgemm.ops.gemm",
     "bf16_gemm_nt": "jitgemm.ops.gemm",
     "bf16_gemm_tn": "jitgemm.ops.gemm",
     "bf16_gemm_tt": "jitgemm.ops.gemm",
+    "cache_stats": "jitgemm.builder",
     "fp8_gemm_nt": "jitgemm.ops.gemm",
     "get_mn_major_tma_aligned_packed_ue8m0_tensor": "jitgemm.ops.layout",
     "get_mn_major_tma_aligned_tensor": "jitgemm.ops.layout",
@@ -31,6 +33,7 @@ _PUBLIC = {
     "per_block_cast_to_fp8": "jitgemm.ops.quantize",
     "per_channel_cast_to_fp8": "jitgemm.ops.quantize",
     "per_token_cast_to_fp8": "jitgemm.ops.quantize",
+    "prewarm": "jitgemm.prewarming",
     "set_num_sms": "jitgemm.plan",
     "set_pdl": "jitgemm.settings",
     "tune": "jitgemm.tuning",

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import threading
+import time
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from jitgemm import driver
+from jitgemm import driver, hooks
 from jitgemm.builder import build
+from jitgemm.compiler import Cubin, driver_version, version_text
 from jitgemm.errors import DriverError
 from jitgemm.families import KernelSpec, family_of
+from jitgemm.nvtx import range_if_asked
+from jitgemm.problem import Problem
 
 
 @dataclass(frozen=True)
@@ -30,8 +34,10 @@ _lock = threading.Lock()
 _kernels: dict[tuple[KernelSpec, int], Kernel] = {}
 
 
-def load(spec: KernelSpec, device: int) -> Kernel:
+def load(spec: KernelSpec, device: int, problem: Problem | None = None) -> Kernel:
     """The kernel of ``spec`` on a device: loaded once, built or read from the cache before that.
+
+    ``problem`` is what it is needed for, so that messages can give the command that prewarms it.
 
     Raises:
         CacheMissError: it would have to be compiled, and that is forbidden or the current stream is being captured.
@@ -41,19 +47,28 @@ def load(spec: KernelSpec, device: int) -> Kernel:
     known = _kernels.get((spec, device))
     if known is not None:
         return known
-    cubin = build(spec, torch.cuda.is_current_stream_capturing()).cubin
+    start = time.perf_counter()
     family = family_of(spec)
-    with _lock:
-        known = _kernels.get((spec, device))
-        if known is not None:
-            return known
-        smem_bytes = family.smem_bytes(spec)
-        try:
-            library, handle = driver.load_kernel(cubin.image, cubin.metadata.kernel_name, smem_bytes, device)
-        except DriverError as error:
-            raise DriverError(
-                f"kernel {family.describe(spec)}, compiled by NVRTC {cubin.metadata.nvrtc_version}: {error}"
-            ) from None
-        kernel = Kernel(spec, device, handle, family.num_threads(spec), smem_bytes, library)
-        _kernels[spec, device] = kernel
-        return kernel
+    with range_if_asked(f"jitgemm load {family.describe(spec)}"):
+        built = build(spec, torch.cuda.is_current_stream_capturing(), problem)
+        with _lock:
+            known = _kernels.get((spec, device))
+            if known is not None:
+                return known
+            kernel = _kernels[spec, device] = _load(spec, device, built.cubin)
+    hooks.emit("load", spec, time.perf_counter() - start, source=built.source, device=device)
+    return kernel
+
+
+def _load(spec: KernelSpec, device: int, cubin: Cubin) -> Kernel:
+    family = family_of(spec)
+    smem_bytes = family.smem_bytes(spec)
+    try:
+        library, handle = driver.load_kernel(cubin.image, cubin.metadata.kernel_name, smem_bytes, device)
+    except DriverError as error:
+        version = driver_version()
+        raise DriverError(
+            f"kernel {family.describe(spec)}, compiled by NVRTC {cubin.metadata.nvrtc_version}, was refused by the "
+            f"CUDA {version_text(version) if version else '(unknown)'} driver: {error}"
+        ) from None
+    return Kernel(spec, device, handle, family.num_threads(spec), smem_bytes, library)

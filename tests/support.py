@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import json
+import logging
 import os
 import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from jitgemm.compiler import Cubin, CubinMetadata
 from jitgemm.families.transpose_scales import FAMILY
@@ -26,6 +30,7 @@ def make_cubin(key: str = KEY, version: str = "13.5", image: bytes = b"\x7fELF m
         kernel_name="jitgemm_transpose_scales",
         arch="sm_90a",
         nvrtc_version=version,
+        build="b" * 64,
         compile_seconds=0.25,
         registers=32,
         spill_bytes=0,
@@ -61,3 +66,55 @@ def in_forked_child(action: Callable[[], None], *, user: int | None = None) -> i
             sys.stderr.flush()
             os._exit(code)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def in_processes(count: int, action: Callable[[int], Any]) -> list[Any]:
+    """What ``action(index)`` returns (JSON) in each of ``count`` forked children, which are all let go at once.
+
+    A child inherits all that is imported, so that they really start together.
+    """
+    barrier, release = os.pipe()
+    children: list[tuple[int, int]] = []
+    for index in range(count):
+        result, answer = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            signal.alarm(120)
+            os.close(release)
+            try:
+                os.read(barrier, 1)  # its end comes when the parent lets go
+                os.write(answer, json.dumps(action(index)).encode())
+            except BaseException:
+                sys.excepthook(*sys.exc_info())
+            finally:
+                sys.stderr.flush()
+                os._exit(0)
+        os.close(answer)
+        children.append((pid, result))
+    os.close(barrier)
+    os.close(release)
+    answers = []
+    for pid, result in children:
+        with open(result, "rb") as pipe:
+            text = pipe.read()
+        os.waitpid(pid, 0)
+        assert text, "a child failed; its traceback is on stderr"
+        answers.append(json.loads(text))
+    return answers
+
+
+@contextlib.contextmanager
+def warnings_of(logger: logging.Logger) -> Any:
+    """The messages that are logged in the block, in a process of whatever handlers."""
+    texts: list[str] = []
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            texts.append(record.getMessage())
+
+    handler = Handler(logging.WARNING)
+    logger.addHandler(handler)
+    try:
+        yield texts
+    finally:
+        logger.removeHandler(handler)

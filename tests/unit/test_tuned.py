@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from test_gemm_problem import kernels
 
 from jitgemm import settings
+from jitgemm.cache import default_cache
 from jitgemm.device import H100, H200
 from jitgemm.families.gemm import GemmConfig, GemmProblem
 from jitgemm.heuristics import choose_config, enumerate_configs, explain, tuned
@@ -83,7 +84,7 @@ def test_updates_add_and_replace(tmp_path: Path) -> None:
     header = json.loads(path.read_text().splitlines()[0])
     assert header["device"] == {"name": "h200", "num_sms": 132}
     assert [run["torch"] for run in header["runs"]] == ["2.11.0", "2.12.0"]
-    assert path.parent == settings.current().cache_dir / "tuned"  # type: ignore[operator]
+    assert path.parent == default_cache().directory / "tuned"
     assert sorted(file.name for file in path.parent.iterdir()) == ["h200.jsonl", "h200.lock"]
     assert path.stat().st_mode & 0o777 == 0o600
 
