@@ -18,7 +18,17 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from jitgemm.cache import MAX_ENTRY_BYTES, EntryInfo, InvalidEntryError, KernelCache, decode, default_cache, encode
+from jitgemm import settings
+from jitgemm.cache import (
+    MAX_ENTRY_BYTES,
+    EntryInfo,
+    InvalidEntryError,
+    KernelCache,
+    check_spec,
+    decode_named,
+    default_cache,
+    encode,
+)
 from jitgemm.cache_tools.console import (
     EnvironmentFaultError,
     NotFoundError,
@@ -27,6 +37,7 @@ from jitgemm.cache_tools.console import (
     print_json,
     printable,
 )
+from jitgemm.cache_upkeep import keep_bound
 from jitgemm.compiler import Cubin
 
 MAX_ENTRIES = 100_000
@@ -105,6 +116,8 @@ def import_bundle(path: Path, *, as_json: bool = False) -> None:
                 else:
                     cache.publish(cubin)
                     new += 1
+                    if (bound := settings.current().cache_max_bytes) is not None:
+                        keep_bound(cache, bound, cubin.metadata.size)
         except (OSError, RefusedError) as error:  # the latter: it was written to meanwhile
             done = f"{new + kept} of {total} kernels of {path} are in the cache"
             raise EnvironmentFaultError(f"import: {done}, then: {error}; the same command continues") from None
@@ -171,11 +184,10 @@ def _cubins(file: BinaryIO, cache: KernelCache) -> Iterator[Cubin]:
         if len(seen) > MAX_ENTRIES:
             raise RefusedError(f"it has more than {MAX_ENTRIES} members")
         try:
-            cubin = decode(file.read(member.size))
+            cubin = decode_named(file.read(member.size), member.name)
+            check_spec(cubin.metadata)
         except InvalidEntryError as error:
             raise RefusedError(f"{member.name!r} is not a valid entry: {error}") from None
-        if member.name != f"{cubin.metadata.key}.{cubin.metadata.nvrtc_version}.jgk":
-            raise RefusedError(f"{member.name!r} holds the kernel of another entry")
         if any(file.read(-member.size % _BLOCK)):
             raise RefusedError(f"{member.name!r} is followed by what is no padding")
         yield cubin

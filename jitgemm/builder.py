@@ -116,7 +116,7 @@ def build(spec: KernelSpec, capturing: bool = False, problem: Problem | None = N
 
 def find_cached(spec: KernelSpec) -> Cubin | None:
     """The cubin of ``spec`` if the cache on disk has it; nothing is compiled or written."""
-    return _finder(default_cache(), cache_key(spec), settings.current())()
+    return _finder(default_cache(), cache_key(spec), settings.current(), use=False)()
 
 
 def stats() -> Stats:
@@ -199,18 +199,17 @@ def _compile_once(
             _count(cache, Stats(publish_failures=1))
             _warn_once(cache, error)
     if in_force.cache_max_bytes is not None:
-        _keep_bound(cache, in_force.cache_max_bytes)
+        _keep_bound(cache, in_force.cache_max_bytes, cubin.metadata.size)
     if remote is not None and source == "compiled" and in_force.remote_write:
         remote.publish(cubin)  # the lock is free: nobody waits for this but the caller
     return cubin, source
 
 
-def _keep_bound(cache: KernelCache, max_bytes: int) -> None:
-    from jitgemm.cache_upkeep import prune
+def _keep_bound(cache: KernelCache, max_bytes: int, published: int) -> None:
+    from jitgemm.cache_upkeep import keep_bound
 
     try:
-        if cache.size() > max_bytes:
-            prune(cache, max_bytes=max_bytes)
+        keep_bound(cache, max_bytes, published)
     except OSError as error:
         _warn_once(cache, error)
 
@@ -265,12 +264,12 @@ def _release(lock: filelock.BaseFileLock) -> None:
         lock.release()
 
 
-def _finder(cache: KernelCache, key: str, in_force: Settings) -> Callable[[], Cubin | None]:
+def _finder(cache: KernelCache, key: str, in_force: Settings, *, use: bool = True) -> Callable[[], Cubin | None]:
     def find() -> Cubin | None:
         # Which NVRTC is in use matters only where there is a choice, and looking for it takes longer than a hit.
         choice = in_force.exact_nvrtc or len(cache.versions(key)) > 1
         version = _nvrtc_in_use(in_force) if choice else None
-        return cache.find(key, version=version, exact=in_force.exact_nvrtc, loadable=_loadable)
+        return cache.find(key, version=version, exact=in_force.exact_nvrtc, loadable=_loadable, use=use)
 
     return find
 

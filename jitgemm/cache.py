@@ -35,13 +35,16 @@ from typing import TYPE_CHECKING, NamedTuple
 from jitgemm import settings
 from jitgemm.cache_clock import CacheClock
 from jitgemm.cache_counts import Stats, add_to_file, read_file
+from jitgemm.cache_key import key_of
 from jitgemm.compiler import Cubin, CubinMetadata
 from jitgemm.errors import CacheError
+from jitgemm.families.base import KernelSpec
 from jitgemm.trust import (
     InvalidEntryError,
     check_directory,
     check_own_file,
     file_mode,
+    make_directory,
     make_folder,
     open_trusted,
     read_all,
@@ -58,8 +61,10 @@ __all__ = [
     "InvalidEntryError",
     "KernelCache",
     "WrongKeyError",
+    "check_spec",
     "damaged_entries",
     "decode",
+    "decode_named",
     "default_cache",
     "encode",
     "logger",
@@ -68,6 +73,8 @@ __all__ = [
 
 logger = logging.getLogger("jitgemm")
 logger.addHandler(logging.NullHandler())
+
+_ATTEMPTS = 8  # to replace an invalid entry; one that others heal is valid at the second
 
 MAGIC = b"JITGEMM\x02"  # the last byte is the version of the format
 _HEADER = struct.Struct("<8sIQ")  # magic, bytes of metadata, bytes of payload; then both, then the digest
@@ -156,10 +163,8 @@ class _Layer:
 
     def read(self, path: Path, clock: CacheClock | None = None) -> Cubin:
         """A valid entry, which is marked as used now where a clock is given."""
-        with open_trusted(path, group=self.group) as (descriptor, status):
-            cubin = decode(read_all(descriptor, status, MAX_ENTRY_BYTES))
-            if path.name != f"{cubin.metadata.key}.{cubin.metadata.nvrtc_version}.jgk":
-                raise WrongKeyError("it holds the kernel of another entry")
+        with open_trusted(path, group=self.group, with_folder=True) as (descriptor, status):
+            cubin = decode_named(read_all(descriptor, status, MAX_ENTRY_BYTES), path.name)
             if clock is not None:
                 clock.mark(descriptor, status)
         return cubin
@@ -197,11 +202,13 @@ class KernelCache:
         version: str | None = None,
         exact: bool = False,
         loadable: Callable[[str], bool] | None = None,
+        use: bool = True,
     ) -> Cubin | None:
         """The kernel of ``key`` compiled by NVRTC ``version``, else the newest that is ``loadable``.
 
         A damaged entry counts as missing. ``exact`` accepts ``version`` only. Of equal versions, that of the first
-        directory is taken.
+        directory is taken. ``use`` says that the kernel is wanted for use, which is marked and counted; otherwise
+        nothing is written.
 
         Raises:
             CacheError: someone else could put kernels into a directory, which has been made meanwhile.
@@ -213,7 +220,7 @@ class KernelCache:
             wanted += [v for v in self.versions(key) if v != version and (loadable is None or loadable(v))]
         for candidate in wanted:
             for layer in self._layers:
-                cubin = self._read_valid(layer, layer.path_of(key, candidate))
+                cubin = self._read_valid(layer, layer.path_of(key, candidate), use)
                 if cubin is not None:
                     return cubin
         return None
@@ -412,12 +419,11 @@ class KernelCache:
         return self.directory / "stats.json"
 
     def _make(self, folder: Path) -> None:
+        make_directory(self.directory, shared=self._shared)
         self._own.check()
         for one in (*reversed(folder.parents), folder):
-            inside = one != self.directory and one.is_relative_to(self.directory)
-            if inside or not one.exists():
+            if one != self.directory and one.is_relative_to(self.directory):
                 make_folder(one, shared=self._shared, group=self._own.group)
-        self._own.check()
 
     def _lock_path(self, key: str) -> Path:
         return self._locks / f"{key}.lock"
@@ -425,13 +431,13 @@ class KernelCache:
     def _open_lock(self, key: str) -> int:
         return os.open(self._lock_path(key), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
 
-    def _read_valid(self, layer: _Layer, path: Path) -> Cubin | None:
+    def _read_valid(self, layer: _Layer, path: Path, use: bool) -> Cubin | None:
         try:
-            return layer.read(path, self.clock if layer is self._own else None)
+            return layer.read(path, self.clock if use and layer is self._own else None)
         except (FileNotFoundError, NotADirectoryError):
             return None
         except (OSError, InvalidEntryError) as error:
-            if _report(path, error):
+            if _report(path, error) and use:
                 self.count(Stats(damaged=1))
             return None
 
@@ -452,14 +458,18 @@ class KernelCache:
         """Rename a staged file into place, unless a valid entry is there: then the race is lost, and that one stays.
 
         An invalid one is replaced only if it is still the file that was found so.
+
+        Raises:
+            CacheError: it was another each time that it was looked at.
         """
-        while True:
+        for _ in range(_ATTEMPTS):
             standing = _identity_of(path)
             if standing is not None and self._is_valid(path):
                 return
             if _identity_of(path) == standing:
                 os.replace(staged, path)
                 return
+        raise CacheError(f"{path} is replaced by others all the time")
 
     def _is_valid(self, path: Path) -> bool:
         try:
@@ -505,6 +515,29 @@ def decode(data: bytes) -> Cubin:
     if metadata.size != len(image) or metadata.sha256 != hashlib.sha256(image).hexdigest():
         raise InvalidEntryError("its metadata belongs to another kernel")
     return Cubin(image, metadata)
+
+
+def decode_named(data: bytes, name: str) -> Cubin:
+    """``decode`` of the content of an entry's file.
+
+    Raises:
+        InvalidEntryError: it is not valid, or is the entry of another key or NVRTC version than its name says.
+    """
+    cubin = decode(data)
+    if name != f"{cubin.metadata.key}.{cubin.metadata.nvrtc_version}.jgk":
+        raise WrongKeyError("it holds the kernel of another entry")
+    return cubin
+
+
+def check_spec(metadata: CubinMetadata) -> None:
+    """Check that the spec of an entry is that of its key.
+
+    Raises:
+        WrongKeyError: it is another kernel's.
+    """
+    spec = KernelSpec.from_dict(metadata.spec)
+    if metadata.arch != spec.arch or key_of(spec, metadata.build) != metadata.key:
+        raise WrongKeyError("its spec does not give its key")
 
 
 def default_cache() -> KernelCache:

@@ -8,17 +8,20 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from jitgemm import settings
-from jitgemm.cache import EntryFile, EntryInfo, KernelCache
-from jitgemm.cache_key import build_digest, key_of
+from jitgemm.cache import EntryFile, EntryInfo, KernelCache, WrongKeyError, check_spec
+from jitgemm.cache_key import build_digest
 from jitgemm.compiler import driver_accepts, driver_version, find_nvrtc, version_text
 from jitgemm.errors import CompileError
-from jitgemm.families import KernelSpec
 
 MOMENT_SECONDS = 10.0
 """An entry that was used or published so recently counts as in use, and stays."""
+
+_BOUND_STEPS = 64
+_unseen: dict[Path, int] = {}  # bytes published in a directory since it was looked at last; threads may lose a few
 
 State = Literal["ok", "stale", "wrong key", "damaged"]
 
@@ -68,10 +71,11 @@ def _verdict(cache: KernelCache, entry: EntryInfo, version: str | None) -> Verdi
     metadata = entry.metadata
     if metadata is None:
         return Verdict(entry, "wrong key" if entry.wrong_key else "damaged", entry.problem)
-    spec = KernelSpec.from_dict(metadata.spec)
-    if metadata.arch != spec.arch or key_of(spec, metadata.build) != entry.key:
-        return Verdict(entry, "wrong key", "its spec does not give its key")
-    if metadata.build != build_digest(spec.arch):
+    try:
+        check_spec(metadata)
+    except WrongKeyError as error:
+        return Verdict(entry, "wrong key", str(error))
+    if metadata.build != build_digest(metadata.arch):
         return Verdict(entry, "stale", "the templates, or what generates from them, are others now")
     number = tuple(map(int, entry.nvrtc_version.split(".")))
     driver = driver_version()
@@ -140,6 +144,22 @@ def prune(
     # What others removed or published meanwhile counts as it is now.
     left = list(cache.files()) if removed and not dry_run else [file for file in files.values() if file not in reasons]
     return Pruned(removed, len(left), sum(file.size for file in left))
+
+
+def keep_bound(cache: KernelCache, max_bytes: int, published: int) -> None:
+    """Prune the cache to ``max_bytes`` once it is larger, after this process has published so many more bytes.
+
+    To look takes time for every entry. So a process looks when it first publishes, and then whenever it has published
+    another 64th of the bound, for which a prune makes room.
+
+    Raises:
+        OSError: the file system refused.
+    """
+    step = max_bytes // _BOUND_STEPS
+    unseen = _unseen.get(cache.directory, step) + published
+    _unseen[cache.directory] = 0 if unseen >= step else unseen
+    if unseen >= step and cache.size() > max_bytes:
+        prune(cache, max_bytes=max_bytes - step)
 
 
 def clear(cache: KernelCache) -> Pruned:

@@ -21,7 +21,7 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from jitgemm import settings
-from jitgemm.cache import MAX_ENTRY_BYTES, InvalidEntryError, decode, encode, logger
+from jitgemm.cache import MAX_ENTRY_BYTES, InvalidEntryError, check_spec, decode_named, encode, logger
 from jitgemm.compiler import Cubin
 from jitgemm.errors import SettingsError
 
@@ -126,9 +126,8 @@ class Remote:
             if size > MAX_ENTRY_BYTES:
                 raise InvalidEntryError("it is larger than an entry may be")
             # Bounded, whatever it has become since; and S3 has no range of an empty object.
-            cubin = decode(files.cat_file(path, start=0, end=size) if size else b"")
-            if (cubin.metadata.key, cubin.metadata.nvrtc_version) != (key, version):
-                raise InvalidEntryError("it holds the kernel of another entry")
+            cubin = decode_named(files.cat_file(path, start=0, end=size) if size else b"", f"{key}.{version}.jgk")
+            check_spec(cubin.metadata)
             return cubin
         except FileNotFoundError:  # removed meanwhile
             return None

@@ -1,6 +1,7 @@
 """Files and directories that nobody else could have written, and how ours are made.
 
-Trusted are this user and root; in a cache that is shared explicitly, the members of its directory's group too.
+Trusted are this user and root; in a cache that is shared explicitly, the members of its directory's group too. What
+others may write, by its mode, is theirs as much as what they own.
 """
 
 from __future__ import annotations
@@ -20,17 +21,22 @@ class InvalidEntryError(CacheError):
 
 
 @contextlib.contextmanager
-def open_trusted(path: Path, *, group: int | None = None) -> Iterator[tuple[int, os.stat_result]]:
+def open_trusted(
+    path: Path, *, group: int | None = None, with_folder: bool = False
+) -> Iterator[tuple[int, os.stat_result]]:
     """Open a regular file that only someone trusted could have written; follows no link, never blocks.
 
     Args:
         path: the file.
         group: the group whose members are trusted too, if any.
+        with_folder: whether its folder must be trusted too, and no link.
 
     Raises:
         InvalidEntryError: it is not such a file.
         OSError: it cannot be opened.
     """
+    if with_folder:
+        _check_folder(path.parent, group)
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         status = os.fstat(descriptor)
@@ -48,8 +54,8 @@ def check_file(status: os.stat_result, group: int | None = None) -> None:
     """
     if not stat.S_ISREG(status.st_mode):
         raise InvalidEntryError("it is not a regular file")
-    if not _is_trusted(status, group):
-        raise InvalidEntryError(f"it belongs to user {status.st_uid}")
+    if fault := _fault(status, group):
+        raise InvalidEntryError(f"it {fault}")
 
 
 def check_own_file(status: os.stat_result, group: int | None = None) -> None:
@@ -113,7 +119,10 @@ def check_directory(directory: Path, *, shared: bool = False) -> os.stat_result 
                 f"{what} belongs to user {status.st_uid}, who could put any code there; take it over with: "
                 f"chown {'-R ' if path == directory else ''}{os.geteuid()} '{path}', or set JITGEMM_CACHE_DIR"
             )
-        if status.st_mode & stat.S_IWOTH and not status.st_mode & stat.S_ISVTX:
+        # The sticky bit keeps others from moving what we own. It does not keep them from making files, which where the
+        # group is inherited would pass for its members'.
+        sticky = status.st_mode & stat.S_ISVTX and not (shared and path in (directory, real))
+        if status.st_mode & stat.S_IWOTH and not sticky:
             raise CacheError(
                 f"{what} can be written by everyone, who could put any code there; "
                 f"close it with: chmod o-w '{path}', or set JITGEMM_CACHE_DIR"
@@ -126,8 +135,22 @@ def trusted_group(status: os.stat_result) -> int | None:
     return status.st_gid if status.st_gid in (os.getegid(), *os.getgroups()) else None
 
 
+def make_directory(directory: Path, *, shared: bool) -> None:
+    """Make the directory of a cache, ours alone or its group's, unless it exists; what exists must still be checked.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    for ancestor in reversed(directory.parents):
+        if not ancestor.exists():
+            with contextlib.suppress(FileExistsError):
+                # Members of a shared cache's group must get through; whether others may is for the umask to say.
+                os.mkdir(ancestor, 0o755 if shared else 0o700)
+    _make(directory, shared=shared)
+
+
 def make_folder(path: Path, *, shared: bool, group: int | None) -> None:
-    """Make a folder that is ours alone, or its group's; one that exists must be no link, and of someone trusted.
+    """Make a folder of a cache, ours alone or its group's; one that exists must be no link, and of someone trusted.
 
     Args:
         path: the folder.
@@ -135,20 +158,29 @@ def make_folder(path: Path, *, shared: bool, group: int | None) -> None:
         group: the group whose members are trusted, if any.
 
     Raises:
-        InvalidEntryError: it belongs to someone else.
+        InvalidEntryError: someone else can put files there.
         OSError: it cannot be made, or something else is there.
     """
+    if not _make(path, shared=shared):
+        _check_folder(path, group)
+
+
+def _check_folder(path: Path, group: int | None) -> None:
+    status = path.lstat()
+    if not stat.S_ISDIR(status.st_mode):
+        raise NotADirectoryError(f"{path} is not a folder")
+    if fault := _fault(status, group):
+        raise InvalidEntryError(f"{path} {fault}")
+
+
+def _make(path: Path, *, shared: bool) -> bool:
     try:
         os.mkdir(path, 0o700)
     except FileExistsError:
-        status = path.lstat()
-        if not stat.S_ISDIR(status.st_mode):
-            raise NotADirectoryError(f"{path} is not a folder") from None
-        if not _is_trusted(status, group):
-            raise InvalidEntryError(f"{path} belongs to user {status.st_uid}") from None
-    else:
-        if shared:  # by chmod, which heeds no umask; what is made inside inherits the group
-            os.chmod(path, 0o2770)
+        return False
+    if shared:  # by chmod, which heeds no umask; what is made inside inherits the group
+        os.chmod(path, 0o2770)
+    return True
 
 
 def file_mode(*, shared: bool) -> int:
@@ -158,6 +190,18 @@ def file_mode(*, shared: bool) -> int:
 
 def _is_trusted(status: os.stat_result, group: int | None) -> bool:
     return status.st_uid in (os.geteuid(), 0) or (group is not None and status.st_gid == group)
+
+
+def _fault(status: os.stat_result, group: int | None) -> str | None:
+    """Why someone who is not trusted could have written a file, or could put one into a folder."""
+    if not _is_trusted(status, group):
+        return f"belongs to user {status.st_uid}"
+    mode = stat.S_IMODE(status.st_mode)
+    if mode & stat.S_IWOTH:
+        return f"can be written by everyone (mode {mode:04o})"
+    if mode & stat.S_IWGRP and status.st_gid != group:
+        return f"can be written by group {status.st_gid} (mode {mode:04o})"
+    return None
 
 
 def _is_unmapped_root(status: os.stat_result) -> bool:

@@ -13,24 +13,29 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from jitgemm.cache_key import build_digest, key_of
 from jitgemm.compiler import Cubin, CubinMetadata
 from jitgemm.families.transpose_scales import FAMILY
 
 ROOT = Path(__file__).resolve().parents[1]
 SPEC = FAMILY.spec("sm_90a")
-KEY = "0123456789abcdef" * 4
+BUILDS = {key_of(SPEC, digit * 64): digit * 64 for digit in "0123456789"}
+KEYS = tuple(BUILDS)
+"""Keys that ``SPEC`` would have with other templates."""
+
+KEY = KEYS[0]
 NOBODY = 65534
 
 
 def make_cubin(key: str = KEY, version: str = "13.5", image: bytes = b"\x7fELF machine code" * 8) -> Cubin:
-    """A valid kernel that no compiler has seen."""
+    """A kernel that no compiler has seen; valid under one of ``KEYS`` and under that of ``SPEC``."""
     metadata = CubinMetadata(
         key=key,
         spec=SPEC.to_dict(),
         kernel_name="jitgemm_transpose_scales",
         arch="sm_90a",
         nvrtc_version=version,
-        build="b" * 64,
+        build=BUILDS.get(key) or build_digest(SPEC.arch),
         compile_seconds=0.25,
         registers=32,
         spill_bytes=0,

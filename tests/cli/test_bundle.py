@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 from command import NARROW, Jitgemm
+from support import make_cubin
+
+from jitgemm.cache import KernelCache
 
 NEEDED = ("--shapes", "tiny.jsonl", "--device", "h200")
 
@@ -42,6 +45,15 @@ def test_a_bundle_carries_a_cache_to_another_machine(warm: Jitgemm, other: Jitge
     report = other.json("prewarm", *NEEDED, environment={"JITGEMM_JIT": "forbid"})
     assert report["hits"] == report["needed"] > 0
     assert other.json("import", path)["already_there"] == exported["exported"]
+
+
+def test_an_import_keeps_the_bound(other: Jitgemm, bundle: Path) -> None:
+    cache = KernelCache(other.cache)
+    old = cache.publish(make_cubin())
+    os.utime(old, (0, 0))
+    imported = other.json("import", bundle, environment={"JITGEMM_CACHE_MAX_BYTES": "1"})["imported"]
+    assert not old.exists()
+    assert len(other.cached_files()) == imported > 0  # which are in use
 
 
 def test_the_same_entries_are_the_same_bytes(warm: Jitgemm, other: Jitgemm, bundle: Path, tmp_path: Path) -> None:

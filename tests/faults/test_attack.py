@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import stat
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from support import KEY, NOBODY, SPEC, environment, in_forked_child, make_cubin,
 
 from jitgemm import builder, settings
 from jitgemm import cache as module
-from jitgemm.cache import KernelCache, default_cache, logger
+from jitgemm.cache import KernelCache, default_cache, encode, logger
 from jitgemm.cache_key import cache_key
 from jitgemm.cache_upkeep import verify
 from jitgemm.compiler import find_nvrtc
@@ -103,6 +104,91 @@ def test_a_folder_that_someone_else_made_in_a_sticky_directory_is_not_used(place
     with settings.override(cache_dir=place):
         assert builder.build(SPEC).source == "compiled"
     assert list((place / name).iterdir()) == []
+
+
+@as_root
+@pytest.mark.parametrize("mode", [0o3777, 0o2777])
+def test_a_directory_that_is_shared_must_be_closed_to_everyone_else(place: Path, mode: int) -> None:
+    """Scenario 28: who may make files where the group is inherited would pass for a member of it."""
+    team = place / "team"
+    team.mkdir()
+    os.chown(team, 0, TEAM)
+    team.chmod(mode)
+
+    def plant() -> None:
+        os.umask(0)
+        folder = team / "kernels" / KEY[:2]
+        folder.mkdir(parents=True)
+        (folder / f"{KEY}.13.5.jgk").write_bytes(encode(make_cubin(image=b"not the team's")))
+
+    assert in_forked_child(plant, user=NOBODY) == 0
+    (planted,) = team.rglob("*.jgk")
+    assert (planted.stat().st_uid, planted.stat().st_gid) == (NOBODY, TEAM)
+
+    def refused(use: Callable[[], object]) -> Callable[[], None]:
+        def action() -> None:
+            with pytest.raises(CacheError, match=f"{team} can be written by everyone.* chmod o-w '{team}'"):
+                use()
+
+        return action
+
+    assert _as(MEMBER, TEAM)(refused(lambda: KernelCache(team, shared=True))) == 0
+    assert _as(MEMBER, TEAM)(refused(lambda: KernelCache(place / "own", [team], shared=True))) == 0
+    team.chmod(0o2770)  # what is open inside is not served either
+    assert _as(MEMBER, TEAM)(lambda: _expect_nothing(KernelCache(team, shared=True))) == 0
+
+
+def _expect_nothing(cache: KernelCache) -> None:
+    with warnings_of(logger) as texts:
+        assert cache.find(KEY) is None
+    assert "can be written by everyone" in "".join(texts)
+    with pytest.raises(CacheError, match="can be written by everyone"):
+        cache.publish(make_cubin())
+
+
+@pytest.mark.parametrize(("mode", "who"), [(0o602, "everyone"), (0o666, "everyone"), (0o660, "group [0-9]+")])
+def test_an_entry_that_others_can_write_is_refused_and_healed(tmp_path: Path, mode: int, who: str) -> None:
+    """Scenario 28: whoever owns it."""
+    cache = KernelCache(tmp_path / "cache")
+    path = cache.publish(make_cubin())
+    path.chmod(mode)
+    with warnings_of(logger) as texts:
+        assert cache.find(KEY) is None
+    (text,) = texts
+    assert re.search(f"{path} is ignored: it can be written by {who} \\(mode {mode:04o}\\)", text)
+    assert [entry.problem is None for entry in cache.entries()] == [False]
+    cache.publish(make_cubin())
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert cache.find(KEY) == make_cubin()
+
+
+@pytest.mark.parametrize(("mode", "who"), [(0o777, "everyone"), (0o1777, "everyone"), (0o770, "group [0-9]+")])
+def test_a_folder_of_entries_that_others_can_write_is_not_used(cache_dir: Path, mode: int, who: str) -> None:
+    """Scenario 28: also where its entries are ours."""
+    assert builder.build(SPEC).source == "compiled"
+    (entry,) = cache_dir.rglob("*.jgk")
+    entry.parent.chmod(mode)
+    builder.forget()
+    with warnings_of(logger) as texts:
+        assert builder.build(SPEC).source == "compiled"
+    assert all(re.search(f"{entry.parent} can be written by {who}", text) for text in texts)
+    assert len(texts) == 2  # one for the entry, one for its successor that is not stored
+    entry.parent.chmod(0o700)
+    builder.forget()
+    assert builder.build(SPEC).source == "disk"
+
+
+def test_of_what_is_made_only_the_cache_itself_is_open_to_the_group(place: Path) -> None:
+    """Scenario 28: the directories above are of the user, whatever the umask."""
+    before = os.umask(0)
+    try:
+        KernelCache(place / "new/parent/cache", shared=True).publish(make_cubin())
+    finally:
+        os.umask(before)
+    for path in (place / "new", place / "new/parent"):
+        assert stat.S_IMODE(path.stat().st_mode) == 0o755
+    cache = place / "new/parent/cache"
+    assert {stat.S_IMODE(path.stat().st_mode) for path in (cache, *cache.rglob("*")) if path.is_dir()} == {0o2770}
 
 
 def test_what_is_made_is_private_whatever_the_umask(place: Path) -> None:

@@ -12,13 +12,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import support
 from support import KEY, in_forked_child, make_cubin
 
 from jitgemm.cache import MAX_ENTRY_BYTES, KernelCache, encode
 from jitgemm.cache_tools import bundle
 from jitgemm.cache_tools.console import EnvironmentFaultError, UsageError
 
-KEYS = [f"{digit}" * 64 for digit in "123"]
+KEYS = sorted(support.KEYS[1:4])
 HOSTILE = encode(make_cubin(KEY))
 NAME = f"{KEY}.13.5.jgk"
 BLOCK = tarfile.BLOCKSIZE
@@ -70,6 +71,10 @@ ARCHIVES: dict[str, tuple[bytes, str]] = {
     "case": (_good() + _member() + _member(NAME.upper().replace("JGK", "jgk")) + END, "is not the name of an entry"),
     "another's name": (_good() + _member(f"{'4' * 64}.13.5.jgk") + END, "holds the kernel of another entry"),
     "another version's name": (_good() + _member(f"{KEY}.13.4.jgk") + END, "holds the kernel of another entry"),
+    "a spec that is not the key's": (
+        _good() + _member(f"{'f' * 64}.13.5.jgk", encode(make_cubin("f" * 64))) + END,
+        "its spec does not give its key",
+    ),
     "duplicate": (_good() + _member(f"{KEYS[0]}.13.5.jgk", encode(make_cubin(KEYS[0]))) + END, "comes twice"),
     # what a member may be
     "symbolic link": (_good() + _link(tarfile.SYMTYPE, "/etc/passwd") + END, "is not a regular file"),

@@ -24,7 +24,7 @@ from jitgemm import builder, settings
 from jitgemm.cache import KernelCache, default_cache, logger
 from jitgemm.cache_key import cache_key
 from jitgemm.compiler import Cubin, find_nvrtc
-from jitgemm.errors import CompileError
+from jitgemm.errors import CacheError, CompileError
 from jitgemm.families.base import KernelSpec
 
 OTHER = KernelSpec.make("transpose_scales", "sm_90a", {"tile": 16, "threads": 256})
@@ -263,6 +263,28 @@ def test_a_file_that_changes_between_judgement_and_replacement_is_judged_again(
     cache.publish(make_cubin(image=b"compiled again"))
     assert judged == [False, True]
     assert cache.find(KEY) == make_cubin()
+
+
+def test_a_file_that_others_replace_all_the_time_is_left_to_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scenario 15: a publish ends, whatever others do."""
+    cache = KernelCache(tmp_path / "cache")
+    path = cache.publish(make_cubin())
+    path.write_bytes(b"damaged")
+    judged: list[Path] = []
+
+    def damage_again(self: KernelCache, at: Path) -> bool:
+        judged.append(at)
+        path.with_name("other").write_bytes(b"damaged" * len(judged))
+        path.with_name("other").rename(path)
+        return False
+
+    monkeypatch.setattr(KernelCache, "_is_valid", damage_again)
+    with pytest.raises(CacheError, match=f"{path} is replaced by others all the time"):
+        cache.publish(make_cubin())
+    assert len(judged) < 20
+    assert list((tmp_path / "cache/staging").iterdir()) == []
 
 
 def test_staging_is_always_on_the_file_system_of_the_entries(cache_dir: Path) -> None:

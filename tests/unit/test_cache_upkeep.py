@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from support import KEY, SPEC, make_cubin
 from jitgemm import cache_upkeep, settings
 from jitgemm.cache import KernelCache, encode
 from jitgemm.cache_key import build_digest, cache_key
-from jitgemm.cache_upkeep import clear, prune, verify
+from jitgemm.cache_upkeep import clear, keep_bound, prune, verify
 from jitgemm.compiler import Cubin, CubinMetadata, NvrtcLibrary
 from jitgemm.errors import CompileError
 from jitgemm.families.base import KernelSpec
@@ -88,11 +89,30 @@ def test_damage_and_wrong_keys_are_told_apart(cache: KernelCache) -> None:
     assert _state(cache)[0] == "damaged"
     cache.path_of(cache_key(SPEC), "13.5").write_bytes(encode(_cubin(FAMILY.spec("sm_90"))))
     assert _state(cache)[0] == "wrong key"
-    cache.path_of(cache_key(SPEC), "13.5").write_bytes(encode(make_cubin(cache_key(SPEC))))  # of no build that has it
+    of_no_build = dataclasses.replace(_cubin().metadata, build="c" * 64)
+    cache.path_of(cache_key(SPEC), "13.5").write_bytes(encode(Cubin(make_cubin().image, of_no_build)))
     assert _state(cache)[0] == "wrong key"
     assert prune(cache, stale=True).removed == []
     assert len(prune(cache, damaged=True).removed) == 1
     assert list(verify(cache)) == []
+
+
+def test_a_bound_holds_and_is_not_looked_after_at_each_publish(
+    cache: KernelCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache_upkeep, "MOMENT_SECONDS", 0.0)
+    monkeypatch.setattr(cache_upkeep, "_unseen", {})
+    looks, size = [], KernelCache.size
+    monkeypatch.setattr(KernelCache, "size", lambda self: looks.append(size(self)) or looks[-1])
+    each = cache.publish(make_cubin()).stat().st_size
+    bound = 128 * each  # of which a 64th are two entries
+    for number in range(1, 250):
+        cache.publish(make_cubin(f"{number:064x}"))
+        keep_bound(cache, bound, each)
+    assert looks[0] == 2 * each
+    assert max(looks) <= bound + 2 * each
+    assert bound - 2 * each <= size(cache) <= bound + 2 * each
+    assert len(looks) <= 126
 
 
 def test_damaged_entries_go_even_if_they_were_touched_just_now(cache: KernelCache) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import signal
@@ -98,6 +99,16 @@ def test_what_one_host_compiled_another_fetches(url: str, compiled: list[str], c
         assert file.read() == KernelCache(cache_dir).path_of(cache_key(SPEC), "13.5").read_bytes()
 
 
+def test_a_fetch_keeps_the_bound_of_the_cache_directory(url: str, compiled: list[str], cache_dir: Path) -> None:
+    cache = KernelCache(cache_dir)
+    old = cache.publish(make_cubin())
+    os.utime(old, (0, 0))
+    Remote(url, 10).publish(make_cubin(cache_key(SPEC)))
+    with settings.override(remote=url, cache_max_bytes=1):
+        assert builder.build(SPEC).source == "remote"
+    assert [file.key for file in cache.files()] == [cache_key(SPEC)]
+
+
 def test_nothing_is_uploaded_unless_asked(url: str, compiled: list[str]) -> None:
     with settings.override(remote=url):
         assert builder.build(SPEC).source == "compiled"
@@ -162,7 +173,9 @@ def test_the_exact_version_then_the_newest_that_loads(url: str) -> None:
 
 
 def _damaged() -> dict[str, bytes]:
-    whole = encode(make_cubin(cache_key(SPEC)))
+    cubin = make_cubin(cache_key(SPEC))
+    whole = encode(cubin)
+    lying = Cubin(cubin.image, dataclasses.replace(cubin.metadata, spec=OTHER.to_dict()))
     return {
         "empty": b"",
         "truncated": whole[:-1],
@@ -171,6 +184,7 @@ def _damaged() -> dict[str, bytes]:
         **{f"flipped at {at}": whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :] for at in (3, 9, 60, -40, -1)},
         "another key": encode(make_cubin(KEY)),
         "another version": encode(make_cubin(cache_key(SPEC), "13.4")),
+        "another kernel's spec": encode(lying),
     }
 
 
