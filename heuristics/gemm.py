@@ -576,6 +576,7 @@ class Chooser:
         self._problem, self._device = problem, device
         self.winners = _winners(problem, device, rules, limit)
         self._served = dict(zip(ANCHORS, self.winners, strict=True))
+        self._predictors: dict[GemmConfig, Callable[[int], tuple[float, ...]]] = {}
 
     def __call__(self, m: int) -> GemmConfig:
         """The config for an m."""
@@ -585,16 +586,18 @@ class Chooser:
         """The winner that an m gets."""
         winner = self._served.get(m)
         if winner is None:
-
-            def cost(winner: _Winner) -> float:
-                return winner.correction * _predictor(self._problem, winner.config, self._device)(m)[0]
-
             near = {winner.config: winner for winner in map(self._served.__getitem__, serving_anchors(m))}
-            winner = min(near.values(), key=lambda winner: _rank(winner.config, cost(winner)))
+            winner = min(near.values(), key=lambda winner: _rank(winner.config, self._cost(winner, m)))
             if len(self._served) >= _SERVED:
                 self._served = dict(zip(ANCHORS, self.winners, strict=True))
             self._served[m] = winner
         return winner
+
+    def _cost(self, winner: _Winner, m: int) -> float:
+        predictor = self._predictors.get(winner.config)
+        if predictor is None:
+            predictor = self._predictors[winner.config] = _predictor(self._problem, winner.config, self._device)
+        return winner.correction * float(predictor(m)[0])
 
 
 _chooser = functools.lru_cache(maxsize=1024)(Chooser)

@@ -750,10 +750,12 @@ def _make_plan(
     ordinal = d.get_device()
     device, num_sms = device_facts(ordinal)
 
+    chosen = None if in_force.autotune else chooser(problem, device, in_force)
+
     def choose(m: int) -> GemmConfig:
-        if in_force.autotune:
+        if chosen is None:
             _autotune(problem.with_m(m), device, ordinal)
-        return chooser(problem, device, in_force)(m)
+        return (chosen or chooser(problem, device, in_force))(m)
 
     @functools.cache
     def geometry_of(config: GemmConfig) -> GemmGeometry:
