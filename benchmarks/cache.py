@@ -20,10 +20,20 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from benchmarks import harness
-from benchmarks.first_call import COMMAND, PRESET, ROOT, ChildError, Measurement, fresh, measure, run_child, snippet
-from benchmarks.harness import CsvLog, say
+from benchmarks.first_call import (
+    COMMAND,
+    PRESET,
+    ROOT,
+    ChildError,
+    Measurement,
+    fresh,
+    measure,
+    report,
+    run_child,
+    snippet,
+)
+from benchmarks.harness import say
 
-COLUMNS = ("measure", "value", "target", "met", "smallest", "largest", "error")
 PROCESSES = 64
 ENTRIES = 10_000
 
@@ -213,12 +223,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     load = os.getloadavg()[0]
     say(f"python {sys.version.split()[0]}, {len(os.sched_getaffinity(0))} cores, load {load:.1f} before")
     measured = [result for part in (hits, together, preset, large) for result in part(options.samples)]
-    with CsvLog(options.out, COLUMNS) as log:
-        for result in measured:
-            log.write(dict(zip(COLUMNS, result.row(), strict=True)))
-    print()
-    print(harness.table(COLUMNS, (result.row() for result in measured)))
-    return int(any(result.error for result in measured))
+    return report(measured, options.out)
 
 
 if __name__ == "__main__":

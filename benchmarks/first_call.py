@@ -221,6 +221,16 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def report(measured: Sequence[Measurement], out: Path | None) -> int:
+    """Print what was measured, and write it to a CSV file if one is given; the exit code."""
+    with CsvLog(out, COLUMNS) as log:
+        for result in measured:
+            log.write(dict(zip(COLUMNS, result.row(), strict=True)))
+    print()
+    print(harness.table(COLUMNS, (result.row() for result in measured)))
+    return int(any(result.error for result in measured))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark; the exit code."""
     import torch
@@ -235,12 +245,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         measured += with_gpu(options.samples, not options.no_peers)
     elif not options.no_gpu:
         say("first calls: skipped, there is no GPU")
-    with CsvLog(options.out, COLUMNS) as log:
-        for result in measured:
-            log.write(dict(zip(COLUMNS, result.row(), strict=True)))
-    print()
-    print(harness.table(COLUMNS, (result.row() for result in measured)))
-    return int(any(result.error for result in measured))
+    return report(measured, options.out)
 
 
 if __name__ == "__main__":

@@ -403,7 +403,8 @@ def _traits(problem: GemmProblem, config: GemmConfig) -> _Traits:
 
 @functools.lru_cache(maxsize=256)
 def _traits_of_all(problem: GemmProblem, configs: tuple[GemmConfig, ...]) -> _Traits:
-    return _Traits(*map(numpy.array, zip(*(_traits(problem, config) for config in configs), strict=True)))
+    fields: Iterator[Any] = map(numpy.array, zip(*(_traits(problem, config) for config in configs), strict=True))
+    return _Traits(*fields)
 
 
 TERMS = ("total", "tensor", "serial", "smem", "ingress", "latency", "hbm", "epilogue", "reduction")
