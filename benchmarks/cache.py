@@ -34,6 +34,7 @@ from benchmarks.first_call import (
 )
 from benchmarks.harness import say
 
+COLUMNS = ("measure", "value", "target", "met", "smallest", "largest", "error")
 PROCESSES = 64
 ENTRIES = 10_000
 
@@ -223,7 +224,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     load = os.getloadavg()[0]
     say(f"python {sys.version.split()[0]}, {len(os.sched_getaffinity(0))} cores, load {load:.1f} before")
     measured = [result for part in (hits, together, preset, large) for result in part(options.samples)]
-    return report(measured, options.out)
+    return report(measured, options.out, COLUMNS)
 
 
 if __name__ == "__main__":

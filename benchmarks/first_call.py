@@ -221,13 +221,13 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def report(measured: Sequence[Measurement], out: Path | None) -> int:
+def report(measured: Sequence[Measurement], out: Path | None, columns: Sequence[str] = COLUMNS) -> int:
     """Print what was measured, and write it to a CSV file if one is given; the exit code."""
-    with CsvLog(out, COLUMNS) as log:
+    with CsvLog(out, columns) as log:
         for result in measured:
-            log.write(dict(zip(COLUMNS, result.row(), strict=True)))
+            log.write(dict(zip(columns, result.row(), strict=True)))
     print()
-    print(harness.table(COLUMNS, (result.row() for result in measured)))
+    print(harness.table(columns, (result.row() for result in measured)))
     return int(any(result.error for result in measured))
 
 
