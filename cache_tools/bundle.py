@@ -137,9 +137,9 @@ def _chosen(cache: KernelCache, keys: Collection[str] | None, arch: str | None) 
         elif arch is None or entry.metadata.arch == arch:
             chosen.setdefault(entry.path.name, entry)
     if keys is not None and (missing := len(set(keys) - {entry.key for entry in chosen.values()})):
-        raise NotFoundError(f"export: {missing} of {len(keys)} kernels are not in {cache.directory}; prewarm it first")
+        raise NotFoundError(f"export: {missing} of {len(keys)} kernels are not in {cache}; prewarm it first")
     if not chosen:
-        raise NotFoundError(f"export: {cache.directory} has no kernel{f' for {arch}' if arch else ''}")
+        raise NotFoundError(f"export: {cache} has no kernel{f' for {arch}' if arch else ''}")
     if len(chosen) > MAX_ENTRIES or sum(entry.size + 2 * _BLOCK for entry in chosen.values()) > MAX_BUNDLE_BYTES:
         raise UsageError(f"export: {len(chosen)} kernels are too many for a bundle; choose with --preset or --shapes")
     return [entry for _, entry in sorted(chosen.items())]

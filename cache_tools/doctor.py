@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import pwd
 import stat
@@ -67,7 +68,7 @@ def print_diagnosis(diagnosis: Diagnosis) -> None:
         ["NVRTC", "version", "chosen", "because"],
         [(n["path"], n["version"], "yes" if n["chosen"] else "no", n["reason"]) for n in diagnosis.nvrtc],
     )
-    print_table(["cache", ""], [(name, value) for name, value in diagnosis.cache.items() if value is not None])
+    print_table(["cache", ""], [(name, _text(value)) for name, value in diagnosis.cache.items() if value is not None])
     defaults = {name: default for name, default, _, _ in settings.table()}
     print_table(
         ["setting", "value", "from"],
@@ -77,6 +78,10 @@ def print_diagnosis(diagnosis: Diagnosis) -> None:
         print(printable(f"problem: {problem}"))
     if not diagnosis.problems:
         print("OK")
+
+
+def _text(value: object) -> object:
+    return os.pathsep.join(value) if isinstance(value, list) else value
 
 
 def _versions(problems: list[str]) -> Iterator[tuple[str, str | None]]:
@@ -126,6 +131,7 @@ def _cache(problems: list[str]) -> dict[str, Any]:
         problems.append(f"the cache directory {cache.directory} cannot be written: {fault}")
     return {
         "directory": str(cache.directory),
+        "layers": [str(layer) for layer in cache.layers] or None,
         "exists": cache.directory.is_dir(),
         "writable": fault is None,
         "owner": owner,

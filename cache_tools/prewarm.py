@@ -28,6 +28,7 @@ from jitgemm.families import KernelSpec, family_of
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from jitgemm.cache import KernelCache
     from jitgemm.families.gemm import GemmProblem
 
 HIT, FETCHED, BUILT, FAILED, MISSING = "hit", "fetched", "built", "failed", "missing"
@@ -69,7 +70,7 @@ class Report:
 
     problems: Sequence[NamedProblem]
     kernels: Sequence[Kernel]
-    directory: Path
+    cache: KernelCache
     mode: Mode = "build"
     interrupted: bool = False
     not_uploaded: Sequence[Kernel] = ()  # of what is in the cache and was to be in the remote layer too
@@ -101,7 +102,7 @@ class Report:
             "dry_run": self.mode == "dry run",
             "interrupted": self.interrupted,
             "not_uploaded": len(self.not_uploaded),
-            "cache_dir": str(self.directory),
+            "cache_dir": str(self.cache.directory),
             "notes": list(self.notes),
             "kernels": [kernel.to_dict() for kernel in self.kernels],
         }
@@ -124,7 +125,7 @@ def prewarm(
         kernels = _needed(problems, devices, advance)
     for kernel in kernels:
         _look_up(kernel, HIT)
-    report = Report(problems, kernels, cache.directory, mode)
+    report = Report(problems, kernels, cache, mode)
     missing = report.in_state(MISSING)
     if missing and mode in ("build", "complete"):
         require_tools(cache.directory)
@@ -208,12 +209,12 @@ def print_report(report: Report) -> None:
     if report.interrupted:
         print_error(f"interrupted; {len(report.in_state(MISSING))} kernels are not built, the same command continues")
     elif missing:
-        print_error(f"{len(missing)} of {len(report.kernels)} kernels are not in the cache {report.directory}")
+        print_error(f"{len(missing)} of {len(report.kernels)} kernels are not in the cache {report.cache}")
 
 
 def _summary(report: Report) -> str:
     needed, hits, missing = len(report.kernels), len(report.in_state(HIT)), len(report.in_state(MISSING))
-    where = f"{report.seconds:.1f} s; cache {printable(report.directory)}"
+    where = f"{report.seconds:.1f} s; cache {printable(report.cache)}"
     if report.mode == "check":
         return f"{hits} of {needed} kernels cached, {missing} missing; {where}"
     verb, count = ("would build", missing) if report.mode == "dry run" else ("built", len(report.in_state(BUILT)))

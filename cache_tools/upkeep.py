@@ -49,7 +49,7 @@ def verify(*, as_json: bool) -> int:
                 ],
             )
         summary = ", ".join(f"{count} {state}" for state, count in states.items())
-        print(printable(f"{len(verdicts)} entries: {summary}; in {_directories()}"))
+        print(printable(f"{len(verdicts)} entries: {summary}; in {cache}"))
     return EXIT_FAILED if counts["damaged"] or counts["wrong key"] else 0
 
 
@@ -113,11 +113,6 @@ def path(*, as_json: bool) -> None:
         print_json(cache_dir=str(cache.directory), layers=[str(layer) for layer in cache.layers])
     else:
         print(printable(cache.directory))
-
-
-def _directories() -> str:
-    cache = default_cache()
-    return ", ".join(map(str, (cache.directory, *cache.layers)))
 
 
 def _print_pruned(pruned: Pruned, directory: Path, *, dry_run: bool, as_json: bool) -> None:

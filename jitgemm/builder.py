@@ -149,7 +149,7 @@ def _from_disk_or_compiled(
 
     def missing() -> CacheMissError:
         why = "JITGEMM_JIT is 'forbid'" if in_force.jit == "forbid" else "a CUDA graph is being captured"
-        where = f"{cache.directory}{_unloadable(cache, key)}" + (f" or {remote.url}" if remote else "")
+        where = f"{cache}{_unloadable(cache, key)}" + (f" or {remote.url}" if remote else "")
         return CacheMissError(
             f"kernel {key} ({_describe(spec)}) is not in the cache {where} and {why}; "
             f"build it with: {_prewarm_command(spec, problem, in_force)}"
@@ -316,7 +316,7 @@ def _tell_of_compile(spec: KernelSpec, built: Built, in_force: Settings, problem
             "kernel %s (%s) was not in the cache %s: compiled in %.2f s; build it ahead with: %s",
             built.cubin.metadata.key,
             _describe(spec),
-            default_cache().directory,
+            default_cache(),
             built.seconds,
             _prewarm_command(spec, problem, in_force),
         )

@@ -195,6 +195,10 @@ class KernelCache:
         self._uncounted = Stats()
         _caches.add(self)
 
+    def __str__(self) -> str:
+        """The directories, as ``JITGEMM_CACHE_DIR`` lists them."""
+        return os.pathsep.join(map(str, (self.directory, *self.layers)))
+
     def find(
         self,
         key: str,

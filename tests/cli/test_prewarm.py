@@ -186,7 +186,7 @@ def test_processes_are_as_many_as_the_machine_can_take(
 
     def note(problems: object, devices: object, *, jobs: int, **rest: Any) -> prewarm.Report:
         asked.append(jobs)
-        return prewarm.Report([], [], shapes)
+        return prewarm.Report([], [], KernelCache(shapes.parent))
 
     monkeypatch.setattr(resources, "compile_jobs", lambda: 3)
     monkeypatch.setattr(prewarm, "prewarm", note)

@@ -139,6 +139,15 @@ def test_a_layer_below_is_listed_verified_and_left_alone(filled: Jitgemm, tmp_pa
     keys = _keys(filled)
     assert [entry["key"] for entry in filled.json("list", environment=environment)["entries"]] == keys
     assert filled.json("verify", environment=environment)["counts"]["ok"] == len(keys)
+    for command in ("list", "verify"):
+        assert filled(command, environment=environment).stdout.endswith(f" in {environment['JITGEMM_CACHE_DIR']}\n")
+    assert filled.json("show", keys[0], environment=environment)["key"] == keys[0]
+    assert filled.json("doctor", environment=environment)["cache"]["layers"] == [str(filled.cache)]
+    assert filled.json("stats", environment=environment)["entries"] == 0
+    bundle = tmp_path / "kernels.tar"
+    assert filled.json("export", bundle, environment=environment)["exported"] == len(keys)
+    assert filled.json("import", bundle, environment=environment)["already_there"] == len(keys)
+    assert environment["JITGEMM_CACHE_DIR"] in filled("show", "f" * 64, code=1, environment=environment).stderr
     for command in (("prune", "--max-size", "0"), ("clear",)):
         assert filled.json(*command, environment=environment)["removed"] == []
     assert _keys(filled) == keys
