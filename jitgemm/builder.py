@@ -183,8 +183,9 @@ def _compile_once(
         if cubin is not None:
             return cubin, "disk"
         if remote is not None:
-            version, exact = _nvrtc_in_use(in_force), in_force.exact_nvrtc
+            version, exact, refused = _nvrtc_in_use(in_force), in_force.exact_nvrtc, refused_objects()
             cubin = remote.find(key, version=version, exact=exact, loadable=_loadable)
+            cache.count(Stats(remote_damaged=refused_objects() - refused))
             if cubin is None and forbidden:
                 raise missing()
         source: Source = "remote" if cubin is not None else "compiled"

@@ -23,7 +23,7 @@ class KernelEvent:
         kernel: what it is, for people.
         arch: its architecture, such as ``sm_90a``.
         seconds: what the caller waited for the compile, or for the load and all that came before it; 0 for a miss.
-        source: of a load: ``memory``, ``disk`` or ``compiled``.
+        source: of a load: ``memory``, ``disk``, ``remote`` or ``compiled``.
         device: of a load: ordinal of the device.
     """
 

@@ -27,6 +27,13 @@ def test_counts_of_many_processes_add_up(tmp_path: Path) -> None:
     assert path.stat().st_size == 1024
 
 
+def test_the_largest_counts_fit_into_the_file(tmp_path: Path) -> None:
+    largest = Stats(**{name: type(value)(9e17) for name, value in vars(Stats()).items()})
+    assert add_to_file(tmp_path / "stats.json", largest)
+    assert read_file(tmp_path / "stats.json") == largest
+    assert (tmp_path / "stats.json").stat().st_size == 1024
+
+
 def test_who_cannot_have_the_lock_keeps_its_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache_counts, "_PATIENCE_SECONDS", 0.02)
     cache = KernelCache(tmp_path)
