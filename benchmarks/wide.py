@@ -27,7 +27,7 @@ from benchmarks.harness import say
 from jitgemm.device import PRESETS, Device
 from jitgemm.families.gemm import FAMILY, GemmConfig, GemmProblem
 from jitgemm.heuristics.gemm import candidates, illegal, predict_all, stage_choices
-from jitgemm.timing import Call, CudaTimer, Timer
+from jitgemm.timing import Call, CudaTimer, Timer, error_text
 from jitgemm.tuning import Workload
 
 ROUNDS = ((1.5, 3), (1.25, 4), (1.08, 8))
@@ -162,26 +162,35 @@ def main(arguments: Sequence[str] | None = None, workload: Callable[[GemmProblem
     grids = {recipe: grid(recipe, device) for recipe in recipes}
     specs = [FAMILY.spec(GemmProblem(1, 1, r), c, device.arch.name) for r, configs in grids.items() for c in configs]
     harness.build_all(specs, options.jobs)
-    timer, start, rows = CudaTimer(), time.monotonic(), []
+    timer, start = CudaTimer(), time.monotonic()
+    write(options.out, [])
     todo = problems(options.count, options.seed, recipes)
     for done, problem in enumerate(todo):
         if time.monotonic() - start > options.seconds:
             say(f"{done} of {len(todo)} problems in the time")
             break
         work = workload(problem)
-        calls = {config: work.call(config) for config in hopeful(problem, grids[problem.recipe], device)}
+        calls: dict[GemmConfig, Call] = {}
+        for config in hopeful(problem, grids[problem.recipe], device):
+            try:
+                calls[config] = work.call(config)
+            except Exception as error:
+                timer.check()
+                say(f"{problem} {config}: {error_text(error)}")
+        rows = []
         for config, taken in narrow(calls, timer).items():
             values = (problem.recipe, problem.m, problem.n, problem.k, config, f"{statistics.median(taken):.3f}")
             rows.append(dict(zip(sweep.COLUMNS, map(str, (*values, len(taken))), strict=True)))
-    write(options.out, rows)
+        write(options.out, rows, "a")
     return 0
 
 
-def write(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
-    """Write rows of a sweep."""
-    with path.open("w", newline="") as file:
+def write(path: Path, rows: Sequence[Mapping[str, str]], mode: str = "w") -> None:
+    """Write a sweep, or add rows to one (``a``)."""
+    with path.open(mode, newline="") as file:
         writer = csv.DictWriter(file, sweep.COLUMNS, lineterminator="\n")
-        writer.writeheader()
+        if mode == "w":
+            writer.writeheader()
         writer.writerows(rows)
 
 

@@ -18,7 +18,7 @@ from jitgemm.cache_tools.console import print_table, printable
 from jitgemm.cache_tools.storage import write_fault
 from jitgemm.errors import CacheError, CompileError, SettingsError
 
-REQUIRED = ("click", "filelock", "jinja2", "platformdirs", "rich")
+REQUIRED = ("click", "filelock", "jinja2", "numpy", "platformdirs", "rich")
 """Without these the commands do not work."""
 
 FOR_CALLS = ("torch", "cuda-bindings")

@@ -54,6 +54,8 @@ _MEASURED_WEIGHT = 4.0  # of an anchor with an entry in a tuned table, where ker
 
 _REACH = 2  # anchors on each side of an m: the nearest two alone may both have tiles that it fills badly
 
+_DIGITS = 6  # of predictions in us, where they are compared
+
 _SERVED = 65536  # values of m that are kept of one problem
 
 MAX_STAGES = 12
@@ -285,9 +287,12 @@ def _illegal_kernel(problem: GemmProblem, config: GemmConfig, arch: Architecture
         budget = 208 if problem.promotes else 128
     if shape.accumulator_registers > budget:
         return f"sums take more than {budget} registers a thread"
-    beside_split = 144 if shape.n_side_scales == "row_k" else 160
+    beside_split = 120 if shape.math_warpgroups == 3 else 144 if shape.n_side_scales == "row_k" else 160
     if problem.promotes and shape.chain == 1 and config.split_k > 1 and shape.accumulator_registers > beside_split:
         return f"sums take more than {beside_split} registers a thread beside split-K"
+    mn_major = "mn" in (shape.m_side_major, shape.n_side_major)
+    if config.split_k > 1 and mn_major and problem.d_dtype == "fp32" and shape.accumulator_registers > 88:
+        return "sums take more than 88 registers a thread beside split-K, an MN-major operand and an FP32 D"
     if config.cluster_m * config.cluster_n > 2:
         return "a multicast cluster has at most 2 CTAs"
     if config.cluster_m * config.cluster_n > 1 and config.split_k > 1:
@@ -446,7 +451,7 @@ def predict_all(
     """Predicted times in us of legal configs for a problem without m: a row for each m, a column for each config."""
     kernels = _traits_of_all(_signature(problem), tuple(configs))
     total = _terms(kernels, problem, device, _OF_ARRAYS)(numpy.array(ms)[:, None])[0]
-    return cast("list[list[float]]", total.tolist())
+    return cast("list[list[float]]", total.round(_DIGITS).tolist())  # powers differ in the last bits between CPUs
 
 
 def _terms(
@@ -585,10 +590,16 @@ class Chooser:
 
     def serving(self, m: int) -> _Winner:
         """The winner that an m gets."""
+        m = max(m, 1)
         winner = self._served.get(m)
         if winner is None:
-            near = {winner.config: winner for winner in map(self._served.__getitem__, serving_anchors(m))}
-            winner = min(near.values(), key=lambda winner: _rank(winner.config, self._cost(winner, m)))
+            after = bisect.bisect_left(ANCHORS, m)
+            # What was measured at an anchor holds up to the next one on either side.
+            near = [
+                winner if anchor in ANCHORS[max(0, after - 1) : after + 1] else winner._replace(correction=1.0)
+                for anchor, winner in ((anchor, self._served[anchor]) for anchor in serving_anchors(m))
+            ]
+            winner = min(near, key=lambda winner: _rank(winner.config, self._cost(winner, m)))
             if len(self._served) >= _SERVED:
                 self._served = dict(zip(ANCHORS, self.winners, strict=True))
             self._served[m] = winner

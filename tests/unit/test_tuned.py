@@ -260,6 +260,25 @@ def test_between_anchors_the_greater_margin_wins() -> None:
     assert choose_config(PROBLEM.with_m(112), H200) == low.config
 
 
+def test_a_config_that_was_measured_at_one_of_two_anchors_is_not_forgotten_between() -> None:
+    """It wins at both; its measured margin at the one is not overwritten by the prediction at the other."""
+    one = entry(1, place=1, margin=1.2)
+    save(one, entry(8, place=1, margin=1.0), entry(16, place=6, margin=1.2))
+    configs = {m: choose_config(PROBLEM.with_m(m), H200) for m in (1, 2, 4, 7, 8, 16)}
+    assert configs[1] == one.config
+    if configs[8] == one.config:
+        assert {configs[m] for m in (2, 4, 7)} == {one.config}
+
+
+def test_a_margin_does_not_reach_past_the_next_anchors() -> None:
+    at, rival = PROBLEM.with_m(100), entry(64, place=4, margin=1.4)
+    before = choose_config(at, H200)
+    save(rival)  # 96 and 128 lie around 100
+    assert choose_config(PROBLEM.with_m(64), H200) == rival.config != before
+    costs = [predict(at, config, H200)["total"] for config in (before, rival.config)]
+    assert choose_config(at, H200) == (before if costs[0] <= costs[1] else rival.config)
+
+
 def test_the_users_table_wins_over_the_shipped_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shipped = tmp_path / "h200.jsonl"
     shipped.write_bytes(tuned.encode(H200, {PROBLEM: {64: entry(64, place=1), 128: entry(128, place=1)}}))
