@@ -136,13 +136,15 @@ def snippet(code: str, cache: Path, variables: Mapping[str, str] | None = None) 
     return float(run_child((sys.executable, "-c", code), cache, variables).split()[-1])
 
 
-def measure(name: str, target_s: float | None, samples: int, sample: Callable[[], float]) -> Measurement:
+def measure(
+    name: str, target_s: float | None, samples: int, sample: Callable[[], float], unit: str = " s"
+) -> Measurement:
     """Take samples; the first failure ends it."""
     try:
         result = Measurement(name, target_s, tuple(sample() for _ in range(samples)))
     except (ChildError, subprocess.TimeoutExpired) as error:
         result = Measurement(name, target_s, error=harness.error_text(error))
-    say(f"{name}: {result.error or f'{statistics.median(result.seconds):.4f} s'}")
+    say(f"{name}: {result.error or f'{statistics.median(result.seconds):.4g}{unit}'}")
     return result
 
 

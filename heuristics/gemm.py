@@ -108,8 +108,13 @@ def enumerate_specs(problem: GemmProblem, device: Device) -> tuple[KernelSpec, .
 
 def serving_anchors(m: int) -> tuple[int, ...]:
     """The anchors whose winners an m can get: itself, or the two before and the two after it."""
+    return (m,) if m in ANCHORS else _anchors_around(m, _REACH)
+
+
+def _anchors_around(m: int, reach: int) -> tuple[int, ...]:
+    """So many anchors before an m that is none, and so many after it."""
     after = bisect.bisect_left(ANCHORS, m)
-    return (m,) if m in ANCHORS else ANCHORS[max(0, after - _REACH) : after + _REACH]
+    return ANCHORS[max(0, after - reach) : after + reach]
 
 
 def rank_candidates(problem: GemmProblem, device: Device) -> list[GemmConfig]:
@@ -582,7 +587,6 @@ class Chooser:
         self._problem, self._device = problem, device
         self.winners = _winners(problem, device, rules, limit)
         self._served = dict(zip(ANCHORS, self.winners, strict=True))
-        self._predictors: dict[GemmConfig, Callable[[int], tuple[float, ...]]] = {}
 
     def __call__(self, m: int) -> GemmConfig:
         """The config for an m."""
@@ -593,23 +597,21 @@ class Chooser:
         m = max(m, 1)
         winner = self._served.get(m)
         if winner is None:
-            after = bisect.bisect_left(ANCHORS, m)
             # What was measured at an anchor holds up to the next one on either side.
+            nearest = _anchors_around(m, 1)
             near = [
-                winner if anchor in ANCHORS[max(0, after - 1) : after + 1] else winner._replace(correction=1.0)
-                for anchor, winner in ((anchor, self._served[anchor]) for anchor in serving_anchors(m))
+                self._served[anchor] if anchor in nearest else self._served[anchor]._replace(correction=1.0)
+                for anchor in serving_anchors(m)
             ]
-            winner = min(near, key=lambda winner: _rank(winner.config, self._cost(winner, m)))
+            predicted = {
+                config: _predictor(self._problem, config, self._device)(m)[0]
+                for config in dict.fromkeys(winner.config for winner in near)
+            }
+            winner = min(near, key=lambda one: _rank(one.config, one.correction * predicted[one.config]))
             if len(self._served) >= _SERVED:
                 self._served = dict(zip(ANCHORS, self.winners, strict=True))
             self._served[m] = winner
         return winner
-
-    def _cost(self, winner: _Winner, m: int) -> float:
-        predictor = self._predictors.get(winner.config)
-        if predictor is None:
-            predictor = self._predictors[winner.config] = _predictor(self._problem, winner.config, self._device)
-        return winner.correction * float(predictor(m)[0])
 
 
 _chooser = functools.lru_cache(maxsize=1024)(Chooser)

@@ -41,7 +41,7 @@ def measure(problem: GemmProblem) -> dict[GemmConfig, float]:
 def write(path: Path, data: dict[GemmProblem, dict[GemmConfig, float]]) -> Path:
     for problem, measured in data.items():
         key = (problem.recipe, problem.m, problem.n, problem.k)
-        sweep._append(path, [(*key, config, us, 10) for config, us in measured.items()])
+        sweep.append(path, [(*key, config, us, 10) for config, us in measured.items()])
     return path
 
 
