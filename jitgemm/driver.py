@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -35,21 +34,7 @@ def error_of(status: int, what: str = "") -> DriverError:
     _, name = driver.cuGetErrorName(code)
     _, text = driver.cuGetErrorString(code)
     prefix = f"{what}: " if what else ""
-    hint = ""
-    if _forked and status == int(driver.CUresult.CUDA_ERROR_NOT_INITIALIZED):
-        hint = "; this process is a fork of one that used CUDA, which no fork survives: start processes by 'spawn'"
-    return DriverError(f"{prefix}{(name or b'?').decode()} ({status}): {(text or b'?').decode()}{hint}")
-
-
-_forked = False
-
-
-def _note_fork() -> None:
-    global _forked
-    _forked = True
-
-
-os.register_at_fork(after_in_child=_note_fork)
+    return DriverError(f"{prefix}{(name or b'?').decode()} ({status}): {(text or b'?').decode()}")
 
 
 @functools.cache

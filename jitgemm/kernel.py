@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from dataclasses import dataclass, field
@@ -32,6 +33,16 @@ class Kernel:
 
 _lock = threading.Lock()
 _kernels: dict[tuple[KernelSpec, int], Kernel] = {}
+_forked_from_user = False
+"""Whether this process is a fork of one that had loaded kernels, or was about to."""
+
+
+def _note_fork() -> None:
+    global _forked_from_user
+    _forked_from_user = _forked_from_user or bool(_kernels) or _lock.locked()
+
+
+os.register_at_fork(after_in_child=_note_fork)
 
 
 def load(spec: KernelSpec, device: int, problem: Problem | None = None) -> Kernel:
@@ -42,8 +53,12 @@ def load(spec: KernelSpec, device: int, problem: Problem | None = None) -> Kerne
     Raises:
         CacheMissError: it would have to be compiled, and that is forbidden or the current stream is being captured.
         CompileError: it could not be compiled.
-        DriverError: the driver refused it.
+        DriverError: the driver refused it, or this process is a fork of one that used CUDA.
     """
+    if _forked_from_user:  # the driver would crash or hang
+        raise DriverError(
+            "this process is a fork of one that used CUDA, which no fork survives: start processes by 'spawn'"
+        )
     known = _kernels.get((spec, device))
     if known is not None:
         return known

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -256,6 +257,9 @@ def forget_plans() -> None:
     """Make plans anew, with configs chosen anew."""
     _plans.clear()
     _recent.clear()
+
+
+os.register_at_fork(after_in_child=forget_plans)  # a child whose parent used CUDA is told so where it loads a kernel
 
 
 def _run(

@@ -9,13 +9,13 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from support import SPEC, make_cubin
+from support import SPEC, in_forked_child, make_cubin
 
 import jitgemm
 from jitgemm import builder, driver, hooks, kernel
 from jitgemm.cache_key import cache_key
 from jitgemm.compiler import Cubin
-from jitgemm.errors import CacheMissError, CompileError, SettingsError
+from jitgemm.errors import CacheMissError, CompileError, DriverError, SettingsError
 from jitgemm.families.base import KernelSpec
 from jitgemm.hooks import KernelEvent
 from jitgemm.render import KernelSource
@@ -104,6 +104,29 @@ def test_a_load_tells_where_the_kernel_came_from(events: list[KernelEvent]) -> N
     assert [event.event for event in events] == ["miss", "compile", "load", "load"]
     assert [(event.source, event.device) for event in events[2:]] == [("compiled", 0), ("memory", 1)]
     assert events[2].seconds >= 0.05 > events[3].seconds
+
+
+@pytest.mark.usefixtures("devices")
+def test_a_fork_of_a_process_that_loaded_kernels_loads_none(events: list[KernelEvent]) -> None:
+    kernel.load(SPEC, 0)
+
+    def child() -> None:
+        for device in (0, 1):
+            with pytest.raises(DriverError, match=r"fork.*spawn"):
+                kernel.load(SPEC, device)
+
+    assert in_forked_child(child) == 0
+    kernel.load(SPEC, 1)
+    assert [event.event for event in events] == ["miss", "compile", "load", "load"]
+
+
+@pytest.mark.usefixtures("devices")
+def test_a_fork_of_a_process_that_loaded_none_loads_its_own(events: list[KernelEvent]) -> None:
+    def child() -> None:
+        assert kernel.load(SPEC, 0).device == 0
+
+    assert in_forked_child(child) == 0
+    assert events == []  # of this process
 
 
 @pytest.mark.usefixtures("devices")

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from support import in_forked_child
 from torch import Tensor
 
 import jitgemm
@@ -442,6 +443,19 @@ def test_a_forced_config_and_plans_that_are_forgotten(gpu: Gpu, monkeypatch: pyt
     assert box_of_b() == 64
     gemm.forget_plans()
     assert (box_of_b(), box_of_b()) == (128, 128)
+
+
+def test_a_forked_child_asks_for_its_kernel_anew(gpu: Gpu) -> None:
+    call = tensors("bf16")
+    call()
+    call()
+    assert len(gpu.loaded_for) == 1
+
+    def child() -> None:
+        call()
+        assert len(gpu.loaded_for) == 2
+
+    assert in_forked_child(child) == 0
 
 
 def test_autotune_is_asked_once_for_each_m(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
