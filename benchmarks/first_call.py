@@ -136,13 +136,15 @@ def snippet(code: str, cache: Path, variables: Mapping[str, str] | None = None) 
     return float(run_child((sys.executable, "-c", code), cache, variables).split()[-1])
 
 
-def measure(name: str, target_s: float | None, samples: int, sample: Callable[[], float]) -> Measurement:
+def measure(
+    name: str, target_s: float | None, samples: int, sample: Callable[[], float], unit: str = " s"
+) -> Measurement:
     """Take samples; the first failure ends it."""
     try:
         result = Measurement(name, target_s, tuple(sample() for _ in range(samples)))
     except (ChildError, subprocess.TimeoutExpired) as error:
         result = Measurement(name, target_s, error=harness.error_text(error))
-    say(f"{name}: {result.error or f'{statistics.median(result.seconds):.4f} s'}")
+    say(f"{name}: {result.error or f'{statistics.median(result.seconds):.4g}{unit}'}")
     return result
 
 
@@ -221,6 +223,16 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def report(measured: Sequence[Measurement], out: Path | None, columns: Sequence[str] = COLUMNS) -> int:
+    """Print what was measured, and write it to a CSV file if one is given; the exit code."""
+    with CsvLog(out, columns) as log:
+        for result in measured:
+            log.write(dict(zip(columns, result.row(), strict=True)))
+    print()
+    print(harness.table(columns, (result.row() for result in measured)))
+    return int(any(result.error for result in measured))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark; the exit code."""
     import torch
@@ -235,12 +247,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         measured += with_gpu(options.samples, not options.no_peers)
     elif not options.no_gpu:
         say("first calls: skipped, there is no GPU")
-    with CsvLog(options.out, COLUMNS) as log:
-        for result in measured:
-            log.write(dict(zip(COLUMNS, result.row(), strict=True)))
-    print()
-    print(harness.table(COLUMNS, (result.row() for result in measured)))
-    return int(any(result.error for result in measured))
+    return report(measured, options.out)
 
 
 if __name__ == "__main__":

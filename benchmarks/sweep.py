@@ -142,21 +142,15 @@ def run_problem(
     workload: Workload | None = None,
 ) -> str:
     """Time one problem, add it to the file, and say how the choice does in one line."""
-    work = workload or Workload(problem)
-    calls: dict[str, Call] = {}
-    for config in configs:
-        try:
-            calls[str(config)] = work.call(config)
-        except Exception as error:
-            timer.check()
-            say(f"  {config}: {error_text(error)}")
+    calls = prepared(workload or Workload(problem), configs, timer)
     chosen = str(choose_config(problem, device))
-    measured, errors = measure(calls, timer, keep=[chosen], finalists=FINALISTS, samples=FINAL_SAMPLES)
+    by_name = {str(config): call for config, call in calls.items()}
+    measured, errors = measure(by_name, timer, keep=[chosen], finalists=FINALISTS, samples=FINAL_SAMPLES)
     for name, text in errors.items():
         say(f"  {name}: {text}")
     if out is not None and measured:
         key = (problem.recipe, problem.m, problem.n, problem.k)
-        _append(out, [(*key, name, f"{us:.3f}", samples) for name, (us, samples) in measured.items()])
+        append(out, [(*key, name, f"{us:.3f}", samples) for name, (us, samples) in measured.items()])
     if not measured:
         return f"{problem}: nothing could be timed"
     best = min(measured, key=lambda name: measured[name].us)
@@ -165,7 +159,23 @@ def run_problem(
     return f"{problem.recipe} {sizes}: best {best} {measured[best].us:.2f} us, choice {chosen} {against}"
 
 
-def _append(path: Path, rows: Sequence[Sequence[object]]) -> None:
+def prepared(work: Workload, configs: Sequence[GemmConfig], timer: Timer) -> dict[GemmConfig, Call]:
+    """Calls of those configs that can run, loaded; says what the others failed with.
+
+    Raises:
+        RuntimeError: the GPU failed, and can't go on in this process.
+    """
+    calls: dict[GemmConfig, Call] = {}
+    for config in configs:
+        try:
+            calls[config] = work.call(config)
+        except Exception as error:
+            timer.check()
+            say(f"  {config}: {error_text(error)}")
+    return calls
+
+
+def append(path: Path, rows: Sequence[Sequence[object]]) -> None:
     """Add a problem's rows at once, so that an aborted run leaves whole problems."""
     new = not path.exists() or not path.stat().st_size
     lines = [COLUMNS, *rows] if new else rows

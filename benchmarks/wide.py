@@ -110,7 +110,7 @@ def narrow(calls: Mapping[GemmConfig, Call], timer: Timer) -> dict[GemmConfig, l
     """Times in us of each: one of all, more of those near the best."""
     times = {config: [timer(call)] for config, call in calls.items()}
     for near, rounds in ROUNDS:
-        limit = near * min(statistics.median(taken) for taken in times.values())
+        limit = near * min((statistics.median(taken) for taken in times.values()), default=0.0)
         running = [config for config, taken in times.items() if statistics.median(taken) <= limit]
         for _ in range(rounds):
             for config in running:
@@ -153,7 +153,8 @@ def main(arguments: Sequence[str] | None = None, workload: Callable[[GemmProblem
         with options.trim.open(newline="") as file:
             lines = list(csv.DictReader(file))
         menus = {line["recipe"]: candidates(GemmProblem(1, 1, line["recipe"]), ()) for line in lines}
-        write(options.out, trim(lines, menus))
+        options.out.unlink(missing_ok=True)
+        sweep.append(options.out, [[line[name] for name in sweep.COLUMNS] for line in trim(lines, menus)])
         return 0
     harness.require_gpu()
     say(harness.machine())
@@ -162,27 +163,18 @@ def main(arguments: Sequence[str] | None = None, workload: Callable[[GemmProblem
     grids = {recipe: grid(recipe, device) for recipe in recipes}
     specs = [FAMILY.spec(GemmProblem(1, 1, r), c, device.arch.name) for r, configs in grids.items() for c in configs]
     harness.build_all(specs, options.jobs)
-    timer, start, rows = CudaTimer(), time.monotonic(), []
+    timer, start = CudaTimer(), time.monotonic()
+    options.out.unlink(missing_ok=True)
     todo = problems(options.count, options.seed, recipes)
     for done, problem in enumerate(todo):
         if time.monotonic() - start > options.seconds:
             say(f"{done} of {len(todo)} problems in the time")
             break
-        work = workload(problem)
-        calls = {config: work.call(config) for config in hopeful(problem, grids[problem.recipe], device)}
-        for config, taken in narrow(calls, timer).items():
-            values = (problem.recipe, problem.m, problem.n, problem.k, config, f"{statistics.median(taken):.3f}")
-            rows.append(dict(zip(sweep.COLUMNS, map(str, (*values, len(taken))), strict=True)))
-    write(options.out, rows)
+        calls = sweep.prepared(workload(problem), hopeful(problem, grids[problem.recipe], device), timer)
+        key = (problem.recipe, problem.m, problem.n, problem.k)
+        times = narrow(calls, timer).items()
+        sweep.append(options.out, [(*key, c, f"{statistics.median(taken):.3f}", len(taken)) for c, taken in times])
     return 0
-
-
-def write(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
-    """Write rows of a sweep."""
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, sweep.COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 if __name__ == "__main__":

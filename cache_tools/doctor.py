@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import pwd
 import stat
@@ -15,9 +16,9 @@ import jitgemm
 from jitgemm import settings
 from jitgemm.cache_tools.console import print_table, printable
 from jitgemm.cache_tools.storage import write_fault
-from jitgemm.errors import CacheError, CompileError
+from jitgemm.errors import CacheError, CompileError, SettingsError
 
-REQUIRED = ("click", "filelock", "jinja2", "platformdirs", "rich")
+REQUIRED = ("click", "filelock", "jinja2", "numpy", "platformdirs", "rich")
 """Without these the commands do not work."""
 
 FOR_CALLS = ("torch", "cuda-bindings")
@@ -67,7 +68,7 @@ def print_diagnosis(diagnosis: Diagnosis) -> None:
         ["NVRTC", "version", "chosen", "because"],
         [(n["path"], n["version"], "yes" if n["chosen"] else "no", n["reason"]) for n in diagnosis.nvrtc],
     )
-    print_table(["cache", ""], [(name, value) for name, value in diagnosis.cache.items() if value is not None])
+    print_table(["cache", ""], [(name, _text(value)) for name, value in diagnosis.cache.items() if value is not None])
     defaults = {name: default for name, default, _, _ in settings.table()}
     print_table(
         ["setting", "value", "from"],
@@ -77,6 +78,10 @@ def print_diagnosis(diagnosis: Diagnosis) -> None:
         print(printable(f"problem: {problem}"))
     if not diagnosis.problems:
         print("OK")
+
+
+def _text(value: object) -> object:
+    return os.pathsep.join(value) if isinstance(value, list) else value
 
 
 def _versions(problems: list[str]) -> Iterator[tuple[str, str | None]]:
@@ -126,13 +131,31 @@ def _cache(problems: list[str]) -> dict[str, Any]:
         problems.append(f"the cache directory {cache.directory} cannot be written: {fault}")
     return {
         "directory": str(cache.directory),
+        "layers": [str(layer) for layer in cache.layers] or None,
         "exists": cache.directory.is_dir(),
         "writable": fault is None,
         "owner": owner,
         "mode": mode,
         "entries": len(entries),
         "bytes": sum(entry.size for entry in entries),
+        **_remote(problems),
     }
+
+
+def _remote(problems: list[str]) -> dict[str, Any]:
+    from jitgemm.remote import default_remote
+
+    try:
+        remote = default_remote()
+    except SettingsError as error:
+        problems.append(str(error))
+        return {}
+    if remote is None:
+        return {}
+    answers = remote.answers()
+    if not answers:
+        problems.append(f"the remote {remote.url} failed: {remote.fault}")
+    return {"remote": remote.url, "remote_answers": answers}
 
 
 def _owner_and_mode(directory: Path) -> tuple[str | None, str | None]:

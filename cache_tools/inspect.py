@@ -43,7 +43,7 @@ def list_entries(*, as_json: bool) -> None:
             ],
         )
     total = sum(entry.size for entry in entries)
-    print(printable(f"{len(entries)} kernels, {total / 1e6:.1f} MB in {cache.directory}"))
+    print(printable(f"{len(entries)} kernels, {total / 1e6:.1f} MB in {cache}"))
 
 
 def show(prefix: str, *, source: bool, as_json: bool) -> None:
@@ -76,7 +76,7 @@ def _entries_of(prefix: str) -> list[EntryInfo]:
     entries = [entry for entry in cache.entries() if entry.key.startswith(prefix.lower())]
     keys = list(dict.fromkeys(entry.key for entry in entries))
     if not keys:
-        raise NotFoundError(f"show: no kernel in {cache.directory} has a key that starts with {prefix!r}")
+        raise NotFoundError(f"show: no kernel in {cache} has a key that starts with {prefix!r}")
     if len(keys) > 1:
         some = ", ".join(key[:SHORT_KEY] for key in keys[:5]) + (", ..." if len(keys) > 5 else "")
         raise UsageError(f"show: KEY is {prefix!r}, with which {len(keys)} keys start ({some}); give more digits")

@@ -29,6 +29,7 @@ class Outcome:
     """What became of one kernel; ``error`` is None where it is in the cache now."""
 
     compiled: bool = False
+    fetched: bool = False
     seconds: float = 0.0
     registers: int | None = None
     spill_bytes: int | None = None
@@ -181,6 +182,7 @@ def _build(spec: KernelSpec, messages: _Messages) -> Outcome:
     metadata = built.cubin.metadata
     return Outcome(
         compiled=built.source == "compiled",
+        fetched=built.source == "remote",
         seconds=time.perf_counter() - start,
         registers=known(metadata.registers),
         spill_bytes=known(metadata.spill_bytes),

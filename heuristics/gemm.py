@@ -54,6 +54,8 @@ _MEASURED_WEIGHT = 4.0  # of an anchor with an entry in a tuned table, where ker
 
 _REACH = 2  # anchors on each side of an m: the nearest two alone may both have tiles that it fills badly
 
+_DIGITS = 6  # of predictions in us, where they are compared
+
 _SERVED = 65536  # values of m that are kept of one problem
 
 MAX_STAGES = 12
@@ -106,8 +108,13 @@ def enumerate_specs(problem: GemmProblem, device: Device) -> tuple[KernelSpec, .
 
 def serving_anchors(m: int) -> tuple[int, ...]:
     """The anchors whose winners an m can get: itself, or the two before and the two after it."""
+    return (m,) if m in ANCHORS else _anchors_around(m, _REACH)
+
+
+def _anchors_around(m: int, reach: int) -> tuple[int, ...]:
+    """So many anchors before an m that is none, and so many after it."""
     after = bisect.bisect_left(ANCHORS, m)
-    return (m,) if m in ANCHORS else ANCHORS[max(0, after - _REACH) : after + _REACH]
+    return ANCHORS[max(0, after - reach) : after + reach]
 
 
 def rank_candidates(problem: GemmProblem, device: Device) -> list[GemmConfig]:
@@ -285,9 +292,12 @@ def _illegal_kernel(problem: GemmProblem, config: GemmConfig, arch: Architecture
         budget = 208 if problem.promotes else 128
     if shape.accumulator_registers > budget:
         return f"sums take more than {budget} registers a thread"
-    beside_split = 144 if shape.n_side_scales == "row_k" else 160
+    beside_split = 120 if shape.math_warpgroups == 3 else 144 if shape.n_side_scales == "row_k" else 160
     if problem.promotes and shape.chain == 1 and config.split_k > 1 and shape.accumulator_registers > beside_split:
         return f"sums take more than {beside_split} registers a thread beside split-K"
+    mn_major = "mn" in (shape.m_side_major, shape.n_side_major)
+    if config.split_k > 1 and mn_major and problem.d_dtype == "fp32" and shape.accumulator_registers > 88:
+        return "sums take more than 88 registers a thread beside split-K, an MN-major operand and an FP32 D"
     if config.cluster_m * config.cluster_n > 2:
         return "a multicast cluster has at most 2 CTAs"
     if config.cluster_m * config.cluster_n > 1 and config.split_k > 1:
@@ -412,7 +422,8 @@ def _traits(problem: GemmProblem, config: GemmConfig) -> _Traits:
 
 @functools.lru_cache(maxsize=256)
 def _traits_of_all(problem: GemmProblem, configs: tuple[GemmConfig, ...]) -> _Traits:
-    return _Traits(*map(numpy.array, zip(*(_traits(problem, config) for config in configs), strict=True)))
+    fields: Iterator[Any] = map(numpy.array, zip(*(_traits(problem, config) for config in configs), strict=True))
+    return _Traits(*fields)
 
 
 TERMS = ("total", "tensor", "serial", "smem", "ingress", "latency", "hbm", "epilogue", "reduction")
@@ -458,7 +469,7 @@ def predict_all(
     """Predicted times in us of legal configs for a problem without m: a row for each m, a column for each config."""
     kernels = _traits_of_all(_signature(problem), tuple(configs))
     total = _terms(kernels, problem, device, _OF_ARRAYS, groups)(numpy.array(ms)[:, None])[0]
-    return cast("list[list[float]]", total.tolist())
+    return cast("list[list[float]]", total.round(_DIGITS).tolist())  # powers differ in the last bits between CPUs
 
 
 def _terms(
@@ -604,7 +615,6 @@ class Chooser:
         self._problem, self._device = problem, device
         self.winners = _winners(problem, device, rules, limit)
         self._served = dict(zip(ANCHORS, self.winners, strict=True))
-        self._predictors: dict[GemmConfig, Callable[[int], tuple[float, ...]]] = {}
 
     def __call__(self, m: int) -> GemmConfig:
         """The config for an m."""
@@ -612,20 +622,24 @@ class Chooser:
 
     def serving(self, m: int) -> _Winner:
         """The winner that an m gets."""
+        m = max(m, 1)
         winner = self._served.get(m)
         if winner is None:
-            near = {winner.config: winner for winner in map(self._served.__getitem__, serving_anchors(m))}
-            winner = min(near.values(), key=lambda winner: _rank(winner.config, self._cost(winner, m)))
+            # What was measured at an anchor holds up to the next one on either side.
+            nearest = _anchors_around(m, 1)
+            near = [
+                self._served[anchor] if anchor in nearest else self._served[anchor]._replace(correction=1.0)
+                for anchor in serving_anchors(m)
+            ]
+            predicted = {
+                config: _predictor(self._problem, config, self._device)(m)[0]
+                for config in dict.fromkeys(winner.config for winner in near)
+            }
+            winner = min(near, key=lambda one: _rank(one.config, one.correction * predicted[one.config]))
             if len(self._served) >= _SERVED:
                 self._served = dict(zip(ANCHORS, self.winners, strict=True))
             self._served[m] = winner
         return winner
-
-    def _cost(self, winner: _Winner, m: int) -> float:
-        predictor = self._predictors.get(winner.config)
-        if predictor is None:
-            predictor = self._predictors[winner.config] = _predictor(self._problem, winner.config, self._device)
-        return winner.correction * float(predictor(m)[0])
 
 
 _chooser = functools.lru_cache(maxsize=1024)(Chooser)

@@ -41,6 +41,7 @@ class CubinMetadata:
     kernel_name: str
     arch: str
     nvrtc_version: str
+    build: str  # digest of templates, generators and options; with the spec it gives the key
     compile_seconds: float
     registers: int
     spill_bytes: int  # stores and loads together
@@ -68,7 +69,11 @@ class CubinMetadata:
         KernelSpec.from_dict(data["spec"])
         if not all(map(str.isprintable, _strings(data))):  # they reach terminals
             raise ValueError("a field holds unprintable text")
-        return cls(**{**data, "warnings": tuple(map(str, data["warnings"]))})
+        if not all(isinstance(warning, str) for warning in data["warnings"]):
+            raise ValueError("field warnings holds something else than text")
+        if not all(abs(data[name]) < 2**63 for name, accepted in _METADATA_TYPES.items() if int in accepted):
+            raise ValueError("a number is out of range")  # nan too
+        return cls(**{**data, "warnings": tuple(data["warnings"])})
 
 
 _METADATA_TYPES: dict[str, tuple[type, ...]] = {
@@ -77,6 +82,7 @@ _METADATA_TYPES: dict[str, tuple[type, ...]] = {
     "kernel_name": (str,),
     "arch": (str,),
     "nvrtc_version": (str,),
+    "build": (str,),
     "compile_seconds": (float, int),
     "registers": (int,),
     "spill_bytes": (int,),
@@ -336,6 +342,8 @@ def compile_source(source: KernelSource, spec: KernelSpec, key: str) -> Cubin:
     Raises:
         CompileError: no library serves, or NVRTC rejected the source; the message holds its whole log.
     """
+    from jitgemm.cache_key import build_digest  # which imports this module
+
     library = find_nvrtc()
     nvrtc = _load(str(library.path))
     start = time.perf_counter()
@@ -352,6 +360,7 @@ def compile_source(source: KernelSource, spec: KernelSpec, key: str) -> Cubin:
         kernel_name=source.name,
         arch=spec.arch,
         nvrtc_version=version_text(nvrtc.version),
+        build=build_digest(spec.arch),
         compile_seconds=round(seconds, 6),
         registers=registers,
         spill_bytes=spills,

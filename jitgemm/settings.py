@@ -11,6 +11,7 @@ import contextlib
 import contextvars
 import dataclasses
 import os
+import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -39,6 +40,12 @@ def _seconds(text: str) -> float:
     return value
 
 
+def _positive_seconds(text: str) -> float:
+    if not (value := _seconds(text)):
+        raise ValueError
+    return value
+
+
 def _boolean(text: str) -> bool:
     return {"0": False, "1": True, "false": False, "true": True, "off": False, "on": True}[text.strip().lower()]
 
@@ -57,6 +64,36 @@ def _absolute_path(text: str) -> Path:
     if not path.is_absolute():  # a cache must not move with the working directory
         raise ValueError
     return path
+
+
+def _remote(text: str) -> str:
+    # No user or password: a URL appears in messages and logs.
+    if not text.isprintable() or not re.fullmatch(r"(s3|gs)://[^/@]+(/.*)?|file:///.*[^/].*|memory://.*[^/].*", text):
+        raise ValueError
+    return text.rstrip("/")
+
+
+def _directories(text: str) -> tuple[Path, ...]:
+    return tuple(map(_absolute_path, text.split(os.pathsep)))
+
+
+_UNITS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
+
+
+def parse_size(text: str) -> int:
+    """Bytes that a text such as ``500M`` means.
+
+    Raises:
+        ValueError: it is no size.
+    """
+    match = re.fullmatch(r"([0-9]{1,15})([KMGT]?)", text.strip().upper())
+    if match is None:
+        raise ValueError(text)
+    return int(match[1]) << _UNITS[match[2]]
+
+
+SIZES = "bytes, such as 500M or 2G (K, M, G, T: powers of 1024)"
+"""What ``parse_size`` accepts."""
 
 
 def _cluster(text: str) -> tuple[int, int]:
@@ -106,9 +143,24 @@ def _variable(
 VARIABLES: tuple[Variable, ...] = (
     _variable(
         "cache_dir",
-        (_absolute_path, "an absolute path"),
-        "Directory of the kernel cache.",
+        (_directories, "an absolute path, or several with : between them"),
+        "Directory of the kernel cache; of several, the first is written and the others are read only.",
         default_text="the user's cache directory",
+        read="when the cache is first used",
+    ),
+    _variable(
+        "cache_max_bytes",
+        (parse_size, SIZES),
+        "Bound of what entries take in the cache directory: when one is published, the least recently used go.",
+        default_text="no bound",
+        read="at each compile",
+    ),
+    _variable(
+        "cache_group",
+        (_boolean, "0 or 1"),
+        "Share the cache directory with its group: files are made for the group, and those of its members are trusted.",
+        default=False,
+        default_text="0",
         read="when the cache is first used",
     ),
     _variable(
@@ -141,6 +193,29 @@ VARIABLES: tuple[Variable, ...] = (
         default=60.0,
         default_text="60",
         read="at each compile",
+    ),
+    _variable(
+        "remote",
+        (_remote, "s3://BUCKET/PREFIX, gs://BUCKET/PREFIX, file:///PATH or memory://NAME"),
+        "A cache that hosts share, asked after a miss in the cache directory and before a compile.",
+        default_text="none",
+        read="at each look-up of a kernel",
+    ),
+    _variable(
+        "remote_write",
+        (_boolean, "0 or 1"),
+        "Whether what is compiled here is uploaded to JITGEMM_REMOTE.",
+        default=False,
+        default_text="0",
+        read="at each compile",
+    ),
+    _variable(
+        "remote_timeout",
+        (_positive_seconds, "seconds, more than 0"),
+        "How long a look-up in JITGEMM_REMOTE, and likewise an upload, may hold up a call.",
+        default=2.0,
+        default_text="2",
+        read="at each look-up of a kernel",
     ),
     _variable(
         "num_sms",
@@ -196,22 +271,42 @@ VARIABLES: tuple[Variable, ...] = (
         default=False,
         default_text="0",
     ),
+    _variable(
+        "record",
+        (_absolute_path, "an absolute path"),
+        "A file to which every problem that is met is added, once a process, for `jitgemm prewarm --shapes`.",
+        default_text="none",
+    ),
+    _variable(
+        "nvtx",
+        (_boolean, "0 or 1"),
+        "Whether launches and loads of kernels are NVTX ranges, for profilers.",
+        default=False,
+        default_text="0",
+    ),
 )
 _BY_FIELD = {variable.field: variable for variable in VARIABLES}
 
 TUNING_FIELDS = ("tile_m", "tile_n", "tile_k", "stages", "cluster", "split_k", "swap_ab", "config")
 """The settings that narrow the heuristics' candidates."""
 
+_CHOOSING_FIELDS = (*TUNING_FIELDS, "tuned", "batch_invariant")
+
 
 @dataclass(frozen=True)
 class Settings:
     """A consistent set of values; equal settings are one object with one ``generation``."""
 
-    cache_dir: Path | None = None
+    cache_dir: tuple[Path, ...] | None = None
+    cache_max_bytes: int | None = None
+    cache_group: bool = False
     jit: str = "allow"
     nvrtc: Path | None = None
     exact_nvrtc: bool = False
     lock_timeout: float = 60.0
+    remote: str | None = None
+    remote_write: bool = False
+    remote_timeout: float = 2.0
     num_sms: int = 0
     pdl: bool = False
     mk_alignment: int = 128
@@ -226,6 +321,8 @@ class Settings:
     tuned: bool = True
     autotune: bool = False
     batch_invariant: bool = False
+    record: Path | None = None
+    nvtx: bool = False
     generation: int = dataclasses.field(default=0, compare=False)
 
     def tuning(self) -> dict[str, Any]:
@@ -364,7 +461,15 @@ def as_written(value: Any) -> str:
     """A value as the text that its variable would hold."""
     if isinstance(value, bool):
         return str(int(value))
-    return "x".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    if isinstance(value, tuple):
+        return (os.pathsep if all(isinstance(item, Path) for item in value) else "x").join(map(str, value))
+    return str(value)
+
+
+def choosing_variables(settings: Settings) -> dict[str, str]:
+    """The variables, with values, that make another process choose the kernels that ``settings`` do."""
+    chosen = ((_BY_FIELD[field], getattr(settings, field)) for field in _CHOOSING_FIELDS)
+    return {variable.name: as_written(value) for variable, value in chosen if value != variable.default}
 
 
 def _checked(function: str, field: str, value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Sets of problems that ship with jitgemm, one JSON file each."""
+"""Models that ship with jitgemm: of each, the fields of its config.json that decide its layers, one JSON file each."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def names() -> list[str]:
 
 
 def read(name: str) -> dict[str, Any]:
-    """The preset's file: its name, title, source and problems.
+    """The preset's file: its name, title, source and config, and the config's fields that are ``unverified``.
 
     Raises:
         KeyError: there is no such preset.

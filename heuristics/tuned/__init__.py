@@ -230,7 +230,7 @@ NONE._tables = []
 """No tables."""
 
 _lock = threading.Lock()
-_in_force: dict[tuple[Path | None, Device], Tables] = {}
+_in_force: dict[tuple[tuple[Path, ...] | None, Device], Tables] = {}
 _warned: set[tuple[Path, str]] = set()
 _warned_lock = threading.Lock()
 
@@ -273,7 +273,8 @@ def shipped_paths(device: Device) -> list[Path]:
 
 def _user_paths(device: Device) -> list[Path]:
     with contextlib.suppress(CacheError):  # a call that looks for its kernel there raises it
-        return [user_path(device)]
+        cache = default_cache()
+        return [folder / "tuned" / f"{device.name}.jsonl" for folder in (cache.directory, *cache.layers)]
     return []
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,11 +17,14 @@ from jitgemm.device import SM90A, Device
 from jitgemm.errors import ProblemError
 from jitgemm.families.gemm import FAMILY, LAYOUTS, RECIPES, SCALE_GROUP, GemmConfig, GemmProblem
 from jitgemm.families.gemm_launch import GemmGeometry, Matrix, ScaleStrides
+from jitgemm.families.transpose_scales import FAMILY as TRANSPOSE_SCALES
 from jitgemm.heuristics import chooser, prepare
 from jitgemm.kernel import load
+from jitgemm.nvtx import in_range
 from jitgemm.ops.dispatch import are_plain, dispatch_modes, function_modes, needs_dispatch
 from jitgemm.ops.layout import copy_to_mn_major
 from jitgemm.plan import BOUND_LAUNCHES, Sizes, Table, current_device, device_facts, matcher, raw_stream
+from jitgemm.record import record
 from jitgemm.reference import gemm as reference
 from jitgemm.reference.layout import get_tma_aligned_size
 from jitgemm.render import template_digest
@@ -255,6 +259,9 @@ def forget_plans() -> None:
     _recent.clear()
 
 
+os.register_at_fork(after_in_child=forget_plans)  # a child whose parent used CUDA is told so where it loads a kernel
+
+
 def _run(
     a: Tensor,
     a_scales: Tensor | None,
@@ -306,6 +313,7 @@ class _GemmPlan:
         geometry: of the launch.
         transposes: whether a's and b's scales are copied first.
         device: ordinal.
+        range_name: of the NVTX range around launches; None: there is none.
     """
 
     def __init__(
@@ -316,9 +324,11 @@ class _GemmPlan:
         geometry: GemmGeometry,
         transposes: tuple[bool, bool],
         device: int,
+        range_name: str | None,
     ) -> None:
         self._operation, self._settings, self._device = operation, in_force, device
         self._extents, self._geometry, self._transposes = extents, geometry, transposes
+        self._range = range_name
         self.bound: Table[tuple[int, ...], Callable[[], int]] = Table(BOUND_LAUNCHES)
         self.retry = geometry.launch.retry
         self.of_any_m: _PlansOfAnyM | None = None
@@ -358,7 +368,8 @@ class _GemmPlan:
         if not any(self._transposes):  # else checked with the caller's scales, which reach farther than their copies
             self._extents.check(a, a_scales, b, b_scales, d, c)
         arguments = self._geometry.bind(a, a_scales, b, b_scales, d, c)
-        return self.bound.put(addresses, self._geometry.launch.prepare(arguments, stream))
+        run = self._geometry.launch.prepare(arguments, stream)
+        return self.bound.put(addresses, run if self._range is None else in_range(self._range, run))
 
 
 class _PlansOfAnyM:
@@ -719,11 +730,14 @@ def _make_plan(
     operands = _Operands(a, a_scales, b, b_scales, d, c, operation)
     problem = operands.problem
     kind = d.device.type
-    if kind != _GPU:
-        if kind == "cpu":
-            return _ReferencePlan(operands.extents, operation.recipe, operation.layout, problem.d_dtype)
+    if kind == _GPU:
+        operands.check_for_tma()
+    elif kind != "cpu":
         raise ProblemError(f"d is on {d.device}; accepted are CUDA and CPU tensors")
-    operands.check_for_tma()
+    if in_force.record is not None:
+        record(in_force.record, problem)
+    if kind != _GPU:
+        return _ReferencePlan(operands.extents, operation.recipe, operation.layout, problem.d_dtype)
     if problem.m == 0:
         return _EmptyPlan()
     assert problem.m is not None
@@ -752,7 +766,7 @@ def _make_plan(
         return GemmGeometry(
             problem,
             config,
-            load(FAMILY.spec(problem, config, device.arch.name), ordinal),
+            load(FAMILY.spec(problem, config, device.arch.name), ordinal, problem),
             a=operands.a.matrix(),
             b=operands.b.matrix(),
             d=Matrix(operands.a.mn, problem.n, operands.d_row_stride),
@@ -763,12 +777,23 @@ def _make_plan(
             pdl=in_force.pdl,
         )
 
-    def plan_of(m: int, a_scales: ScaleStrides, extents: _Extents) -> _GemmPlan:
-        geometry = geometry_of(choose(m)).with_m(m, a_scales)
-        return _GemmPlan(operation, in_force, extents, geometry, (False, False), ordinal)
+    def range_name(m: int, config: GemmConfig) -> str | None:
+        if not in_force.nvtx:
+            return None
+        kernel = FAMILY.describe(FAMILY.spec(problem, config, device.arch.name))
+        return f"jitgemm {kernel} m={m} n={problem.n} k={problem.k}"
 
-    geometry = geometry_of(choose(problem.m))
-    plan = _GemmPlan(operation, in_force, operands.extents, geometry, (transposes[0], transposes[1]), ordinal)
+    def plan_of(m: int, a_scales: ScaleStrides, extents: _Extents) -> _GemmPlan:
+        config = choose(m)
+        geometry = geometry_of(config).with_m(m, a_scales)
+        return _GemmPlan(operation, in_force, extents, geometry, (False, False), ordinal, range_name(m, config))
+
+    if any(transposes):  # here, where it is known what for
+        load(TRANSPOSE_SCALES.spec(device.arch.name), ordinal, problem)
+    config = choose(problem.m)
+    geometry, copied = geometry_of(config), (transposes[0], transposes[1])
+    name = range_name(problem.m, config)
+    plan = _GemmPlan(operation, in_force, operands.extents, geometry, copied, ordinal, name)
     tensors = [tensor for tensor in (a, a_scales, b, b_scales, d, c) if tensor is not None]
     rows_of_k = operation.layout[0] == "n" and problem.a_major == "k"
     if problem.m > 1 and rows_of_k and not any(transposes) and are_plain(*tensors):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -30,3 +31,10 @@ def warm(tmp_path_factory: pytest.TempPathFactory) -> Jitgemm:
     (home / "tiny.jsonl").write_text(TINY)
     command("prewarm", "--shapes", home / "tiny.jsonl", "--device", "h200")
     return command
+
+
+@pytest.fixture
+def filled(warm: Jitgemm, tmp_path: Path) -> Jitgemm:
+    """The command with a copy of that cache, to be changed."""
+    shutil.copytree(warm.cache, tmp_path / "cache", ignore=shutil.ignore_patterns("staging"))
+    return Jitgemm(tmp_path, tmp_path / "cache", dict(NARROW))

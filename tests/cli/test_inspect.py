@@ -20,7 +20,17 @@ PROBLEM = ("--m", 128, "--n", 4096, "--k", 7168, "--recipe", "fp8_1x128_128x128"
 
 def test_version_and_help(jitgemm: Jitgemm) -> None:
     assert jitgemm("--version").stdout == "jitgemm 0.1.0\n"
-    for command in ((), ("prewarm",), ("list",), ("show",), ("explain",), ("doctor",), ("demo",)):
+    for command in (
+        (),
+        ("prewarm",),
+        ("list",),
+        ("show",),
+        ("explain",),
+        ("doctor",),
+        ("demo",),
+        ("export",),
+        ("import",),
+    ):
         assert "Usage: jitgemm" in jitgemm(*command, "--help").stdout
     assert "Commands:" in jitgemm(code=2).stderr
     assert "'prewrm'" in jitgemm("prewrm", code=2).stderr
@@ -82,7 +92,7 @@ def _copy_with_metadata(warm: Jitgemm, jitgemm: Jitgemm, **changes: object) -> N
     metadata.update(changes)
     text = json.dumps(metadata).encode()
     body = struct.pack("<8sIQ", magic, len(text), payload_bytes) + text + data[start + metadata_bytes :]
-    folder = jitgemm.cache / "kernels"
+    folder = jitgemm.cache / "kernels" / original.name[:2]
     folder.mkdir(parents=True)
     jitgemm.cache.chmod(0o700)
     (folder / original.name).write_bytes(body + hashlib.sha256(body).digest())

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import json
 import os
 import pty
+import shlex
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from command import NARROW, Jitgemm
+
+from jitgemm import resources, settings
+from jitgemm.cache import KernelCache
+from jitgemm.cache_tools import cli, prewarm
+from jitgemm.device import ARCHITECTURES, H200, PRESETS, SM90A
 
 BROKEN_LINES = {
     '{"n": 256, "k": 512, "recipe": "fp8_1x128_128x128"': "not JSON",
@@ -75,6 +84,157 @@ def test_dry_run_writes_nothing(jitgemm: Jitgemm, shapes: Path) -> None:
     assert not jitgemm.cache.exists()
 
 
+BARREN = {"JITGEMM_NVRTC": "/nowhere/libnvrtc.so.13", "JITGEMM_JIT": "forbid"}
+"""Where nothing can be compiled."""
+
+
+def test_check_of_an_empty_cache(jitgemm: Jitgemm, shapes: Path) -> None:
+    arguments = ("prewarm", "--shapes", shapes, "--device", "h200", "--check")
+    report = jitgemm.json(*arguments, code=1, environment={**NARROW, **BARREN})
+    assert report["missing"] == report["needed"] == len(report["kernels"]) > 1
+    assert not jitgemm.cache.exists()
+
+
+def test_check_answers_from_the_files_alone(filled: Jitgemm, shapes: Path) -> None:
+    arguments = ("prewarm", "--shapes", shapes, "--device", "h200", "--check")
+    files = {path: path.stat().st_mtime_ns for path in filled.cache.rglob("*")}
+    full = filled.json(*arguments, environment=BARREN)
+    assert (full["missing"], full["hits"], full["dry_run"]) == (0, full["needed"], False)
+    done = filled(*arguments, environment=BARREN)
+    assert f"{full['needed']} of {full['needed']} kernels cached, 0 missing" in done.stdout
+    assert done.stderr == ""
+    assert {path: path.stat().st_mtime_ns for path in filled.cache.rglob("*")} == files
+
+    damaged, removed = filled.cached_files()[:2]
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    removed.unlink()
+    done = filled(*arguments, code=1, environment=BARREN)
+    for path in (damaged, removed):
+        assert path.name[:12] in done.stdout
+    assert f"2 of {full['needed']} kernels are not in the cache {filled.cache}" in done.stderr
+    listed = filled.json(*arguments, code=1, environment=BARREN)["kernels"]
+    assert {k["key"] for k in listed if k["state"] == "missing"} == {path.name[:64] for path in (damaged, removed)}
+
+
+@pytest.mark.parametrize(("options", "code"), [([], 0), (["--require-complete"], 1)])
+def test_require_complete_fails_for_what_is_lost_again(
+    filled: Jitgemm,
+    shapes: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
+    code: int,
+) -> None:
+    build = prewarm._build
+    absent, lost = filled.cached_files()[:2]
+    absent.unlink()
+
+    def build_and_lose_one(*arguments: Any) -> None:
+        build(*arguments)
+        lost.unlink()
+
+    monkeypatch.setattr(prewarm, "_build", build_and_lose_one)
+    for name, value in NARROW.items():
+        monkeypatch.setenv(name, value)
+    settings.reload()
+    command = ["prewarm", "--shapes", str(shapes), "--device", "h200", "--cache-dir", str(filled.cache), *options]
+    assert cli.run(command) == code
+    assert absent.exists()
+    assert not lost.exists()
+    assert (lost.name[:12] in capsys.readouterr().out) == bool(code)
+
+
+def test_require_complete_fails_for_what_cannot_be_built(jitgemm: Jitgemm, shapes: Path) -> None:
+    arguments = ("prewarm", "--shapes", shapes, "--device", "h200")
+    kernel = jitgemm.json(*arguments, "--dry-run", environment=NARROW)["kernels"][0]
+    for version in ("12.9", *(f"13.{minor}" for minor in range(20))):  # a folder in its place
+        KernelCache(jitgemm.cache).path_of(kernel["key"], version).mkdir(parents=True)
+    jitgemm.cache.chmod(0o700)
+    report = jitgemm.json(*arguments, "--require-complete", code=1, environment=NARROW)
+    assert (report["failed"], report["missing"]) == (1, 0)
+
+
+def test_several_architectures_at_once_and_no_stop_at_failures(
+    cache_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An architecture that the templates cannot be compiled for fails whole; the other is built whole."""
+    other = dataclasses.replace(SM90A, name="sm_80")
+    monkeypatch.setitem(ARCHITECTURES, "sm_80", other)
+    monkeypatch.setitem(PRESETS, "a100", dataclasses.replace(H200, name="a100", arch=other))
+    for name, value in NARROW.items():
+        monkeypatch.setenv(name, value)
+    settings.reload()
+    arguments = ["prewarm", "--problem", '{"n": 256, "k": 512, "recipe": "bf16"}', "--jobs", "2"]
+    assert cli.run([*arguments, "--json", "--dry-run"]) == 0
+    assert {kernel["spec"]["arch"] for kernel in json.loads(capsys.readouterr().out)["kernels"]} == {"sm_90a"}
+    for archs in ("all", "sm_80,sm_90a"):
+        assert cli.run([*arguments, "--json", "--arch", archs]) == 1
+        report = json.loads(capsys.readouterr().out)
+        states = {(kernel["spec"]["arch"], kernel["state"]) for kernel in report["kernels"]}
+        assert states == {("sm_80", "failed"), ("sm_90a", "built" if archs == "all" else "hit")}
+    assert cli.run([*arguments, "--arch", "sm_80,sm_90a"]) == 1
+    output = capsys.readouterr()
+    assert f"{report['failed']} failed, such as bf16" in output.err
+    assert cli.run([*arguments, "--arch", "sm_90a", "--device", "a100"]) == 2
+
+
+@pytest.mark.parametrize(("options", "jobs"), [([], 3), (["--jobs", "5"], 5)])
+def test_processes_are_as_many_as_the_machine_can_take(
+    shapes: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], jobs: int
+) -> None:
+    asked: list[int] = []
+
+    def note(problems: object, devices: object, *, jobs: int, **rest: Any) -> prewarm.Report:
+        asked.append(jobs)
+        return prewarm.Report([], [], KernelCache(shapes.parent))
+
+    monkeypatch.setattr(resources, "compile_jobs", lambda: 3)
+    monkeypatch.setattr(prewarm, "prewarm", note)
+    assert cli.run(["prewarm", "--shapes", str(shapes), *options]) == 0
+    assert asked == [jobs]
+
+
+def test_the_command_that_a_refused_call_names_is_enough(jitgemm: Jitgemm) -> None:
+    call = (
+        "from jitgemm import builder, heuristics; from jitgemm.device import H200\n"
+        "from jitgemm.families.gemm import GemmProblem\n"
+        "problem = GemmProblem(256, 512, 'fp8_1x128_128x128', 64)\n"
+        "for spec in heuristics.enumerate_specs(problem, H200): builder.build(spec, problem=problem)\n"
+    )
+
+    def run() -> subprocess.CompletedProcess[str]:
+        environment = {**jitgemm.environment, **NARROW, "JITGEMM_JIT": "forbid"}
+        command = [sys.executable, "-c", call]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+
+    refused = run()
+    assert "CacheMissError" in refused.stderr
+    variables, text = refused.stderr.rpartition("build it with: ")[2].split("jitgemm prewarm ")
+    environment = dict(variable.split("=") for variable in shlex.split(variables))
+    assert environment == NARROW
+    jitgemm("prewarm", *shlex.split(text), environment=environment)
+    assert run().returncode == 0
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion(jitgemm: Jitgemm, shell: str) -> None:
+    script = jitgemm("completion", shell).stdout
+    assert "_JITGEMM_COMPLETE" in script
+    assert f"{shell}_complete" in script
+    assert "sh" in jitgemm("completion", "tcsh", code=2).stderr
+
+
+def test_what_completion_offers(jitgemm: Jitgemm) -> None:
+    def offers(words: str, count: int) -> list[str]:
+        asked = {"_JITGEMM_COMPLETE": "bash_complete", "COMP_WORDS": words, "COMP_CWORD": str(count)}
+        return jitgemm(environment=asked).stdout.split()
+
+    assert "plain,prewarm" in offers("jitgemm pre", 1)
+    assert offers("jitgemm prewarm --preset kimi", 3) == ["plain,kimi-k2"]
+    assert offers("jitgemm prewarm --arch ", 3) == ["plain,sm_90a", "plain,all"]
+    assert "plain,--require-complete" in offers("jitgemm prewarm --re", 2)
+
+
 def test_devices_and_problems_share_kernels(jitgemm: Jitgemm, shapes: Path) -> None:
     def keys(*arguments: object) -> list[str]:
         return [k["key"] for k in jitgemm.json("prewarm", "--shapes", shapes, "--dry-run", *arguments)["kernels"]]
@@ -93,7 +253,7 @@ def test_devices_and_problems_share_kernels(jitgemm: Jitgemm, shapes: Path) -> N
 
 def test_the_preset_is_known(jitgemm: Jitgemm) -> None:
     report = jitgemm("prewarm", "--preset", "deepseek-v3", "--device", "h200", "--dry-run")
-    for cell in ("lm_head", "129280", "24576", "32768", "16384", "4096", "2112", "576"):
+    for cell in ("lm_head", "129280", "24576", "32768", "16384", "4096", "2112", "36864"):
         assert cell in report.stdout
 
 
@@ -122,8 +282,15 @@ def test_unreadable_shapes_files(jitgemm: Jitgemm, shapes: Path) -> None:
     ("arguments", "said"),
     [
         (["--preset", "deepseek-v9"], ["--preset", "deepseek-v9", "deepseek-v3"]),
-        ([], ["--preset", "--shapes"]),
-        (["--preset", "deepseek-v3", "--shapes", "tiny.jsonl"], ["--preset", "--shapes", "both"]),
+        ([], ["--preset", "--model", "--shapes", "--problem", "none"]),
+        (["--preset", "deepseek-v3", "--shapes", "tiny.jsonl"], ["got --preset and --shapes"]),
+        (["--shapes", "tiny.jsonl", "--tp", "2"], ["--tp", "--model", "got --shapes"]),
+        (["--problem", '{"n": 256}'], ["--problem: field 'k' is missing"]),
+        (["--problem", "256"], ["--problem: a int"]),
+        (["--preset", "deepseek-v3", "--check", "--dry-run"], ["--check", "--dry-run", "accepted is one"]),
+        (["--preset", "deepseek-v3", "--check", "--require-complete"], ["accepted is one"]),
+        (["--preset", "deepseek-v3", "--arch", "sm_90a,sm_80"], ["--arch", "'sm_80'", "sm_90a", "all"]),
+        (["--preset", "deepseek-v3", "--arch", ""], ["--arch", "sm_90a", "all"]),
         (["--preset", "deepseek-v3", "--device", "b200"], ["--device", "b200", "h200", "h100", "h20"]),
         (["--preset", "deepseek-v3", "--arch", "sm_80"], ["--arch", "sm_80", "sm_90a"]),
         (["--preset", "deepseek-v3", "--jobs", "0"], ["--jobs", "0", "1024"]),
@@ -200,7 +367,8 @@ def test_one_failure_does_not_stop_the_rest(jitgemm: Jitgemm, shapes: Path) -> N
     kernels = jitgemm.json(*arguments, "--dry-run", environment=NARROW)["kernels"]
     # A folder at the place of an entry: the kernel compiles, but cannot be stored.
     for version in ("12.9", *(f"13.{minor}" for minor in range(20))):
-        (jitgemm.cache / "kernels" / f"{kernels[0]['key']}.{version}.jgk").mkdir(parents=True)
+        key = kernels[0]["key"]
+        (jitgemm.cache / "kernels" / key[:2] / f"{key}.{version}.jgk").mkdir(parents=True)
     jitgemm.cache.chmod(0o700)
     report = jitgemm.json(*arguments, code=1, environment=NARROW)
     assert (report["failed"], report["built"]) == (1, len(kernels) - 1)

@@ -155,7 +155,7 @@ def test_check_reports_what_is_stale(gpu: FakeGpu, shapes: Path, capsys: pytest.
     gpu.run = dataclasses.replace(RUN, templates="cd" * 32)
     (entry,) = run_json(capsys, "tune", "--check", code=1)["entries"]
     assert entry["stale"] == ["templates abababababab, now cdcdcdcdcdcd"]
-    assert run_json(capsys, "tune", "--check", "--preset", "deepseek-v3", code=1)["entries"]
+    assert run_json(capsys, "tune", "--check", "--problem", LINE, code=1)["entries"]
     assert tuned.user_path(H200).read_bytes() == before
 
     tuned.user_path(H200).write_text("no table\n")

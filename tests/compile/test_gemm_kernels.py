@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from jitgemm import builder, settings
-from jitgemm.cache_tools.problems import NamedProblem, from_preset
+from jitgemm.cache_tools.models import from_preset
+from jitgemm.cache_tools.problems import NamedProblem
 from jitgemm.compiler import UNKNOWN, Cubin, compile_source
 from jitgemm.device import H200, PRESETS, SM90A
 from jitgemm.families.gemm import FAMILY, LAYOUTS, GemmConfig, GemmProblem, KernelShape
@@ -138,7 +139,7 @@ def test_kernels_of_every_kind_fit(build: Build, kind: tuple[str, str, bool], d_
     assert not found, "\n".join(found)
 
 
-@pytest.mark.parametrize("named", from_preset("deepseek-v3"), ids=lambda named: named.layer)
+@pytest.mark.parametrize("named", from_preset("deepseek-v3").problems, ids=lambda named: named.layer)
 def test_kernels_of_the_preset_fit(build: Build, named: NamedProblem) -> None:
     found = []
     for config in enumerate_configs(named.problem, H200):

@@ -217,6 +217,15 @@ def test_every_feature_of_the_kernels(kind: Kind, d_dtype: str, name: str) -> No
             check(case)
 
 
+@pytest.mark.parametrize("recipe", ["fp8_1x128_128x128", "bf16"])
+@pytest.mark.parametrize("name", ["64 rows cluster 2x1", "64 rows cluster 1x2", "swap 2x1", "swap 1x2"])
+@pytest.mark.parametrize("left", [1, 9, 17, 33, 56, 63])
+def test_shared_tiles_that_an_end_cuts(recipe: str, name: str, left: int) -> None:
+    """Parts of them are whole swizzle atoms, and may come to the whole tile."""
+    with settings.override(**forced(name)):
+        check(Case(Shape(128 + left, 384 + left, 320), recipe, d_margin=(1, 0), seed=left))
+
+
 @pytest.mark.parametrize("name", ["chain", "no chain", "two waves 1x2", "chain 2x1", "swap 2x1"])
 def test_many_tiles_for_each_block(name: str) -> None:
     """The ring, its phases and the staging area live on from tile to tile."""

@@ -2,8 +2,11 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import logging
 import os
+import re
+import shlex
 import threading
 import time
 from collections.abc import Iterator
@@ -18,6 +21,7 @@ from jitgemm.cache_key import cache_key
 from jitgemm.compiler import Cubin, NvrtcLibrary
 from jitgemm.errors import CacheMissError, CompileError
 from jitgemm.families.base import KernelSpec
+from jitgemm.families.gemm import GemmProblem
 from jitgemm.render import KernelSource
 
 pytestmark = pytest.mark.usefixtures("cache_dir")
@@ -197,12 +201,31 @@ def test_a_thread_that_waited_for_a_capturing_one_compiles(compiler: Compiler, m
     assert len(refused) == 1
 
 
-def test_warn_compiles_with_one_warning(compiler: Compiler, caught: pytest.LogCaptureFixture) -> None:
+def test_warn_compiles_with_one_warning(compiler: Compiler, cache_dir: Path, caught: pytest.LogCaptureFixture) -> None:
+    compiler.seconds = 0.06
     with settings.override(jit="warn"):
         assert builder.build(SPEC).source == "compiled"
         builder.build(SPEC)
     (record,) = caught.records
-    assert cache_key(SPEC) in record.getMessage()
+    message = record.getMessage()
+    assert all(part in message for part in (cache_key(SPEC), "transpose_scales", str(cache_dir)))
+    (seconds,) = re.findall(r"compiled in ([0-9.]+) s;", message)
+    assert 0.06 <= float(seconds) < 5
+
+
+def test_messages_give_the_command_that_prewarms_the_problem(
+    compiler: Compiler, caught: pytest.LogCaptureFixture
+) -> None:
+    problem = GemmProblem(256, 512, "bf16", m=7, d_dtype="fp32")
+    with settings.override(jit="forbid"), pytest.raises(CacheMissError) as refused:
+        builder.build(SPEC, problem=problem)
+    with settings.override(jit="warn", config="64x48x128 s12 c2x1", batch_invariant=True, num_sms=7):
+        builder.build(SPEC, problem=problem)
+    variables = ["JITGEMM_CONFIG=64x48x128 s12 c2x1", "JITGEMM_BATCH_INVARIANT=1"]  # which decide on the kernels
+    for message, before in ((str(refused.value), []), (caught.records[0].getMessage(), variables)):
+        *start, text = shlex.split(message.partition("with: ")[2])
+        assert start == [*before, "jitgemm", "prewarm", "--arch", "sm_90a", "--problem"]
+        assert GemmProblem.from_dict(json.loads(text)) == problem.without_m()
 
 
 def test_a_cache_of_another_nvrtc_serves_unless_exact_is_demanded(compiler: Compiler) -> None:

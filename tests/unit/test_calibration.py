@@ -41,7 +41,7 @@ def measure(problem: GemmProblem) -> dict[GemmConfig, float]:
 def write(path: Path, data: dict[GemmProblem, dict[GemmConfig, float]]) -> Path:
     for problem, measured in data.items():
         key = (problem.recipe, problem.m, problem.n, problem.k)
-        sweep._append(path, [(*key, config, us, 10) for config, us in measured.items()])
+        sweep.append(path, [(*key, config, us, 10) for config, us in measured.items()])
     return path
 
 
@@ -131,3 +131,18 @@ def test_a_menu_serves_every_problem(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert headline == "FP8: 3 configs, geomean over the best 1.0000"
     assert entries.strip() == "8x64 s12 k2 swap, 64x64 s4, 64x80 s4"
     assert {gemm._parse(entry, 128) for entry in entries.split(",")} == {fast, wide, other}
+
+
+def test_a_correction_that_was_planted_is_found(tmp_path: Path) -> None:
+    sweep_of = {problem: dict(measure(problem)) for problem in PROBLEMS}
+    menus = {problem: set(candidates(problem, ())) for problem in PROBLEMS}
+    planted = next(c for c in sorted(menus[PROBLEMS[0]]) if all(c in sweep_of[p] for p in PROBLEMS if p.promotes))
+    known = calibrate.corrections(sweep_of, H200)[True]
+    for problem in PROBLEMS:
+        if problem.promotes:
+            sweep_of[problem] = {c: us * (0.8 if c == planted else 1) for c, us in sweep_of[problem].items()}
+    found = calibrate.corrections(sweep_of, H200)[True]
+    assert found[planted] < 0.95 * known[planted]
+    text = calibrate.as_menu([planted], {planted: 0.934})
+    assert text.endswith(" *0.93")
+    assert calibrate.as_menu([planted]) == text[:-6]

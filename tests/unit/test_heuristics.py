@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,10 +16,10 @@ from test_gemm_problem import kinds
 from jitgemm import settings
 from jitgemm.device import H20, H100, H200, PRESETS, Device, nearest_preset, presets_of
 from jitgemm.errors import ConfigError, SettingsError
-from jitgemm.families.gemm import FAMILY, RECIPES, GemmProblem
+from jitgemm.families.gemm import FAMILY, RECIPES, GemmConfig, GemmProblem
 from jitgemm.families.transpose_scales import FAMILY as TRANSPOSE_SCALES
-from jitgemm.heuristics import choose_config, chooser, enumerate_configs, enumerate_specs, explain
-from jitgemm.heuristics.gemm import ANCHORS, MAX_KERNELS, assess, candidates, illegal, predict
+from jitgemm.heuristics import choose_config, chooser, enumerate_configs, enumerate_specs, explain, gemm, sm90a
+from jitgemm.heuristics.gemm import ANCHORS, MAX_KERNELS, assess, candidates, illegal, predict, predict_all
 
 PROBLEM = GemmProblem(4096, 7168, "fp8_1x128_128x128", m=300)
 DEVICES = st.sampled_from(sorted(PRESETS.values(), key=lambda device: device.name))
@@ -41,6 +42,15 @@ def asked(draw: st.DrawFn) -> tuple[GemmProblem, Device]:
 
 
 # -- Properties.
+
+
+@given(asked(), MS)
+@hypothesis_settings(deadline=None, max_examples=60)
+def test_many_predictions_at_once_are_those_of_each(asked: tuple[GemmProblem, Device], m: int) -> None:
+    problem, device = asked
+    legal = [config for config in candidates(problem, ()) if illegal(problem, config, device) is None]
+    (row,) = predict_all(problem, legal, device, [m])
+    assert row == pytest.approx([predict(problem.with_m(m), c, device)["total"] for c in legal], rel=1e-9, abs=1e-6)
 
 
 @given(asked(), st.lists(MS, min_size=1, max_size=8))
@@ -301,3 +311,39 @@ def test_presets() -> None:
 )
 def test_gpus_get_their_preset(name: str, sms: int, preset: str) -> None:
     assert nearest_preset("sm_90a", name, sms).name == preset
+
+
+@pytest.mark.parametrize("recipe", ["fp8_1x128_128x128", "bf16"])
+def test_corrections_multiply_predictions(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = GemmProblem(4096, 7168, recipe, m=64)
+    corrections = dict(gemm.corrections(problem.without_sizes()))
+    assert 0.8 < min(corrections.values()) < 1 < max(corrections.values()) < 1.2
+    config, correction = max(corrections.items(), key=lambda item: item[1])
+    us = predict(problem, config, H200)["total"]
+    name = "FP8_MENU" if problem.promotes else "BF16_MENU"
+    caches = [function for function in vars(gemm).values() if hasattr(function, "cache_clear")]
+    try:
+        monkeypatch.setattr(sm90a, name, re.sub(r" \*[0-9.]+", "", getattr(sm90a, name)))
+        for function in caches:
+            function.cache_clear()
+        assert predict(problem, config, H200)["total"] == pytest.approx(us / correction)
+    finally:
+        monkeypatch.undo()
+        for function in caches:
+            function.cache_clear()
+
+
+def test_no_rows_get_the_config_of_one() -> None:
+    assert choose_config(PROBLEM.with_m(0), H200) == choose_config(PROBLEM.with_m(1), H200)
+
+
+@pytest.mark.parametrize(
+    ("problem", "config"),
+    [
+        (GemmProblem(192, 3584, "bf16", m=64, layout="tn", d_dtype="fp32"), "64x192x64 s6 k2"),
+        (GemmProblem(4096, 7168, "fp8_rowwise", m=64), "192x128x128 s5 k8"),
+        (GemmProblem(4096, 7168, "fp8_1x128_128x128", m=64), "128x192x128 s5 k2"),
+    ],
+)
+def test_kernels_that_would_spill_are_not_legal(problem: GemmProblem, config: str) -> None:
+    assert "beside split-K" in (illegal(problem, GemmConfig.from_text(config), H200) or "")

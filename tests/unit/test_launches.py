@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from support import in_forked_child
 from torch import Tensor
 
 import jitgemm
@@ -26,6 +27,7 @@ from jitgemm.families.gemm import RECIPES, GemmConfig, GemmProblem
 from jitgemm.families.gemm_launch import PARAMS_BYTES
 from jitgemm.kernel import Kernel
 from jitgemm.ops import gemm
+from jitgemm.problem import Problem
 from jitgemm.reference.layout import get_mn_major_tma_aligned_tensor
 
 INVALID_CONTEXT = 201
@@ -60,6 +62,7 @@ class Gpu:
     def __init__(self) -> None:
         self.launched: list[Launched] = []
         self.stream, self.device, self.status, self.encoded = 7, -1, 0, 0
+        self.loaded_for: list[Problem] = []
 
     def launch(self, config: Any, kernel: Any, arguments: Any, extra: None) -> int:
         if self.status:
@@ -102,8 +105,9 @@ def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
     """With torch's check of all tensors at once, and without it, as if torch had changed it."""
     fake = Gpu()
 
-    def load(spec: KernelSpec, device: int) -> Kernel:
+    def load(spec: KernelSpec, device: int, problem: Problem) -> Kernel:
         family = family_of(spec)
+        fake.loaded_for.append(problem)
         return Kernel(spec, device, 1, family.num_threads(spec), family.smem_bytes(spec), None)
 
     monkeypatch.setattr(gemm, "_GPU", "cpu")
@@ -441,6 +445,19 @@ def test_a_forced_config_and_plans_that_are_forgotten(gpu: Gpu, monkeypatch: pyt
     assert (box_of_b(), box_of_b()) == (128, 128)
 
 
+def test_a_forked_child_asks_for_its_kernel_anew(gpu: Gpu) -> None:
+    call = tensors("bf16")
+    call()
+    call()
+    assert len(gpu.loaded_for) == 1
+
+    def child() -> None:
+        call()
+        assert len(gpu.loaded_for) == 2
+
+    assert in_forked_child(child) == 0
+
+
 def test_autotune_is_asked_once_for_each_m(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int | None] = []
 
@@ -582,3 +599,46 @@ def test_threads_launch_their_own_tensors(gpu: Gpu, monkeypatch: pytest.MonkeyPa
         assert len(launched) == 300
         for index, one in enumerate(launched):
             check(one, own[index % 7 % 3], gpu)
+
+
+def test_ranges_name_each_launch_where_asked(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str | None] = []
+    monkeypatch.setattr(torch.cuda.nvtx, "range_push", told.append)
+    monkeypatch.setattr(torch.cuda.nvtx, "range_pop", lambda: told.append(None))
+    call, other = tensors("bf16"), tensors("bf16", m=50)
+    call()
+    assert told == []
+    with jitgemm.override(nvtx=True):
+        for one in (call, call, other, other):
+            one()
+            check(gpu.launched[-1], one, gpu)
+        call()
+    ranges, ends = told[::2], told[1::2]
+    assert ends == [None] * 5
+    assert [name.split()[-3] for name in ranges if name] == ["m=40", "m=40", "m=50", "m=50", "m=40"]
+    assert all(str(name).startswith("jitgemm bf16 nt bf16 ") and "n=256 k=384" in str(name) for name in ranges)
+    call()
+    assert len(told) == 10
+
+
+def test_a_range_ends_when_its_launch_fails(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    depth: list[int] = []
+    monkeypatch.setattr(torch.cuda.nvtx, "range_push", lambda _: depth.append(1))
+    monkeypatch.setattr(torch.cuda.nvtx, "range_pop", depth.pop)
+    monkeypatch.setattr(driver, "error_of", lambda *_: DriverError("refused"))
+    call = tensors("bf16")
+    with jitgemm.override(nvtx=True):
+        call()
+        gpu.status = 700
+        with pytest.raises(DriverError, match="refused"):
+            call()
+    assert depth == []
+
+
+def test_kernels_are_loaded_for_the_problem_that_prewarms_them(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gemm, "copy_to_mn_major", lambda scales: aligned(get_mn_major_tma_aligned_tensor(scales)))
+    call = tensors("fp8_1x128_128x128")
+    assert call.x.a_scales is not None
+    replaced(call, a_scales=call.x.a_scales.contiguous())()  # the copy needs a kernel too
+    assert len(gpu.loaded_for) == 2
+    assert {problem.without_m() for problem in gpu.loaded_for} == {GemmProblem(256, 384, "fp8_1x128_128x128")}

@@ -16,6 +16,7 @@ from support import ROOT
 
 import jitgemm
 from jitgemm import settings
+from jitgemm.cache_tools.presets import names
 from jitgemm.render import template_digest
 
 FOLDERS = {"jitgemm": "jitgemm", **{name: f"jitgemm/{name}" for name in ("heuristics", "templates", "cache_tools")}}
@@ -81,11 +82,11 @@ def test_an_install_works_in_the_checkout_and_outside(
     file, digest, *presets = _run(python, "-c", USE, cwd=tmp_path).split()
     assert Path(file) == (source if editable else site_packages) / "jitgemm/__init__.py"
     assert digest == template_digest()  # and so the same cache serves
-    assert presets == ["deepseek-v3"]
+    assert presets == names()
 
     file, digest, *presets = _run(python, "-c", USE, cwd=source).split()
     assert Path(file) == source / "jitgemm/__init__.py"  # a checkout's own, which must find its siblings
-    assert (digest, presets) == (template_digest(), ["deepseek-v3"])
+    assert (digest, presets) == (template_digest(), names())
     assert jitgemm.__version__ in _run(command, "--version", cwd=source)
     assert "fp8_1x128_128x128" in _run(python, "-m", "benchmarks.dense", "--list", cwd=source)
 
@@ -99,6 +100,13 @@ def test_readme_has_the_settings_of_the_table() -> None:
 def test_readme_example_runs(cache_dir: Path) -> None:
     code = _readme(r"```python\n(.*?)```")
     exec(compile(code, "README.md", "exec"), {"__name__": "example"})
+
+
+def test_examples_of_the_cache_run(cache_dir: Path) -> None:
+    with settings.override(tile_m=64, tile_n=64, split_k=1, cluster="1x1", swap_ab=False):
+        for code in re.findall(r"```python\n(.*?)```", (ROOT / "docs/cache.md").read_text(encoding="utf-8"), re.DOTALL):
+            exec(compile(code, "docs/cache.md", "exec"), {"__name__": "example"})
+    assert list(cache_dir.rglob("*.jgk"))
 
 
 def test_readme_commands_are_one_line_each() -> None:

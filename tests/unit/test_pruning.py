@@ -65,3 +65,9 @@ def test_candidates_that_are_out_are_never_taken() -> None:
 def test_ties_go_to_the_lower_index() -> None:
     assert assign([[2.0, 1.0, 1.0]], 1) == [1]
     assert assign([[1.0, 2.0], [2.0, 1.0]], 1) == [1, 1]  # either may go; the first does
+
+
+def test_rows_that_weigh_more_keep_what_is_best_for_them() -> None:
+    costs = [[1.0, 1.4], [1.4, 1.0], [1.4, 1.0]]
+    assert assign(costs, 1) == [1, 1, 1]
+    assert assign(costs, 1, [4.0, 1.0, 1.0]) == [0, 0, 0]

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from test_gemm_problem import kernels
 
 from jitgemm import settings
+from jitgemm.cache import default_cache
 from jitgemm.device import H100, H200
 from jitgemm.families.gemm import GemmConfig, GemmProblem
 from jitgemm.heuristics import choose_config, enumerate_configs, explain, tuned
@@ -83,7 +84,7 @@ def test_updates_add_and_replace(tmp_path: Path) -> None:
     header = json.loads(path.read_text().splitlines()[0])
     assert header["device"] == {"name": "h200", "num_sms": 132}
     assert [run["torch"] for run in header["runs"]] == ["2.11.0", "2.12.0"]
-    assert path.parent == settings.current().cache_dir / "tuned"  # type: ignore[operator]
+    assert path.parent == default_cache().directory / "tuned"
     assert sorted(file.name for file in path.parent.iterdir()) == ["h200.jsonl", "h200.lock"]
     assert path.stat().st_mode & 0o777 == 0o600
 
@@ -257,6 +258,23 @@ def test_between_anchors_the_greater_margin_wins() -> None:
     assert choose_config(PROBLEM.with_m(112), H200) == high.config
     save(entry(96, place=0, margin=1.5), entry(128, place=place, margin=1.001))
     assert choose_config(PROBLEM.with_m(112), H200) == low.config
+
+
+def test_a_config_that_was_measured_at_one_of_two_anchors_is_not_forgotten_between() -> None:
+    """It wins at both; its measured margin at the one is not overwritten by the prediction at the other."""
+    one = entry(1, place=1, margin=1.2)
+    save(one, entry(8, place=1, margin=1.0), entry(16, place=6, margin=1.2))
+    configs = {m: choose_config(PROBLEM.with_m(m), H200) for m in (1, 2, 4, 7, 8, 16)}
+    assert {configs[m] for m in (1, 2, 4, 7, 8)} == {one.config} != {configs[16]}
+
+
+def test_a_margin_does_not_reach_past_the_next_anchors() -> None:
+    at, rival = PROBLEM.with_m(100), entry(64, place=4, margin=1.4)
+    before = choose_config(at, H200)
+    save(rival)  # 96 and 128 lie around 100
+    assert choose_config(PROBLEM.with_m(64), H200) == rival.config != before
+    costs = [predict(at, config, H200)["total"] for config in (before, rival.config)]
+    assert choose_config(at, H200) == (before if costs[0] <= costs[1] else rival.config)
 
 
 def test_the_users_table_wins_over_the_shipped_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

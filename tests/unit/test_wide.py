@@ -74,7 +74,7 @@ def test_a_file_is_trimmed(tmp_path: Path) -> None:
         dict(zip(sweep.COLUMNS, (RECIPE, "3", "256", "512", config, us, "4"), strict=True))
         for config, us in zip(configs, ("14.0", "10.0", "11.0", "16.0"), strict=True)
     ]
-    wide.write(tmp_path / "wide.csv", rows)
+    sweep.append(tmp_path / "wide.csv", [list(row.values()) for row in rows])
     assert wide.main(["--trim", str(tmp_path / "wide.csv"), "--out", str(tmp_path / "kept.csv")]) == 0
     with (tmp_path / "kept.csv").open() as file:
         assert [row["config"] for row in csv.DictReader(file)] == [configs[1], menu[0]]
