@@ -11,8 +11,8 @@ import functools
 from jitgemm import settings
 from jitgemm.device import SM90A, Device
 from jitgemm.families.base import KernelSpec
-from jitgemm.families.gemm import GemmConfig, GemmProblem, kernel_shape
-from jitgemm.families.grouped import FAMILY, GroupedProblem
+from jitgemm.families.gemm import GemmConfig, kernel_shape
+from jitgemm.families.grouped import FAMILY, MAX_BOX, GroupedProblem, smem_bytes
 from jitgemm.heuristics import gemm
 from jitgemm.heuristics.gemm import ANCHORS, MAX_KERNELS, Candidate, Explanation, Groups, Overrides, serving_anchors
 from jitgemm.heuristics.pruning import assign
@@ -65,7 +65,7 @@ def explain(problem: GroupedProblem, device: Device) -> Explanation:
     """
     assert problem.m is not None
     found = chooser(problem, device)
-    offered = candidates(problem.dense.without_sizes(), found.overrides)
+    offered = candidates(problem, found.overrides)
     legal = [config for config in offered if illegal(problem, config, device) is None]
     costs = _costs(problem, tuple(legal), device, (problem.m,))[0]
     listed = [Candidate(config, cost, {"total": cost}) for config, cost in zip(legal, costs, strict=True)]
@@ -74,20 +74,38 @@ def explain(problem: GroupedProblem, device: Device) -> Explanation:
     return Explanation(listed, found(problem.m))
 
 
-@functools.lru_cache(maxsize=256)
-def candidates(problem: GemmProblem, overrides: Overrides) -> tuple[GemmConfig, ...]:
+def candidates(problem: GroupedProblem, overrides: Overrides = ()) -> tuple[GemmConfig, ...]:
     """What a choice is made from: dense GEMM's menu without clusters and split K, and more tiles of few tokens; under
     overrides everything that has their values.
     """
-    if overrides:
-        return tuple(gemm.generate(problem, overrides))
-    tile_k = 128 // problem.traits.operand_bytes
-    menu = [dataclasses.replace(config, cluster_m=1, cluster_n=1, split_k=1) for config in gemm.candidates(problem, ())]
+    kind = dataclasses.replace(problem, n=1, k=1, groups=1, m=None)
+    return tuple(gemm.generate(kind.dense, overrides)) if overrides else _menu(kind)
+
+
+@functools.lru_cache(maxsize=256)
+def _menu(problem: GroupedProblem) -> tuple[GemmConfig, ...]:
+    dense = problem.dense
+    tile_k = 128 // dense.traits.operand_bytes
+    menu = [dataclasses.replace(config, cluster_m=1, cluster_n=1, split_k=1) for config in gemm.candidates(dense, ())]
     for tile_m, tile_n in _TOKEN_TILES:
         config = GemmConfig(tile_m, tile_n, tile_k, 0, swap_ab=True)
-        if gemm._illegal_kernel(problem, dataclasses.replace(config, stages=2), SM90A) is None:
-            menu += [dataclasses.replace(config, stages=stages) for stages in gemm.stage_choices(problem, config)]
-    return tuple(dict.fromkeys(menu))
+        if gemm._illegal_kernel(dense, dataclasses.replace(config, stages=2), SM90A) is None:
+            menu += [dataclasses.replace(config, stages=stages) for stages in gemm.stage_choices(dense, config)]
+    return tuple(dict.fromkeys(_fitting(problem, config) for config in menu))
+
+
+def _fitting(problem: GroupedProblem, config: GemmConfig) -> GemmConfig:
+    """The config with as many of its stages as leave room for what grouped kernels hold beside dense GEMM's.
+
+    As many blocks share an SM then as the cost model, which knows dense GEMM's kernels, takes for granted.
+    """
+    dense = problem.dense.without_sizes()
+    while config.stages > 2 and (
+        smem_bytes(problem.shape(config)) > SM90A.smem_per_block
+        or problem.shape(config).blocks_per_sm != kernel_shape(dense, config).blocks_per_sm
+    ):
+        config = dataclasses.replace(config, stages=config.stages - 1)
+    return config
 
 
 def illegal(problem: GroupedProblem, config: GemmConfig, device: Device) -> str | None:
@@ -97,12 +115,17 @@ def illegal(problem: GroupedProblem, config: GemmConfig, device: Device) -> str 
     tile, alignment = config.tile_m, problem.alignment
     if problem.kind == "contiguous" and alignment % tile and tile % alignment:
         return f"tile_m must divide the alignment of the groups, {alignment}, or be a multiple of it"
-    shape = kernel_shape(problem.dense.without_sizes(), config)
+    if problem.scale_slack and tile + problem.scale_slack > MAX_BOX:
+        return f"tile_m must be at most {MAX_BOX - problem.scale_slack} where FP8 groups start at any row"
+    shape = problem.shape(config)
     if shape.math_warpgroups == 3 and problem.dense.promotes and shape.accumulator_registers > _SUMS_OF_THREE:
         return f"sums take more than {_SUMS_OF_THREE} registers a thread beside a group's tile"
     if config.swap_ab and problem.dense.promotes and tile > _MOST_TOKENS:
         return f"tile_m must be at most {_MOST_TOKENS} beside a group's tile where operands are swapped"
-    return gemm.illegal(problem.dense, config, device)
+    if (reason := gemm.illegal(problem.dense, config, device)) is not None:
+        return reason
+    limit = device.arch.smem_per_block
+    return f"shared memory exceeds {limit} bytes" if smem_bytes(shape) > limit else None
 
 
 def _costs(
@@ -119,7 +142,7 @@ class Chooser:
         self._problem, self._device, self.overrides = problem, device, overrides
         assessed = [
             (config, illegal(problem, config, device))
-            for config in candidates(problem.dense.without_sizes(), overrides)
+            for config in candidates(problem, overrides)
         ]
         legal = sorted((config for config, reason in assessed if reason is None), key=lambda c: (-c.stages, c))
         if not legal:

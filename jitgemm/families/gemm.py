@@ -257,6 +257,8 @@ class KernelShape:
 
     problem: GemmProblem
     config: GemmConfig
+    scale_slack: int = 0
+    """Rows of scales beside the tile's that a stage holds: where tiles start at any row, TMA loads start before it."""
 
     @functools.cached_property
     def mma_m(self) -> int:
@@ -328,7 +330,7 @@ class KernelShape:
             for rows, scales in ((self.mma_m, self.m_side_scales), (self.mma_n, self.n_side_scales))
             if scales == "row_k"
         ]
-        return sum(-(-row_count * 4 // 128) * 128 for row_count in rows)
+        return sum(-(-(row_count + self.scale_slack) * 4 // 128) * 128 for row_count in rows)
 
     @functools.cached_property
     def stage_bytes(self) -> int:
@@ -505,6 +507,7 @@ class Gemm:
             "blocks_per_sm",
             "chain",
             "unroll",
+            "scale_slack",
         )
         config = shape.config
         return {

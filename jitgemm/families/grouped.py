@@ -32,6 +32,8 @@ GROUPINGS = {"masked": "masked", "contiguous": "indexed", "psum": "psum"}
 GROUPED_RECIPES = ("fp8_1x128_128x128", "bf16")
 MAX_GROUPS = 65536
 QUEUE_BYTES = 176  # of shared memory: the template's TILE_QUEUE_BYTES
+_SCALES_UNIT = 4  # fp32 scales in 16 bytes, at multiples of which TMA copies start
+MAX_BOX = 256  # elements of one dimension that one TMA copy takes
 MAX_PIECES = 5  # in which a tile of A is loaded where its group ends in it
 
 
@@ -82,6 +84,16 @@ class GroupedProblem:
         """The GEMM of one group."""
         return GemmProblem(self.n, self.k, self.recipe, self.m, self.layout, self.d_dtype)
 
+    @property
+    def scale_slack(self) -> int:
+        """``KernelShape.scale_slack``: rows of a TMA unit where groups may start within one, else 0."""
+        anywhere = self.kind != "masked" and self.alignment % _SCALES_UNIT != 0
+        return _SCALES_UNIT if anywhere and self.dense.traits.is_fp8 else 0
+
+    def shape(self, config: GemmConfig) -> KernelShape:
+        """What follows for the kernel that computes this with a config."""
+        return kernel_shape(self.dense.without_sizes(), config, self.scale_slack)
+
     def without_m(self) -> GroupedProblem:
         """The same problem for any number of rows."""
         return dataclasses.replace(self, m=None) if self.m is not None else self
@@ -126,6 +138,11 @@ def token_piece(config: GemmConfig) -> int:
     return min(piece for piece in range(8, tile + 1, 8) if tile % piece == 0 and tile // piece <= MAX_PIECES)
 
 
+def smem_bytes(shape: KernelShape) -> int:
+    """Dynamic shared memory of a block, in bytes."""
+    return shape.smem_bytes + QUEUE_BYTES
+
+
 class GroupedGemm:
     """The grouped GEMM kernels."""
 
@@ -133,12 +150,16 @@ class GroupedGemm:
     template = gemm.FAMILY.template
 
     def spec(self, problem: GroupedProblem, config: GemmConfig, arch: str) -> KernelSpec:
-        """The kernel that computes ``problem`` (of any size, number of groups and alignment) with ``config``."""
+        """The kernel that computes ``problem`` (of any size, number of groups and alignment) with ``config``.
+
+        FP8 groups that start at any row, not at multiples of 4, have kernels of their own.
+        """
         constants: dict[str, Any] = {
             "kind": problem.kind,
             "recipe": problem.recipe,
             "layout": problem.layout,
             "d_dtype": problem.d_dtype,
+            "scale_slack": problem.scale_slack,
             **config.to_dict(),
         }
         return KernelSpec.make(self.name, arch, constants)
@@ -148,7 +169,8 @@ class GroupedGemm:
         constants = dict(spec.constants)
         config = GemmConfig(**{field.name: constants[field.name] for field in dataclasses.fields(GemmConfig)})  # type: ignore[arg-type]
         recipe, layout, d_dtype = (str(constants[name]) for name in ("recipe", "layout", "d_dtype"))
-        return kernel_shape(GemmProblem(1, 1, recipe, None, layout, d_dtype), config)
+        problem = GemmProblem(1, 1, recipe, None, layout, d_dtype)
+        return kernel_shape(problem, config, int(constants["scale_slack"]))
 
     def kernel_name(self, spec: KernelSpec) -> str:
         """Symbol of the kernel's entry, such as ``jitgemm_m_grouped_fp8_gemm_nt_masked``."""
@@ -173,13 +195,14 @@ class GroupedGemm:
 
     def smem_bytes(self, spec: KernelSpec) -> int:
         """Dynamic shared memory of a block, in bytes."""
-        return self.shape(spec).smem_bytes + QUEUE_BYTES
+        return smem_bytes(self.shape(spec))
 
     def describe(self, spec: KernelSpec) -> str:
         """One line for people."""
         shape = self.shape(spec)
         problem = shape.problem
-        return f"m_grouped_{spec['kind']} {problem.recipe} {problem.layout} {problem.d_dtype} {shape.config}"
+        anywhere = " any-row" if shape.scale_slack else ""
+        return f"m_grouped_{spec['kind']}{anywhere} {problem.recipe} {problem.layout} {problem.d_dtype} {shape.config}"
 
 
 FAMILY = GroupedGemm()

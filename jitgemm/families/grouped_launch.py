@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from jitgemm.driver import Arguments, Launch, ensure_context
 from jitgemm.errors import DriverError, ProblemError
-from jitgemm.families.gemm import ROWS_STORED, SCALE_GROUP, GemmConfig, kernel_shape
+from jitgemm.families.gemm import ROWS_STORED, SCALE_GROUP, GemmConfig
 from jitgemm.families.grouped import GroupedProblem, token_piece, token_tile
 from jitgemm.kernel import Kernel
 from jitgemm.tensor_map import ALIGNMENT, BYTES, OperandMap
@@ -77,7 +77,7 @@ class GroupedGeometry:
         pdl: bool = False,
     ) -> None:
         self._config, self._kernel = config, kernel
-        self._shape = shape = kernel_shape(problem.dense.without_sizes(), config)
+        self._shape = shape = problem.shape(config)
         fp8 = shape.problem.traits.is_fp8
         dtype, tile_k = "uint8" if fp8 else "bf16", config.tile_k
         token_rows, weight_rows = token_tile(config), config.tile_n
@@ -92,7 +92,7 @@ class GroupedGeometry:
         else:
             left = problem.n % weight_rows
             weights = operand(b, tile_k, weight_rows), operand(b, tile_k, left) if left else None
-        scales_map = None if a_scales is None else _map("fp32", a_scales, token_rows, 1, 16)
+        scales_map = None if a_scales is None else _map("fp32", a_scales, token_rows + shape.scale_slack, 1, 16)
         self._d_rows_aligned = _aligned(d, shape.d_bytes)
         d_map = None
         if self._d_rows_aligned:

@@ -9,7 +9,7 @@ import pytest
 from jitgemm import builder, settings
 from jitgemm.compiler import CubinMetadata
 from jitgemm.device import H200, PRESETS, SM90A
-from jitgemm.families.gemm import GemmConfig, kernel_shape
+from jitgemm.families.gemm import GemmConfig
 from jitgemm.families.grouped import FAMILY, GROUPINGS, GroupedProblem
 from jitgemm.heuristics.grouped import candidates, enumerate_configs, enumerate_specs, illegal
 
@@ -32,7 +32,7 @@ def compiled(problem: GroupedProblem, config: GemmConfig) -> CubinMetadata:
 
 def faults(problem: GroupedProblem, config: GemmConfig) -> list[str]:
     """What is wrong with a kernel's use of resources."""
-    spec, shape = FAMILY.spec(problem, config, SM90A.name), kernel_shape(problem.dense.without_sizes(), config)
+    spec, shape = FAMILY.spec(problem, config, SM90A.name), problem.shape(config)
     metadata = compiled(problem, config)
     found = [f"{FAMILY.describe(spec)}: {warning}" for warning in metadata.warnings]
     if metadata.spill_bytes or metadata.stack_bytes:
@@ -49,10 +49,10 @@ def faults(problem: GroupedProblem, config: GemmConfig) -> list[str]:
 @pytest.mark.parametrize(("recipe", "layout"), KINDS)
 def test_the_largest_kernels_of_every_kind_fit(cache: None, kind: str, recipe: str, layout: str) -> None:
     problem = GroupedProblem(4096, 4096, recipe, 8, kind, None, layout)
-    legal = [c for c in candidates(problem.dense.without_sizes(), ()) if illegal(problem, c, H200) is None]
+    legal = [c for c in candidates(problem) if illegal(problem, c, H200) is None]
 
     def sums(config: GemmConfig) -> int:
-        return kernel_shape(problem.dense.without_sizes(), config).accumulator_registers
+        return problem.shape(config).accumulator_registers
 
     shapes: dict[tuple[int, bool], list[GemmConfig]] = {}
     for config in legal:
@@ -77,14 +77,34 @@ def test_kernels_that_are_chosen_fit(cache: None, d_dtype: str) -> None:
 def test_shared_memory_has_room_for_the_queue_whatever_the_config() -> None:
     for recipe, layout in KINDS:
         for d_dtype in ("bf16", "fp32"):
-            problem = GroupedProblem(4096, 4096, recipe, 8, "masked", None, layout, d_dtype)
-            for config in candidates(problem.dense.without_sizes(), ()):
-                if illegal(problem, config, H200) is not None:
-                    continue
-                smem = FAMILY.smem_bytes(FAMILY.spec(problem, config, SM90A.name))
-                blocks = kernel_shape(problem.dense.without_sizes(), config).blocks_per_sm
-                assert smem <= SM90A.smem_per_block
-                assert blocks * (smem + SM90A.smem_reserved) <= SM90A.smem_per_sm
+            for kind, alignment in (("masked", 128), ("psum", 1)):
+                problem = GroupedProblem(4096, 4096, recipe, 8, kind, None, layout, d_dtype, alignment)
+                check_room(problem)
+
+
+def check_room(problem: GroupedProblem) -> None:
+    for config in candidates(problem):
+        if illegal(problem, config, H200) is not None:
+            continue
+        smem = FAMILY.smem_bytes(FAMILY.spec(problem, config, SM90A.name))
+        blocks = problem.shape(config).blocks_per_sm
+        assert smem <= SM90A.smem_per_block
+        assert blocks * (smem + SM90A.smem_reserved) <= SM90A.smem_per_sm
+
+
+def test_kernels_for_scales_that_start_anywhere_fit(cache: None) -> None:
+    problem = GroupedProblem(4096, 4096, "fp8_1x128_128x128", 8, "psum", None, alignment=1)
+    legal = [config for config in candidates(problem) if illegal(problem, config, H200) is None]
+    assert max(config.tile_m for config in legal) == 192
+    shapes = {(config.tile_n if config.swap_ab else config.tile_m, config.swap_ab) for config in legal}
+    found = []
+    for mma_m, swap_ab in shapes:
+        of_shape = [c for c in legal if (c.tile_n if swap_ab else c.tile_m, c.swap_ab) == (mma_m, swap_ab)]
+        found += faults(problem, max(of_shape, key=lambda c: (problem.shape(c).accumulator_registers, c)))
+    assert not found, "\n".join(found)
+    assert problem.scale_slack == 4
+    for alignment in (4, 8, 48):
+        assert GroupedProblem(4096, 4096, "fp8_1x128_128x128", 8, "psum", None, alignment=alignment).scale_slack == 0
 
 
 def test_enumeration_covers_every_choice() -> None:

@@ -143,11 +143,11 @@ class Case:
             check_close(d[self.used], self.expected()[self.used], recipe=self.recipe, d_dtype=self.d_dtype)
 
 
-def configs_of(kind: str, recipe: str, layout: str = "nt") -> list[GemmConfig]:
+def configs_of(kind: str, recipe: str, layout: str = "nt", alignment: int = 128) -> list[GemmConfig]:
     """All tiles that calls choose from, one depth of each."""
-    problem = GroupedProblem(4096, 4096, recipe, 8, kind, None, layout)
+    problem = GroupedProblem(4096, 4096, recipe, 8, kind, None, layout, alignment=alignment)
     device = device_facts(0)[0]
-    legal = [c for c in candidates(problem.dense.without_sizes(), ()) if illegal(problem, c, device) is None]
+    legal = [config for config in candidates(problem) if illegal(problem, config, device) is None]
     return list({(c.tile_m, c.tile_n, c.swap_ab): c for c in legal}.values())
 
 
@@ -179,7 +179,20 @@ def test_weights_along_n(kind: str) -> None:
             case.check(d)
 
 
-@pytest.mark.parametrize("alignment", [128, 64, 48, 32, 16, 8, 1])
+@pytest.mark.parametrize("kind", ["contiguous", "psum"])
+def test_every_tile_on_groups_that_start_at_any_row(kind: str) -> None:
+    case = Case(kind, FP8, RAGGED, n=328, k=400, alignment=1)
+    for config in configs_of(kind, FP8, alignment=1):
+        d = case.output()
+        with settings.override(config=str(config)):
+            case.call(d)
+        try:
+            case.check(d)
+        except AssertionError as error:
+            raise AssertionError(f"{config}: {error}") from None
+
+
+@pytest.mark.parametrize("alignment", [128, 64, 48, 32, 16, 8, 4, 2, 1])
 @pytest.mark.parametrize("kind", ["contiguous", "psum"])
 @pytest.mark.parametrize("recipe", [FP8, "bf16"])
 def test_alignments(recipe: str, kind: str, alignment: int) -> None:
