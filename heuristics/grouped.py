@@ -140,10 +140,7 @@ class Chooser:
 
     def __init__(self, problem: GroupedProblem, device: Device, overrides: Overrides) -> None:
         self._problem, self._device, self.overrides = problem, device, overrides
-        assessed = [
-            (config, illegal(problem, config, device))
-            for config in candidates(problem, overrides)
-        ]
+        assessed = [(config, illegal(problem, config, device)) for config in candidates(problem, overrides)]
         legal = sorted((config for config, reason in assessed if reason is None), key=lambda c: (-c.stages, c))
         if not legal:
             raise gemm.no_legal_config(overrides, [reason for _, reason in assessed if reason is not None])

@@ -18,9 +18,9 @@ from jitgemm.kernel import Kernel
 from jitgemm.tensor_map import ALIGNMENT, BYTES, OperandMap
 
 # The template's `Params`: tensor maps, then d_plain, row_scale_matrix, column_scale_matrix, d_group_stride,
-# scale_matrix_group_stride, layout, n, k_blocks, d_aligned, padding.
+# scale_matrix_group_stride, layout, n, k_blocks, d_aligned, zero_padding.
 MAPS = ("rows", "rows_cut", "columns", "columns_cut", "row_scales", "column_scales", "d")
-TAIL = struct.Struct("<Qq Qiiii Qiiii q i4x Qiiiiiii4x iii4x")
+TAIL = struct.Struct("<Qq Qiiii Qiiii q i4x Qiiiiiii4x iiii")
 TAIL_OFFSET = len(MAPS) * BYTES
 _D, _ROW_SCALES, _COLUMN_SCALES, _LAYOUT = (
     TAIL_OFFSET // 8 + word for word in (0, 2, 5, 10)
@@ -56,6 +56,7 @@ class GroupedGeometry:
         b_scales: of B, blocks of rows as rows; any column stride.
         b_scales_k_stride: that stride.
         num_sms: multiprocessors to use.
+        zero_padding: write zeros to rows of no group; in the psum layout, for others are always written.
         pdl: launch with programmatic dependent launch.
 
     Raises:
@@ -74,6 +75,7 @@ class GroupedGeometry:
         b_scales: Stack | None,
         b_scales_k_stride: int,
         num_sms: int,
+        zero_padding: bool = True,
         pdl: bool = False,
     ) -> None:
         self._config, self._kernel = config, kernel
@@ -110,6 +112,7 @@ class GroupedGeometry:
             maps = (*tokens, *weights, scales_map, None, d_map)
             row_fields, column_fields = (0, 0, 0), b_fields
         self._maps = maps
+        self._zero_padding = problem.kind == "contiguous" or (problem.kind == "psum" and zero_padding)
 
         tiles_n = -(-problem.n // config.tile_n)
         most = most_tiles(problem, config, a.rows)
@@ -145,7 +148,7 @@ class GroupedGeometry:
         for index, (operand, address) in enumerate(zip(self._maps, addresses, strict=True)):
             if operand is not None and (d_aligned or MAPS[index] != "d"):
                 operand.write(arguments.address + index * BYTES, address)
-        tail = TAIL.pack(*self._tail, d_aligned)
+        tail = TAIL.pack(*self._tail, d_aligned, self._zero_padding)
         ctypes.memmove(arguments.address + TAIL_OFFSET, tail, TAIL.size)
         words, first = arguments.words, arguments.first
         words[first + _D] = d

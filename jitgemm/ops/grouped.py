@@ -45,7 +45,7 @@ def m_grouped_fp8_gemm_nt_contiguous(
     compiled_dims: str = "nk",
     disable_ue8m0_cast: bool = False,
     use_psum_layout: bool = False,
-    ensure_zero_padding: bool = False,
+    ensure_zero_padding: bool = True,
     expected_m_for_psum_layout: int | None = None,
 ) -> None:
     """``d[row] = a[row] @ b[group of the row].T`` with e4m3 operands and fp32 scales; groups lie one after another.
@@ -56,7 +56,7 @@ def m_grouped_fp8_gemm_nt_contiguous(
         a: e4m3 ``[m, k]``, K contiguous, and scales ``[m, ceil(k/128)]``, read fastest MN-major
             (``get_mn_major_tma_aligned_tensor``).
         b: e4m3 ``[groups, n, k]``, K contiguous, and scales ``[groups, ceil(n/128), ceil(k/128)]``.
-        d: output, bf16 or fp32 ``[m, n]``, n contiguous; rows of no group are left alone.
+        d: output, bf16 or fp32 ``[m, n]``, n contiguous; rows of no group become zeros.
         grouped_layout: int32 ``[m]``, each row's group; what is none, such as -1, is padding. In the psum layout int32
             ``[groups]``, where each group ends; the next starts at the next multiple of the alignment.
         recipe: what one scale covers, ``"fp8_1x128_128x128"`` or the peer's ``(1, 128, 128)``.
@@ -65,7 +65,7 @@ def m_grouped_fp8_gemm_nt_contiguous(
         compiled_dims: accepted for the peer's callers; sizes are always run-time values here.
         disable_ue8m0_cast: accepted for the peer's callers; fp32 scales are never cast here.
         use_psum_layout: what ``grouped_layout`` is.
-        ensure_zero_padding: fill d with zeros first, so that rows of no group hold zeros.
+        ensure_zero_padding: in the psum layout, whether d's rows of no group become zeros, or are left alone.
         expected_m_for_psum_layout: rows of a group to choose a kernel for; by default m over the groups.
 
     Raises:
@@ -89,7 +89,7 @@ def m_grouped_fp8_gemm_nn_contiguous(
     compiled_dims: str = "nk",
     disable_ue8m0_cast: bool = False,
     use_psum_layout: bool = False,
-    ensure_zero_padding: bool = False,
+    ensure_zero_padding: bool = True,
 ) -> None:
     """``d[row] = a[row] @ b[group of the row]``: b ``[groups, k, n]``, scales ``[groups, ceil(k/128), ceil(n/128)]``.
 
@@ -156,7 +156,7 @@ def m_grouped_bf16_gemm_nt_contiguous(
     grouped_layout: Tensor,
     compiled_dims: str = "nk",
     use_psum_layout: bool = False,
-    ensure_zero_padding: bool = False,
+    ensure_zero_padding: bool = True,
     expected_m_for_psum_layout: int | None = None,
 ) -> None:
     """``d[row] = a[row] @ b[group of the row].T``: a ``[m, k]``, b ``[groups, n, k]``, both bf16.
@@ -176,7 +176,7 @@ def m_grouped_bf16_gemm_nn_contiguous(
     grouped_layout: Tensor,
     compiled_dims: str = "nk",
     use_psum_layout: bool = False,
-    ensure_zero_padding: bool = False,
+    ensure_zero_padding: bool = True,
 ) -> None:
     """``d[row] = a[row] @ b[group of the row]``: b ``[groups, k, n]``; else as the ``nt`` function."""
     _check_tensors(b=b)
@@ -451,11 +451,8 @@ def _extent(tensor: Tensor) -> int:
 class _GroupedPlan:
     """A checked problem with its kernel and geometry."""
 
-    def __init__(
-        self, operands: _Operands, geometry: GroupedGeometry, copies_scales: bool, zero_padding: bool, device: int
-    ) -> None:
-        self._operands, self._geometry, self._device = operands, geometry, device
-        self._copies_scales, self._zero_padding = copies_scales, zero_padding
+    def __init__(self, operands: _Operands, geometry: GroupedGeometry, copies_scales: bool, device: int) -> None:
+        self._operands, self._geometry, self._copies_scales, self._device = operands, geometry, copies_scales, device
         self._bound: Table[tuple[int, ...], Callable[[], int]] = Table(BOUND_LAUNCHES)
 
     def __call__(
@@ -474,8 +471,6 @@ class _GroupedPlan:
                 _check_addresses(self._operands, a, a_scales, b, b_scales, d, layout)
             arguments = self._geometry.bind(*addresses[1:])
             run = self._bound.put(addresses, self._geometry.launch.prepare(arguments, addresses[0]))
-        if self._zero_padding:
-            d.zero_()
         status = run()
         if status:
             self._geometry.launch.retry(run, status)
@@ -590,9 +585,10 @@ def _make_plan(operands: _Operands, a_scales: Tensor | None, in_force: Settings,
         b_scales=b_scales_stack,
         b_scales_k_stride=b_scales_k_stride,
         num_sms=min(num_sms, in_force.num_sms or num_sms),
+        zero_padding=zero_padding,
         pdl=in_force.pdl,
     )
-    return _GroupedPlan(operands, geometry, copies_scales, zero_padding, ordinal)
+    return _GroupedPlan(operands, geometry, copies_scales, ordinal)
 
 
 def _grouped_operator(

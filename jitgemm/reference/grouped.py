@@ -30,7 +30,7 @@ def m_grouped_contiguous(
     layout: str = "nt",
     use_psum_layout: bool = False,
     alignment: int = M_ALIGNMENT,
-    zero_padding: bool = False,
+    zero_padding: bool = True,
     epilogue: Epilogue = PLAIN,
 ) -> None:
     """``D[row] = A[row] @ B[group of the row]^T``.
@@ -47,7 +47,8 @@ def m_grouped_contiguous(
         layout: ``nt`` or ``nn``.
         use_psum_layout: what ``grouped_layout`` is.
         alignment: multiple of which groups start at; 1 for any.
-        zero_padding: write zeros to the rows of D that belong to no group, which are left alone otherwise.
+        zero_padding: whether the psum layout's rows of D that belong to no group become zeros, or are left alone;
+            with an index they always become zeros.
         epilogue: what follows the product.
 
     Raises:
@@ -60,6 +61,7 @@ def m_grouped_contiguous(
         rows_of_groups = rows_of_psum(grouped_layout, groups, m, alignment)
     else:
         rows_of_groups = rows_of_index(grouped_layout, groups, m, alignment)
+    zero_padding = zero_padding or not use_psum_layout
     _each_group(a, b, d, rows_of_groups, a_scales, b_scales, recipe, layout, zero_padding, epilogue)
 
 

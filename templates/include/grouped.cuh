@@ -18,6 +18,10 @@ struct GroupLayout {
   int32_t band;       // tiles along m that are walked before n advances
   int32_t positions;  // INDEXED: of an entry at which a tile may start ...
   int32_t step;       // ... and rows between them; a tile starts nowhere else
+
+  __device__ __forceinline__ int clamped(int row) const { return row < 0 ? 0 : min_of(row, m); }
+  // PSUM: where a group starts whose forerunner ends at `row`, from 0 to m.
+  __device__ __forceinline__ int aligned(int row) const { return (row + alignment - 1) / alignment * alignment; }
 };
 
 // A tile in rows of A and D and columns of D; rows_left: from its first row to its group's end, 0 if there are no more tiles.
@@ -80,8 +84,6 @@ class GroupSchedule {
     return (layout.m + stretch - 1) / stretch;
   }
 
-  __device__ __forceinline__ int clamped(int row) const { return row < 0 ? 0 : min_of(row, layout.m); }
-
   // Makes the entries from `first` on the window.
   __device__ __forceinline__ void open() {
     if constexpr (GROUPING == INDEXED) {
@@ -93,11 +95,8 @@ class GroupSchedule {
       const int group = first + threadIdx.x % WARP;
       rows = 0;
       if (group < layout.groups) {
-        const int value = clamped(layout.values[group]);
-        if constexpr (GROUPING == PSUM) {
-          const int ahead = group > 0 ? clamped(layout.values[group - 1]) : 0;
-          begin = (ahead + layout.alignment - 1) / layout.alignment * layout.alignment;
-        }
+        const int value = layout.clamped(layout.values[group]);
+        if constexpr (GROUPING == PSUM) begin = layout.aligned(group > 0 ? layout.clamped(layout.values[group - 1]) : 0);
         rows = value > begin ? value - begin : 0;
       }
       tiles = (rows + TILE - 1) / TILE;

@@ -42,6 +42,7 @@ class Case:
         kind: ``masked``, ``contiguous`` or ``psum``.
         recipe: of ``GROUPED_RECIPES``.
         counts: rows of each group; masked ones may be negative or above ``max_m``.
+        behind: rows of padding behind the last group.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class Case:
         d_dtype: str = "bf16",
         layout: str = "nt",
         seed: int = 0,
+        behind: int = 0,
     ) -> None:
         self.kind, self.recipe, self.alignment, self.d_dtype, self.layout = kind, recipe, alignment, d_dtype, layout
         self.groups, self.n, self.k = len(counts), n, k
@@ -71,7 +73,7 @@ class Case:
             for group, count in enumerate(counts):
                 index += [-1] * (-len(index) % alignment) + [group] * count
                 ends.append(len(index) if count else (ends[-1] if ends else 0))
-            index += [-1] * (-len(index) % alignment)
+            index += [-1] * (-len(index) % alignment + behind)
             self.rows = len(index)
             self.values = torch.tensor(ends if kind == "psum" else index, dtype=torch.int32, device=DEVICE)
             used = torch.tensor(index, device=DEVICE) >= 0
@@ -135,10 +137,14 @@ class Case:
             )
         return d
 
-    def check(self, d: Tensor | None = None) -> None:
-        """The groups' rows are right, and no other has been written."""
+    def check(self, d: Tensor | None = None, zeros: bool = True) -> None:
+        """The groups' rows are right, and others are zeros, or where there are no such have not been written."""
         d = self.d if d is None else d
-        assert same_bits(d[~self.used], self.output()[~self.used])
+        others = d[~self.used]
+        if self.kind == "masked" or not zeros:
+            assert same_bits(others, self.output()[~self.used])
+        else:
+            assert same_bits(others, torch.zeros_like(others))
         if bool(self.used.any()):
             check_close(d[self.used], self.expected()[self.used], recipe=self.recipe, d_dtype=self.d_dtype)
 
@@ -273,7 +279,7 @@ def test_an_index_that_makes_no_sense_touches_nothing_else() -> None:
     case.values[256:384] = -(2**31)
     case.used[128:384] = False
     case.call()
-    assert same_bits(case.d[~case.used], case.output()[~case.used])
+    assert not bool(case.d[~case.used].any())
     case = Case("psum", "bf16", (128,) * 4, n=256, k=256)
     case.values.copy_(torch.tensor([2**31 - 1, -5, 2**31 - 1, 100], dtype=torch.int32))
     case.call()
@@ -300,13 +306,39 @@ def test_slices_of_weights() -> None:
     case.check()
 
 
-def test_zeros_in_rows_of_no_group() -> None:
-    for kind in ("contiguous", "psum"):
-        case = Case(kind, FP8, (5, 200, 0, 64), n=256, k=512)
-        case.call(ensure_zero_padding=True)
-        assert not bool(case.d[~case.used].any())
-        case.d[~case.used] = case.output()[~case.used]
-        case.check()
+@pytest.mark.parametrize("kind", ["contiguous", "psum"])
+@pytest.mark.parametrize("alignment", [128, 8, 1])
+def test_zeros_in_rows_of_no_group(kind: str, alignment: int) -> None:
+    draw = random.Random(alignment)
+    for counts in ((5, 200, 0, 64), (0, 0, 0), (1,) * 70, [draw.choice([0, 1, 300]) for _ in range(200)]):
+        case = Case(kind, "bf16", counts, n=200, k=64, alignment=alignment, behind=700)
+        for columns, first in ((200, 0), (208, 8), (205, 3)):  # aligned, apart, and such that TMA can't store it
+            around = poisoned((case.rows + 2, columns), torch.bfloat16, DEVICE)
+            d = around[1:-1, first : first + 200]
+            case.call(d)
+            case.check(d)
+            case.call(d, ensure_zero_padding=False)
+            d[~case.used] = case.output()[~case.used]
+            case.call(d, ensure_zero_padding=False)
+            case.check(d, zeros=kind == "contiguous")
+            d.copy_(case.output())
+            assert same_bits(around, poisoned(around.shape, torch.bfloat16, DEVICE))
+
+
+def test_zeros_follow_the_layout_of_a_captured_call() -> None:
+    case = Case("psum", "bf16", (100, 3, 0, 64), n=256, k=256)
+    case.call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        case.call()
+    for counts in ((100, 3, 0, 64), (1, 128, 1, 1), (0, 0, 0, 0)):
+        fresh = Case("psum", "bf16", counts, n=256, k=256, behind=384 - sum(-(-count // 128) * 128 for count in counts))
+        for ours, theirs in ((case.a, fresh.a), (case.values, fresh.values), (case.d, case.output())):
+            ours.copy_(theirs)
+        graph.replay()
+        torch.cuda.synchronize()
+        fresh.check(case.d)
 
 
 def test_scales_in_any_layout() -> None:

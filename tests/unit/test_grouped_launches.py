@@ -184,7 +184,7 @@ def check(launched: Launched, call: Call, gpu: Gpu) -> None:
     assert tail[14:17] == (call.layout.data_ptr(), groups, rows)
     positions, step = stretch(config.tile_m, 128)
     assert tail[17:22] == (128, -(-n // config.tile_n), band(config.tile_m), positions, step)
-    assert tail[22:] == (n, -(-k // config.tile_k), 1)
+    assert tail[22:] == (n, -(-k // config.tile_k), 1, call.kind != "masked")
 
 
 @pytest.mark.parametrize("fp8", [True, False])
@@ -236,7 +236,7 @@ def test_d_where_tma_cannot_store(gpu: Gpu) -> None:
         one = call("masked", n=n)
         one()
         launched = gpu.last()
-        assert launched.tail[-1] == (n == 320)
+        assert launched.tail[24] == (n == 320)
         assert (launched.map(6) == (0,) * 9) == (n == 321)
 
 
@@ -257,6 +257,18 @@ def test_scales_that_are_copied_first(gpu: Gpu, monkeypatch: pytest.MonkeyPatch)
     assert launched.map(5 if launched.config.swap_ab else 4)[0] == copied.data_ptr()
 
 
+@pytest.mark.parametrize("alignment", [1, 2, 4])
+@pytest.mark.parametrize("kind", ["contiguous", "psum"])
+def test_scales_of_groups_that_start_at_any_row(gpu: Gpu, kind: str, alignment: int) -> None:
+    one = call(kind)
+    with settings.override(mk_alignment=alignment):
+        one()
+    launched = gpu.last()
+    config, slack = launched.config, 0 if alignment == 4 else 4
+    assert launched.kernel["scale_slack"] == slack
+    assert launched.map(5 if config.swap_ab else 4)[6:] == (config.tile_m + slack, 1, 1)
+
+
 def test_the_declared_alignment(gpu: Gpu) -> None:
     one = call("contiguous")
     with settings.override(mk_alignment=48):
@@ -268,13 +280,14 @@ def test_the_declared_alignment(gpu: Gpu) -> None:
     assert tail[20:22] == stretch(tile, 48)
 
 
-def test_zero_padding_fills_d_first(gpu: Gpu) -> None:
-    one = call("psum")
-    one.d.fill_(1)
-    one()
-    assert bool((one.d == 1).all())
-    one(ensure_zero_padding=True)
-    assert not bool(one.d.any())
+def test_who_writes_zeros_to_rows_of_no_group(gpu: Gpu) -> None:
+    for kind, by_default, switched_off in (("masked", 0, 0), ("psum", 1, 0), ("contiguous", 1, 1)):
+        one = call(kind)
+        one()
+        assert gpu.last().tail[25] == by_default
+        if kind != "masked":
+            one(ensure_zero_padding=False)
+            assert gpu.last().tail[25] == switched_off
 
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {

@@ -25,6 +25,7 @@ KINDS = {"masked": 0, "psum": 1, "contiguous": 2}
 
 _SHIM = """
 #include <ucontext.h>
+#include <cstdint>
 #include <cstdlib>
 #define __device__
 #define __forceinline__ inline
@@ -61,13 +62,24 @@ static float reciprocal_of(float x) {
   value.i += wrong_by;
   return value.f;
 }
-using int32_t = int;
-using uint32_t = unsigned;
+struct uint4 { unsigned x, y, z, w; };
+struct BFloat16 { uint16_t bits; };
+struct Float32 { float bits; };
+struct PlainMatrix { void* pointer; int64_t row_stride; };
 """
 
 _MAIN = """
 static const GroupLayout* given;
 static int blocks, limit, found, (*out)[5];
+static PlainMatrix matrix;
+static int columns, rows_aligned, warps;
+static void finish() {
+  // All lanes end in the same round: each hands over to the next, the last to the caller.
+  const int lane = current;
+  if (lane == 31) setcontext(&outside);
+  current = lane + 1;
+  setcontext(&contexts[current]);
+}
 template <Grouping GROUPING, int TILE>
 static void lane_of_block() {
   const int block = blocks;
@@ -78,20 +90,21 @@ static void lane_of_block() {
       int* row = out[found++];
       row[0] = index, row[1] = tile.row, row[2] = tile.rows_left, row[3] = tile.group, row[4] = tile.column;
     }
-  // All lanes end in the same round: each hands over to the next, the last to the caller.
-  const int lane = current;
-  if (lane == 31) setcontext(&outside);
-  current = lane + 1;
-  setcontext(&contexts[current]);
+  finish();
 }
-template <Grouping GROUPING, int TILE>
-static void run() {
+template <Grouping GROUPING, class Element>
+static void lane_of_padding() {
+  for (int warp = 0; warp < warps; ++warp)
+    clear_padding<GROUPING, Element>(*given, matrix, columns, rows_aligned, warp, warps);
+  finish();
+}
+static void start(void (*lane_function)()) {
   for (int lane = 0; lane < 32; ++lane) {
     if (!stacks[lane]) stacks[lane] = static_cast<char*>(malloc(1 << 16));
     getcontext(&contexts[lane]);
     contexts[lane].uc_stack.ss_sp = stacks[lane], contexts[lane].uc_stack.ss_size = 1 << 16;
     contexts[lane].uc_link = nullptr;
-    makecontext(&contexts[lane], reinterpret_cast<void (*)()>(lane_of_block<GROUPING, TILE>), 0);
+    makecontext(&contexts[lane], lane_function, 0);
     turn[lane] = 0;
   }
   current = 0;
@@ -106,6 +119,12 @@ extern "C" int find_tiles(int grouping, int tile, const GroupLayout* layout, int
   given = layout, blocks = block | grid << 16, limit = capacity, found = 0, out = tiles;
   %(cases)s
   return found;
+}
+extern "C" void clear(int grouping, int size, const GroupLayout* layout, void* d, int64_t row_stride, int n,
+                      int aligned, int of_warps) {
+  given = layout, matrix = {d, row_stride}, columns = n, rows_aligned = aligned, warps = of_warps;
+  if (grouping == PSUM) start(size == 2 ? lane_of_padding<PSUM, BFloat16> : lane_of_padding<PSUM, Float32>);
+  if (grouping == INDEXED) start(size == 2 ? lane_of_padding<INDEXED, BFloat16> : lane_of_padding<INDEXED, Float32>);
 }
 """
 
@@ -126,8 +145,10 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     code = header[header.index("enum Grouping") : header.index("// -- The queue")]
     code, replaced = re.subn(r"asm\(\"rcp[^;]*;[^;]*;", "reciprocal = reciprocal_of(float(divisor));", code)
     assert replaced == 1
+    padding = (ROOT / "templates/include/padding.cuh").read_text()
+    code += padding[padding.index("// By a whole warp") :]
     cases = "\n  ".join(
-        f"if (grouping == {name} && tile == {tile}) run<{name}, {tile}>();"
+        f"if (grouping == {name} && tile == {tile}) start(lane_of_block<{name}, {tile}>);"
         for name in ("MASKED", "PSUM", "INDEXED")
         for tile in TILES
     )
@@ -276,3 +297,57 @@ def test_quotients_are_exact_where_the_reciprocal_is_not(library: ctypes.CDLL) -
         dividend = max(0, min(largest, dividend - draw.randint(0, 1)))
         for wrong in (-1, 0, 1):
             assert library.find_quotient(dividend, divisor, wrong) == dividend // divisor
+
+
+def clear(
+    library: ctypes.CDLL, kind: str, values: Sequence[int], groups: int, m: int, n: int, alignment: int, size: int
+) -> list[list[bool]]:
+    """Which elements of each row of D the kernel's spare warps have made zeros; nothing beside D is touched."""
+    stored = (ctypes.c_int32 * (len(values) + 2))(0x7EADBEEF, *values, 0x7EADBEEF)
+    pointer = ctypes.cast(ctypes.addressof(stored) + 4, ctypes.POINTER(ctypes.c_int32))
+    layout = Layout(pointer, groups, m, alignment, 1, 1, 1, 1)
+    stride = n + 16 // size
+    aligned = n * size % 16 == 0
+    raw = ctypes.create_string_buffer(b"\x77" * (m * stride * size + 64))
+    base = -ctypes.addressof(raw) % 16 + 16
+    arguments = (ctypes.c_void_p(ctypes.addressof(raw) + base), ctypes.c_longlong(stride), n, int(aligned), 7)
+    library.clear(KINDS[kind], size, ctypes.byref(layout), *arguments)
+    found = raw.raw
+    rows = [found[base + row * stride * size : base + (row + 1) * stride * size] for row in range(m)]
+    assert all(row[n * size :] == b"\x77" * 16 for row in rows)
+    assert found[:base] == b"\x77" * base
+    assert set(found[base + m * stride * size : -1]) <= {0x77}
+    parts = [[row[i * size : (i + 1) * size] for i in range(n)] for row in rows]
+    assert all(part in (bytes(size), b"\x77" * size) for row in parts for part in row)
+    return [[part == bytes(size) for part in row] for row in parts]
+
+
+@pytest.mark.parametrize(("n", "size"), [(40, 2), (37, 2), (300, 4)])
+@pytest.mark.parametrize("alignment", [128, 16, 1])
+def test_rows_of_no_group_become_zeros(library: ctypes.CDLL, alignment: int, n: int, size: int) -> None:
+    draw = random.Random(alignment * n)
+    for groups in (1, 3, 40):
+        index = random_index(draw, groups, alignment)[: 2000 // alignment * alignment]
+        index[: len(index) // 5 // alignment * alignment] = [-1] * (len(index) // 5 // alignment * alignment)
+        found = clear(library, "contiguous", index, groups, len(index), n, alignment, size)
+        assert found == [[group < 0] * n for group in index]
+        bad = [draw.choice([-1, group, group, groups, 2**31 - 1, -(2**31)]) for group in index]
+        assert clear(library, "contiguous", bad, groups, len(bad), n, alignment, size) == [
+            [not 0 <= group < groups] * n for group in bad
+        ]
+        ends, owned = [], set()
+        end = 0
+        for _ in range(groups):
+            first = -(-end // alignment) * alignment
+            end = draw.choice([end, first + draw.randint(1, 60), first + 1])
+            owned |= set(range(first, end))
+            ends.append(end)
+        m = end + draw.randint(0, 100)
+        assert clear(library, "psum", ends, groups, m, n, alignment, size) == [
+            [row not in owned] * n for row in range(m)
+        ]
+
+
+@pytest.mark.parametrize("bad", [[-5, 10, 2**31 - 1], [300, 100, 50], [2**31 - 1] * 3, [-(2**31)] * 3])
+def test_padding_that_makes_no_sense_stays_in_bounds(library: ctypes.CDLL, bad: list[int]) -> None:
+    clear(library, "psum", bad, 3, 200, 40, 128, 2)
