@@ -278,6 +278,13 @@ VARIABLES: tuple[Variable, ...] = (
         default_text="none",
     ),
     _variable(
+        "debug",
+        (_boolean, "0 or 1"),
+        "Check the layouts of grouped GEMMs, which only the device knows, ahead of each launch; waits for the device.",
+        default=False,
+        default_text="0",
+    ),
+    _variable(
         "nvtx",
         (_boolean, "0 or 1"),
         "Whether launches and loads of kernels are NVTX ranges, for profilers.",
@@ -322,6 +329,7 @@ class Settings:
     autotune: bool = False
     batch_invariant: bool = False
     record: Path | None = None
+    debug: bool = False
     nvtx: bool = False
     generation: int = dataclasses.field(default=0, compare=False)
 

@@ -289,7 +289,8 @@ def _run(
     plan = _plans.get(key)
     if plan is None:
         operands = _Operands(a, a_scales, b, b_scales, d, layout, kind, expected_m, in_force.mk_alignment)
-        plan = _plans.put(key, _make_plan(operands, a_scales, in_force, zero_padding))
+        made = _make_plan(operands, a_scales, in_force, zero_padding)
+        plan = _plans.put(key, _CheckedPlan(operands, made) if in_force.debug else made)
     plan(a, a_scales, b, b_scales, d, layout)
 
 
@@ -502,6 +503,32 @@ class _ReferencePlan:
                 alignment=problem.alignment,
                 zero_padding=self._zero_padding,
             )
+
+
+class _CheckedPlan:
+    """A plan that first checks what the layout says, for debugging."""
+
+    def __init__(self, operands: _Operands, plan: Any) -> None:
+        self._operands, self._plan = operands, plan
+
+    def __call__(
+        self, a: Tensor, a_scales: Tensor | None, b: Tensor, b_scales: Tensor | None, d: Tensor, layout: Tensor
+    ) -> None:
+        # What a captured call will find in the layout isn't known yet.
+        if not torch.cuda.is_current_stream_capturing():
+            self._check(layout)
+        self._plan(a, a_scales, b, b_scales, d, layout)
+
+    def _check(self, layout: Tensor) -> None:
+        from jitgemm.reference import grouped as reference
+
+        problem, rows = self._operands.problem, self._operands.rows
+        if problem.kind == "masked":
+            reference.check_counts(layout, problem.groups, rows)
+        elif problem.kind == "psum":
+            reference.rows_of_psum(layout, problem.groups, rows, problem.alignment)
+        else:
+            reference.check_index(layout, problem.groups, rows, problem.alignment)
 
 
 class _EmptyPlan:

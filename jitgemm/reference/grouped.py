@@ -170,24 +170,46 @@ def rows_of_index(index: Tensor, groups: int, m: int, alignment: int = 1) -> lis
     """The rows of each group, from each row's group.
 
     Raises:
+        ProblemError: see ``check_index``.
+    """
+    check_index(index, groups, m, alignment)
+    return [(index == group).nonzero().squeeze(1) for group in range(groups)]
+
+
+def check_index(index: Tensor, groups: int, m: int, alignment: int = 1) -> None:
+    """Check the group of each row; negative ones are padding.
+
+    Raises:
         ProblemError: another shape, a group that is not there, or two groups (or padding and then a group) between
-            multiples of ``alignment``.
+            multiples of ``alignment``; of several faults the first is named.
     """
     _check_shape("grouped_layout", index, (m,))
     _check_alignment(alignment)
-    if m and int(index.max()) >= groups:
-        row = int(index.argmax())
-        raise ProblemError(f"grouped_layout[{row}] is {int(index[row])}; accepted is less than {groups} (groups)")
     index = index.clamp(min=-1)
-    changes = (index[1:] != index[:-1]) & (index[1:] >= 0)  # where a group starts
-    changes &= torch.arange(1, max(m, 1), device=index.device) % alignment != 0
-    if changes.any():
-        row = int(changes.nonzero()[0]) + 1
-        raise ProblemError(
-            f"grouped_layout[{row}] is {int(index[row])} after {int(index[row - 1])};"
-            f" accepted is a group that starts at a multiple of {alignment} rows"
-        )
-    return [(index == group).nonzero().squeeze(1) for group in range(groups)]
+    bad = index >= groups
+    starts = (index[1:] != index[:-1]) & (index[1:] >= 0)
+    bad[1:] |= starts & (torch.arange(1, max(m, 1), device=index.device) % alignment != 0)
+    if not bad.any():
+        return
+    row = int(bad.nonzero()[0])
+    if index[row] >= groups:
+        raise ProblemError(f"grouped_layout[{row}] is {int(index[row])}; accepted is less than {groups} (groups)")
+    raise ProblemError(
+        f"grouped_layout[{row}] is {int(index[row])} after {int(index[row - 1])};"
+        f" accepted is a group that starts at a multiple of {alignment} rows"
+    )
+
+
+def check_counts(counts: Tensor, groups: int, max_m: int) -> None:
+    """Check the rows of each group of a masked GEMM, which takes what is not between 0 and ``max_m`` for the nearer.
+
+    Raises:
+        ProblemError: another shape, or a count that is not; the first is named.
+    """
+    _check_shape("masked_m", counts, (groups,))
+    for group, count in enumerate(counts.tolist()):
+        if not 0 <= count <= max_m:
+            raise ProblemError(f"masked_m[{group}] is {count}; accepted is 0 to {max_m} (rows of a group)")
 
 
 def rows_of_psum(ends: Tensor, groups: int, m: int, alignment: int = 1) -> list[Tensor]:

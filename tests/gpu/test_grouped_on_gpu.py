@@ -286,6 +286,27 @@ def test_an_index_that_makes_no_sense_touches_nothing_else() -> None:
     torch.cuda.synchronize()
 
 
+def test_layouts_are_checked_where_that_is_asked() -> None:
+    masked = Case("masked", "bf16", (5, 40, 65, 64), n=256, k=256, max_m=64)
+    index = Case("contiguous", "bf16", (128, 128), n=256, k=256)
+    index.values[200] = 9
+    psum = Case("psum", "bf16", (128, 128), n=256, k=256)
+    psum.values[1] = 257
+    with settings.override(debug=True):
+        for case, message in (
+            (masked, r"masked_m\[2\] is 65"),
+            (index, r"grouped_layout\[200\] is 9"),
+            (psum, r"grouped_layout\[1\] is 257"),
+        ):
+            with pytest.raises(ProblemError, match=message):
+                case.call()
+            assert same_bits(case.d, case.output())
+        masked.values[2] = 60
+        masked.used[2, 60:] = False
+        masked.call()
+    masked.check()
+
+
 def test_d_with_margins_and_strides() -> None:
     case = Case("masked", FP8, (5, 40, 0, 64), n=256, k=512, max_m=64)
     for columns, first in ((264, 0), (272, 8), (261, 3)):

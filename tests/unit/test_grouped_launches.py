@@ -350,3 +350,56 @@ def test_tiles_are_counted_from_above() -> None:
     problem = GroupedProblem(300, 128, "fp8_1x128_128x128", 5, "masked")
     assert most_tiles(problem, config, 65) == 5 * 2 * 3
     assert most_tiles(GroupedProblem(300, 128, "bf16", 5, "contiguous", alignment=16), config, 65) == 5 * 3
+
+
+WRONG_LAYOUTS: dict[str, tuple[str, dict[int, int], str]] = {
+    "a group that is not there": (
+        "contiguous",
+        {128: 4, 200: 7},
+        r"grouped_layout\[128\] is 4; accepted is less than 4",
+    ),
+    "a group between": ("contiguous", {130: 1, 200: 7}, r"grouped_layout\[130\] is 1 after 0; .* multiple of 128 rows"),
+    "an end that decreases": (
+        "psum",
+        {0: 100, 1: 50},
+        r"grouped_layout\[1\] is 50; accepted is 100, or from 128 to 256",
+    ),
+    "an end past the rows": ("psum", {0: 100, 1: 200, 2: 200, 3: 257}, r"grouped_layout\[3\] is 257"),
+    "too many rows": ("masked", {1: 256, 2: 257}, r"masked_m\[2\] is 257; accepted is 0 to 256"),
+    "fewer than none": ("masked", {3: -1}, r"masked_m\[3\] is -1"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_LAYOUTS)
+def test_layouts_are_checked_where_that_is_asked(gpu: Gpu, wrong: str) -> None:
+    kind, values, message = WRONG_LAYOUTS[wrong]
+    one = call(kind)
+    one()
+    gpu.last()
+    with settings.override(debug=True):
+        one()
+        gpu.last()
+        for place, value in values.items():
+            one.layout[place] = value
+        with pytest.raises(ProblemError, match=message):
+            one()
+    assert gpu.launched == []
+    one()  # as ever: what is wrong is padding, or clamped
+    gpu.last()
+
+
+def test_layouts_are_not_checked_while_a_graph_is_captured(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = call("masked")
+    one.layout.fill_(1000)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with settings.override(debug=True):
+        one()
+    gpu.last()
+
+
+def test_counts_on_the_cpu_are_checked_where_that_is_asked() -> None:
+    one = call("masked", groups=2, rows=8, n=16, k=16)
+    one.layout.copy_(torch.tensor([3, 9]))
+    with settings.override(debug=True), pytest.raises(ProblemError, match=r"masked_m\[1\] is 9; accepted is 0 to 8"):
+        one()
+    one()
