@@ -5,6 +5,7 @@ Launches do not depend on how many rows the groups have: nothing waits for the d
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -18,9 +19,11 @@ from jitgemm.families.grouped import FAMILY, MAX_GROUPS, GroupedProblem
 from jitgemm.families.grouped_launch import GroupedGeometry, Stack
 from jitgemm.heuristics.grouped import chooser
 from jitgemm.kernel import load
+from jitgemm.nvtx import in_range
 from jitgemm.ops.dispatch import needs_dispatch
 from jitgemm.ops.layout import copy_to_mn_major
 from jitgemm.plan import BOUND_LAUNCHES, Table, current_device, device_facts, raw_stream
+from jitgemm.record import record
 from jitgemm.reference.layout import get_tma_aligned_size
 from jitgemm.settings import Settings
 
@@ -258,6 +261,7 @@ def _call(
 
 
 _plans: Table[Any, Any] = Table(4096)
+os.register_at_fork(after_in_child=_plans.clear)  # a child whose parent used CUDA is told so where it loads a kernel
 
 
 def _run(
@@ -452,8 +456,16 @@ def _extent(tensor: Tensor) -> int:
 class _GroupedPlan:
     """A checked problem with its kernel and geometry."""
 
-    def __init__(self, operands: _Operands, geometry: GroupedGeometry, copies_scales: bool, device: int) -> None:
+    def __init__(
+        self,
+        operands: _Operands,
+        geometry: GroupedGeometry,
+        copies_scales: bool,
+        device: int,
+        range_name: str | None,
+    ) -> None:
         self._operands, self._geometry, self._copies_scales, self._device = operands, geometry, copies_scales, device
+        self._range_name = range_name
         self._bound: Table[tuple[int, ...], Callable[[], int]] = Table(BOUND_LAUNCHES)
 
     def __call__(
@@ -471,7 +483,10 @@ class _GroupedPlan:
             if not self._copies_scales:
                 _check_addresses(self._operands, a, a_scales, b, b_scales, d, layout)
             arguments = self._geometry.bind(*addresses[1:])
-            run = self._bound.put(addresses, self._geometry.launch.prepare(arguments, addresses[0]))
+            run = self._geometry.launch.prepare(arguments, addresses[0])
+            if self._range_name is not None:
+                run = in_range(self._range_name, run)
+            self._bound.put(addresses, run)
         status = run()
         if status:
             self._geometry.launch.retry(run, status)
@@ -515,7 +530,7 @@ class _CheckedPlan:
         self, a: Tensor, a_scales: Tensor | None, b: Tensor, b_scales: Tensor | None, d: Tensor, layout: Tensor
     ) -> None:
         # What a captured call will find in the layout isn't known yet.
-        if not torch.cuda.is_current_stream_capturing():
+        if not (layout.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
             self._check(layout)
         self._plan(a, a_scales, b, b_scales, d, layout)
 
@@ -585,11 +600,14 @@ def _check_overlap(operands: _Operands, *tensors: Any) -> None:
 
 def _make_plan(operands: _Operands, a_scales: Tensor | None, in_force: Settings, zero_padding: bool) -> Any:
     problem, kind = operands.problem, operands.device.type
-    if kind != _GPU:
-        if kind == "cpu":
-            return _ReferencePlan(operands, zero_padding)
+    if kind == _GPU:
+        a, b, d = (operands.stack(name) for name in ("a", "b", "d"))
+    elif kind != "cpu":
         raise ProblemError(f"d is on {operands.device}; accepted are CUDA and CPU tensors")
-    a, b, d = (operands.stack(name) for name in ("a", "b", "d"))
+    if in_force.record is not None:
+        record(in_force.record, problem)
+    if kind != _GPU:
+        return _ReferencePlan(operands, zero_padding)
     if operands.rows == 0:
         return _EmptyPlan()
     copies_scales, a_scales_stack, b_scales_stack, b_scales_k_stride = False, None, None, 0
@@ -601,10 +619,11 @@ def _make_plan(operands: _Operands, a_scales: Tensor | None, in_force: Settings,
     device, num_sms = device_facts(ordinal)
     assert problem.m is not None
     config = chooser(problem, device, in_force)(problem.m)
+    spec = FAMILY.spec(problem, config, device.arch.name)
     geometry = GroupedGeometry(
         problem,
         config,
-        load(FAMILY.spec(problem, config, device.arch.name), ordinal),
+        load(spec, ordinal, problem),
         a=a,
         b=b,
         d=d,
@@ -615,7 +634,8 @@ def _make_plan(operands: _Operands, a_scales: Tensor | None, in_force: Settings,
         zero_padding=zero_padding,
         pdl=in_force.pdl,
     )
-    return _GroupedPlan(operands, geometry, copies_scales, ordinal)
+    name = f"jitgemm {FAMILY.describe(spec)} groups={problem.groups} m={problem.m} n={problem.n} k={problem.k}"
+    return _GroupedPlan(operands, geometry, copies_scales, ordinal, name if in_force.nvtx else None)
 
 
 def _grouped_operator(

@@ -6,6 +6,7 @@ import ctypes
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch import Tensor
 
 import jitgemm
 from jitgemm import driver, plan, settings, tensor_map
+from jitgemm.cache_tools.problems import from_shapes_file
 from jitgemm.device import H200
 from jitgemm.errors import ProblemError
 from jitgemm.families import KernelSpec, family_of
@@ -56,7 +58,7 @@ class Gpu:
         self.stream = 7
         self.kernels: list[KernelSpec] = []
 
-    def load(self, spec: KernelSpec, device: int) -> Kernel:
+    def load(self, spec: KernelSpec, device: int, problem: object) -> Kernel:
         family = family_of(spec)
         self.kernels.append(spec)
         return Kernel(spec, device, len(self.kernels), family.num_threads(spec), family.smem_bytes(spec), None)
@@ -388,13 +390,24 @@ def test_layouts_are_checked_where_that_is_asked(gpu: Gpu, wrong: str) -> None:
     gpu.last()
 
 
-def test_layouts_are_not_checked_while_a_graph_is_captured(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
-    one = call("masked")
-    one.layout.fill_(1000)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    with settings.override(debug=True):
-        one()
-    gpu.last()
+def test_problems_are_recorded_and_launches_named_where_that_is_asked(
+    gpu: Gpu, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    path = tmp_path / "shapes.jsonl"
+    told: list[str | None] = []
+    monkeypatch.setattr(torch.cuda.nvtx, "range_push", told.append)
+    monkeypatch.setattr(torch.cuda.nvtx, "range_pop", lambda: told.append(None))
+    one = call("psum")
+    with settings.override(record=path, nvtx=True, mk_alignment=64):
+        for _ in range(2):
+            one()
+            gpu.last()
+        call("psum", rows=128)()
+    assert [named.problem for named in from_shapes_file(path)] == [
+        GroupedProblem(320, 384, "fp8_1x128_128x128", 4, "psum", alignment=64)
+    ]
+    assert told[1::2] == [None] * 3
+    assert all(str(name).startswith("jitgemm m_grouped_psum fp8_1x128_128x128 nt bf16 ") for name in told[::2])
 
 
 def test_counts_on_the_cpu_are_checked_where_that_is_asked() -> None:
