@@ -32,8 +32,15 @@ class NamedProblem:
         from jitgemm.families.gemm import GemmProblem
 
         if not isinstance(self.problem, GemmProblem):
-            raise ProblemError(f"{self.problem.to_dict()['kind']} problems are not tuned; accepted is gemm")
+            raise ProblemError(f"a problem is {self.problem.to_dict()['kind']}; accepted is gemm")
         return self.problem
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether there is ``dense``."""
+        from jitgemm.families.gemm import GemmProblem
+
+        return isinstance(self.problem, GemmProblem)
 
 
 def from_shapes_file(path: Path) -> list[NamedProblem]:
