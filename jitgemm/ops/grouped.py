@@ -21,7 +21,7 @@ from jitgemm.heuristics.grouped import chooser
 from jitgemm.kernel import load
 from jitgemm.nvtx import in_range
 from jitgemm.ops.dispatch import needs_dispatch
-from jitgemm.ops.layout import copy_to_mn_major
+from jitgemm.ops.layout import copy_to_mn_major, fp4_note
 from jitgemm.plan import BOUND_LAUNCHES, Table, current_device, device_facts, raw_stream
 from jitgemm.record import record
 from jitgemm.reference.layout import get_tma_aligned_size
@@ -149,7 +149,10 @@ def m_grouped_fp8_gemm_nt_masked(
     _call(a_data, a_scales, b_data, b_scales, d, masked_m, "masked", expected_m, False)
 
 
-fp8_m_grouped_gemm_nt_masked = m_grouped_fp8_gemm_nt_masked
+# Other names of the peer: for operands of either type, of which FP8 ones only are accepted here, and older ones.
+m_grouped_fp8_fp4_gemm_nt_contiguous = m_grouped_fp8_gemm_nt_contiguous
+m_grouped_fp8_fp4_gemm_nn_contiguous = m_grouped_fp8_gemm_nn_contiguous
+m_grouped_fp8_fp4_gemm_nt_masked = fp8_m_grouped_gemm_nt_masked = m_grouped_fp8_gemm_nt_masked
 
 
 def m_grouped_bf16_gemm_nt_contiguous(
@@ -199,6 +202,9 @@ def m_grouped_bf16_gemm_nt_masked(
     """
     _check_expected("expected_m", expected_m)
     _call(a, None, b, None, d, masked_m, "masked", expected_m, False)
+
+
+bf16_m_grouped_gemm_nt_masked = m_grouped_bf16_gemm_nt_masked
 
 
 def _contiguous(use_psum_layout: object) -> str:
@@ -335,7 +341,10 @@ class _Operands:
         for key, tensor in named.items():
             accepted = dtypes.get(key, (torch.float32,))
             if tensor.dtype not in accepted:
-                raise ProblemError(f"{key} has dtype {tensor.dtype}; accepted is {' or '.join(map(str, accepted))}")
+                note = fp4_note(tensor) if key in ("a", "b") and recipe == _FP8 else ""
+                raise ProblemError(
+                    f"{key} has dtype {tensor.dtype}; accepted is {' or '.join(map(str, accepted))}{note}"
+                )
             if tensor.dim() != ranks[key]:
                 raise ProblemError(f"{key} has {tensor.dim()} dimensions; accepted is {ranks[key]}")
             if tensor.device != d.device:

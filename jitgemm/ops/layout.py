@@ -280,3 +280,9 @@ def _transpose_on_device(sf: Tensor) -> Tensor:
         with torch.cuda.device(sf.device):
             launch(sf.shape, sf.stride(), sf.data_ptr(), output.data_ptr(), sf.device.index)
     return output
+
+
+def fp4_note(operand: Tensor) -> str:
+    """What an error adds for an operand that looks like packed FP4, which the peer takes on other chips."""
+    packed = (torch.int8, torch.uint8, getattr(torch, "float4_e2m1fn_x2", None))
+    return " (there are no kernels for packed FP4)" if operand.dtype in packed else ""

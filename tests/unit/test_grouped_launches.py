@@ -18,10 +18,11 @@ from jitgemm import driver, plan, settings, tensor_map
 from jitgemm.cache_tools.problems import from_shapes_file
 from jitgemm.device import H200
 from jitgemm.errors import ProblemError
-from jitgemm.families import KernelSpec, family_of
-from jitgemm.families.gemm import GemmConfig
-from jitgemm.families.grouped import GroupedProblem, token_piece
+from jitgemm.families import KernelSpec, family_of, gemm
+from jitgemm.families.gemm import GemmConfig, GemmProblem
+from jitgemm.families.grouped import FAMILY, GroupedProblem, token_piece
 from jitgemm.families.grouped_launch import PARAMS_BYTES, TAIL, TAIL_OFFSET, band, most_tiles, stretch
+from jitgemm.families.transpose_scales import FAMILY as TRANSPOSE_SCALES
 from jitgemm.kernel import Kernel
 from jitgemm.ops import grouped
 from jitgemm.reference.layout import get_mn_major_tma_aligned_tensor
@@ -416,3 +417,28 @@ def test_counts_on_the_cpu_are_checked_where_that_is_asked() -> None:
     with settings.override(debug=True), pytest.raises(ProblemError, match=r"masked_m\[1\] is 9; accepted is 0 to 8"):
         one()
     one()
+
+
+@pytest.mark.parametrize("kind", ["masked", "contiguous"])
+def test_names_of_the_peer_for_either_type(gpu: Gpu, kind: str) -> None:
+    one = call(kind)
+    a, b, more = (one.a, one.a_scales), (one.b, one.b_scales), [8] if kind == "masked" else []
+    getattr(jitgemm, f"m_grouped_fp8_fp4_gemm_nt_{kind}")(a, b, one.d, one.layout, *more)
+    check(gpu.last(), one, gpu)
+    with pytest.raises(ProblemError, match=r"b has dtype torch.int8; .* \(there are no kernels for packed FP4\)"):
+        b = one.b.view(torch.int8), one.b_scales
+        getattr(jitgemm, f"m_grouped_fp8_fp4_gemm_nt_{kind}")(a, b, one.d, one.layout, *more)
+    assert gpu.launched == []
+    assert jitgemm.bf16_m_grouped_gemm_nt_masked is jitgemm.m_grouped_bf16_gemm_nt_masked
+
+
+def test_a_profile_finds_one_kernel_for_the_operation() -> None:
+    """DeepGEMM's tests look for these names, and want one kernel for each."""
+    config = GemmConfig.from_text("64x128x128 s8")
+    for recipe, name in (("fp8_1x128_128x128", "fp8_gemm"), ("bf16", "bf16_gemm")):
+        for kind in ("masked", "contiguous", "psum"):
+            symbol = FAMILY.kernel_name(FAMILY.spec(GroupedProblem(64, 64, recipe, 1, kind), config, "sm_90a"))
+            assert name in symbol and "gemm_" in symbol
+        assert name in gemm.FAMILY.kernel_name(gemm.FAMILY.spec(GemmProblem(64, 64, recipe), config, "sm_90a"))
+    helper = TRANSPOSE_SCALES.kernel_name(TRANSPOSE_SCALES.spec("sm_90a"))
+    assert "transpose" in helper and "gemm_" not in helper
