@@ -501,7 +501,8 @@ def _terms(
     tensor_bound, throttled_cycles = sm90a.TENSOR_BOUND, sm90a.THROTTLED_CYCLES
     bytes_of_a_row, bytes_of_b, bytes_of_d_row = k * size, n * k * size, n * (2 if problem.d_dtype == "bf16" else 4)
     shared = sm90a.HBM_SHARED
-    hbm_rate, hbm_of_sm = device.hbm_bytes_per_s * sm90a.HBM_UTILIZATION / 1e6, sm90a.HBM_BYTES_PER_US_AND_SM
+    utilization = sm90a.HBM_UTILIZATION if groups is None else 1.0  # L2 has nothing of all groups' weights
+    hbm_rate, hbm_of_sm = device.hbm_bytes_per_s * utilization / 1e6, sm90a.HBM_BYTES_PER_US_AND_SM
     repeated = sm90a.EPILOGUE_REPEATED
 
     def terms(m: Any) -> tuple[Any, ...]:

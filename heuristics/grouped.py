@@ -18,9 +18,13 @@ from jitgemm.heuristics.gemm import ANCHORS, MAX_KERNELS, Candidate, Explanation
 from jitgemm.heuristics.pruning import assign
 from jitgemm.settings import Settings
 
-# Tiles beside those of dense GEMM's menu: between few tokens and 64 rows, weights are read once whatever the tile, and
-# the smallest that holds a group's rows leaves most to the loads.
-_TOKEN_TILES = ((48, 64), (48, 128), (64, 64), (64, 128), (80, 128), (96, 128))
+# Tiles beside those of dense GEMM's menu: up to 64 rows weights are read once whatever the tile, and the smallest that
+# holds a group's rows leaves most to the loads. There are tiles enough to keep all SMs busy with 128 rows of weights,
+# for which tokens are loaded half as often as for 64.
+_TOKEN_TILES = (
+    *((8, 128), (16, 128), (24, 128), (48, 64), (48, 128)),
+    *((64, 64), (64, 128), (80, 128), (96, 128)),
+)
 
 _MOST_TOKENS = 96  # of FP8, on the MMA's N side
 _SUMS_OF_THREE = 120  # registers a thread that sums may take where three warpgroups promote

@@ -43,8 +43,7 @@ GROUPED_TAIL: Fields = {
     "layout.values": "Q",
     **dict.fromkeys((f"layout.{field}" for field in ("groups", "m", "alignment", "tiles_n", "band", "positions")), "i"),
     "layout.step": "i4x",
-    **dict.fromkeys(("n", "k_blocks"), "i"),
-    "d_aligned": "i4x",
+    **dict.fromkeys(("n", "k_blocks", "d_aligned", "zero_padding"), "i"),
 }
 TRANSPOSE: Fields = {
     "input": "Q",

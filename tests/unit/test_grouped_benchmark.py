@@ -22,7 +22,8 @@ def test_operands_are_right_and_wrong_results_are_noticed(case: str, recipe: str
     d = inputs.output()
     inputs.call_of(jitgemm, d)()
     inputs.check("jitgemm", d)
-    assert bool(d[~inputs.used].isnan().all())
+    others = d[~inputs.used]
+    assert bool(others.isnan().all() if case == "masked" else (others == 0).all())
     d[(2, 4) if case == "masked" else 2 * 128 + 4] *= 1.5
     with pytest.raises(ArithmeticError, match="wrong result"):
         inputs.check("jitgemm", d)
