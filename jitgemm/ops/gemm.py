@@ -173,7 +173,9 @@ def _transposed(name: str, operand: Any) -> Scaled:
             raise ProblemError(f"{part} has {tensor.dim()} dimensions; accepted is 2")
     data = data.t()
     if data.stride(1) != 1 and data.dtype == torch.float8_e4m3fn:
-        data = data.view(torch.uint8).contiguous().view(data.dtype)
+        rows, k = data.shape
+        copy = torch.empty((rows, get_tma_aligned_size(k, 1)), dtype=torch.uint8, device=data.device)[:, :k]
+        data = copy.copy_(data.view(torch.uint8)).view(data.dtype)
     return data, scales.t()
 
 
