@@ -294,9 +294,11 @@ def test_scales_in_every_layout_give_the_same_bits(recipe: str, m: int) -> None:
     assert same_bits(d, first)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("recipe", ["fp8_1x128_128x128", "fp8_1x128_1x128"])
-@pytest.mark.parametrize(("k_major", "k"), [(True, 400), (False, 400), (False, 404)])
+@pytest.mark.parametrize(
+    ("layout", "k_major", "k"),
+    [*itertools.product(LAYOUTS, (True, False), (400,)), ("tn", False, 404)],  # copies have rows of whole 16 bytes
+)
 def test_fp8_operands_with_k_first(recipe: str, layout: str, k_major: bool, k: int) -> None:
     x = operands(recipe, 128, 256, k)
     assert x.a_scales is not None and x.b_scales is not None
@@ -308,8 +310,6 @@ def test_fp8_operands_with_k_first(recipe: str, layout: str, k_major: bool, k: i
         return (data if k_major else data.view(torch.uint8).contiguous().view(data.dtype)), scales.t().contiguous()
 
     a, b = stored(x.a, x.a_scales, layout[0] == "t"), stored(x.b, x.b_scales, layout[1] == "n")
-    if layout != "tn" and k % 16:  # the other operand is not copied
-        return
     d = output(x)
     getattr(jitgemm, f"fp8_gemm_{layout}")(a, b, d, recipe=recipe)
     right(x, d)
