@@ -119,7 +119,7 @@ __device__ __forceinline__ void add_matrix(float* values, const PlainMatrix& c, 
 }
 
 struct NoHoles {
-  __device__ __forceinline__ int before(int) const { return 0; }
+  static constexpr bool EXIST = false;
 };
 
 // Copies staged values to D without the copy engine, UNIT bytes at a time: where that is an element's size, to any base and row
@@ -138,7 +138,8 @@ __device__ __forceinline__ void store_staged(uint32_t staging, const PlainMatrix
     const int group = (TRANSPOSED ? row : column) / 8;
     if (d_row0 + row >= m || d_column0 + column >= n || (SPLIT > 1 && group % SPLIT != first)) continue;
     const uint32_t address = staging + byte / ROW_BYTES * SLAB + swizzled<ROW_BYTES>(row, byte % ROW_BYTES / 16) + byte % 16;
-    Element* out = static_cast<Element*>(d.pointer) + (d_row0 + row) * d.row_stride + d_column0 + column + holes.before(d_column0 + column);
+    Element* out = static_cast<Element*>(d.pointer) + (d_row0 + row) * d.row_stride + d_column0 + column;
+    if constexpr (Holes::EXIST) out += holes.before(d_column0 + column);
     if constexpr (UNIT == 2) {
       asm volatile("{\n .reg .b16 v;\n ld.shared.b16 v, [%0];\n st.global.b16 [%1], v;\n}" ::"r"(address), "l"(out) : "memory");
     } else if constexpr (UNIT == 4) {
