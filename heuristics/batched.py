@@ -12,7 +12,7 @@ from jitgemm import settings
 from jitgemm.device import SM90A, Device
 from jitgemm.families.base import KernelSpec
 from jitgemm.families.batched import FAMILY, BatchedProblem
-from jitgemm.families.gemm import GemmConfig, kernel_shape
+from jitgemm.families.gemm import GemmConfig
 from jitgemm.heuristics import gemm
 from jitgemm.heuristics.gemm import ANCHORS, MAX_KERNELS, Candidate, Explanation, Groups, Overrides, serving_anchors
 from jitgemm.heuristics.pruning import assign

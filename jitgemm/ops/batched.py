@@ -143,7 +143,8 @@ def _k_grouped(
         raise ProblemError(f"ks is {ks!r}; accepted are {groups} integers, at least 0: K of each group in d")
     if grouped_layout.dtype != torch.int32 or tuple(grouped_layout.shape) != (groups,):
         raise ProblemError(
-            f"grouped_layout is {grouped_layout.dtype} {tuple(grouped_layout.shape)}; accepted is torch.int32 {(groups,)}"
+            f"grouped_layout is {grouped_layout.dtype} {tuple(grouped_layout.shape)};"
+            f" accepted is torch.int32 {(groups,)}"
         )
     accumulate = c is not None and (c is d or _is_same(c, d))
     arguments = (a, a_scales, b, b_scales, d, None if accumulate else c, accumulate, list(ks), layout)

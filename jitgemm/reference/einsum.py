@@ -118,6 +118,11 @@ def _of_head(
 
 
 def check(expr: str, accepted: tuple[str, ...], a: Tensor, b: Tensor, d: Tensor, c: Tensor | None) -> None:
+    """Check that an expression is one of ``accepted``, and that the tensors fit it.
+
+    Raises:
+        ProblemError: it is not, or they don't.
+    """
     if expr not in accepted:
         raise ProblemError(f"expr is {expr!r}; accepted is {', '.join(accepted)}")
     inputs, output = expr.split("->")
