@@ -12,7 +12,7 @@ from jitgemm import settings
 from jitgemm.device import SM90A, Device
 from jitgemm.families.base import KernelSpec
 from jitgemm.families.batched import FAMILY, BatchedProblem
-from jitgemm.families.gemm import GemmConfig
+from jitgemm.families.gemm import GemmConfig, kernel_shape
 from jitgemm.heuristics import gemm
 from jitgemm.heuristics.gemm import ANCHORS, MAX_KERNELS, Candidate, Explanation, Groups, Overrides, serving_anchors
 from jitgemm.heuristics.pruning import assign
@@ -21,6 +21,9 @@ from jitgemm.settings import Settings
 # Tiles beside those of dense GEMM's menu: with many groups of few rows the chip is full without a split of K, and tiles
 # of all weights of a small head load the tokens once.
 _TOKEN_TILES = ((8, 64), (8, 128), (16, 64), (16, 128), (32, 64), (32, 128), (48, 64), (64, 64), (64, 128), (128, 128))
+
+_MOST_TOKENS = 96  # of FP8, on the MMA's N side
+_SUMS_OF_THREE = 120  # registers a thread that sums may take where three warpgroups promote
 
 
 def choose_config(problem: BatchedProblem, device: Device) -> GemmConfig:
@@ -104,6 +107,16 @@ def illegal(problem: BatchedProblem, config: GemmConfig, device: Device) -> str 
     """Why a config can't be built or would not run, or None."""
     if problem.kind == "k_grouped" and config.split_k > 1:
         return "groups along K are not split along K"
+    shape = kernel_shape(problem.dense.without_sizes(), config)
+    if problem.dense.promotes:
+        if shape.math_warpgroups == 3 and (
+            shape.n_side_scales == "row_k" or shape.accumulator_registers > _SUMS_OF_THREE
+        ):
+            return "three warpgroups that promote have no register left for the tile's group"
+        if config.swap_ab and config.tile_m > _MOST_TOKENS:
+            return f"tile_m must be at most {_MOST_TOKENS} beside a tile's group where operands are swapped"
+        if problem.kind == "k_grouped" and shape.waves == 1 and shape.store_columns < shape.mma_n == 128:
+            return "128 columns of D must be staged at once: slices leave no register for the tile's group"
     return gemm.illegal(problem.dense, config, device)
 
 
