@@ -12,7 +12,7 @@ from jitgemm import settings
 from jitgemm.device import SM90A, Device
 from jitgemm.families.base import KernelSpec
 from jitgemm.families.batched import FAMILY, BatchedProblem
-from jitgemm.families.gemm import GemmConfig, kernel_shape
+from jitgemm.families.gemm import GemmConfig, GemmProblem, kernel_shape
 from jitgemm.heuristics import gemm
 from jitgemm.heuristics.gemm import ANCHORS, MAX_KERNELS, Candidate, Explanation, Groups, Overrides, serving_anchors
 from jitgemm.heuristics.pruning import assign
@@ -91,7 +91,7 @@ def candidates(problem: BatchedProblem, overrides: Overrides) -> tuple[GemmConfi
 
 @functools.lru_cache(maxsize=64)
 def _menu(recipe: str, layout: str, d_dtype: str) -> tuple[GemmConfig, ...]:
-    problem = gemm.GemmProblem(1, 1, recipe, None, layout, d_dtype).without_sizes()
+    problem = GemmProblem(1, 1, recipe, None, layout, d_dtype).without_sizes()
     tile_k = 128 // problem.traits.operand_bytes
     menu = list(gemm.candidates(problem, ()))
     if not problem.traits.is_fp8:
