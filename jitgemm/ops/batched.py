@@ -182,6 +182,8 @@ def einsum(expr: str, a: Tensor, b: Tensor, d: Tensor, c: Tensor | None = None, 
         ProblemError: an argument is not of these; nothing has been launched.
         CacheMissError: the kernel is not cached, and compiling is forbidden or a CUDA graph is being captured.
     """
+    if use_cublaslt is False and _launch_again(expr, "bf16", _Tensors(a, None, b, None, d, c)):
+        return
     if expr not in EXPRESSIONS:
         raise ProblemError(f"expr is {expr!r}; accepted is {', '.join(EXPRESSIONS)}")
     _check_tensors(a=a, b=b, d=d, **({} if c is None else {"c": c}))
@@ -229,6 +231,8 @@ def fp8_einsum(
     """
     name = _recipe_name(recipe)
     (a_data, a_scales), (b_data, b_scales) = _pair("a", a), _pair("b", b)
+    if _launch_again(expr, name, _Tensors(a_data, a_scales, b_data, b_scales, d, c)):
+        return
     if expr not in FP8_EXPRESSIONS:
         raise ProblemError(f"expr is {expr!r}; accepted is {', '.join(FP8_EXPRESSIONS)}")
     tensors = {"a": a_data, "a_scales": a_scales, "b": b_data, "b_scales": b_scales, "d": d}
@@ -304,7 +308,7 @@ def _of_heads(
         "bhd,bhr->hdr": ((1, 2, 0), (1, 2, 0), (0, 1, 2)),
     }[expr]
     seen = d.permute(of_d)
-    _batched(
+    plan = _batched(
         a.permute(of_a),
         None if a_scales is None else a_scales.permute(of_a),
         b.permute(of_b),
@@ -315,6 +319,26 @@ def _of_heads(
         "batched",
         None,
     )
+    if isinstance(plan, _Plan) and not plan.copies and (c is None or c is d):
+        _of_expressions.put(_key_of_expression(expr, recipe, _Tensors(a, a_scales, b, b_scales, d, c)), plan)
+
+
+_of_expressions: Table[Any, Any] = Table(4096)
+"""Plans of calls that need neither views nor copies to be repeated: a launch knows addresses alone."""
+
+
+def _key_of_expression(expr: str, recipe: str, tensors: _Tensors) -> tuple[object, ...]:
+    return (expr, recipe, tensors.c is tensors.d, settings.current().generation, *map(_key, tensors))
+
+
+def _launch_again(expr: str, recipe: str, tensors: _Tensors) -> bool:
+    """Launch as an earlier call with like tensors did; whether there was one."""
+    if needs_dispatch(*tensors) or (tensors.c is not None and tensors.c is not tensors.d):
+        return False
+    plan = _of_expressions.get(_key_of_expression(expr, recipe, tensors))
+    if plan is not None:
+        plan(tensors)
+    return plan is not None
 
 
 def parts_of_sum(batches: int, m: int, n: int, num_sms: int) -> int:
@@ -461,14 +485,15 @@ def _batched(
     recipe: str,
     kind: str,
     heads: Heads | None,
-) -> None:
+) -> object:
+    """Compute; the plan of a call that did so directly, from these tensors."""
     accumulate = c is not None and (c is d or _is_same(c, d))
     splits = [] if heads is None else list(heads)
     arguments = (a, a_scales, b, b_scales, d, None if accumulate else c, accumulate, recipe, kind, splits)
     if needs_dispatch(a, a_scales, b, b_scales, d, c):
         torch.ops.jitgemm.batched_gemm(*arguments)
-    else:
-        _run_batched(*arguments)
+        return None
+    return _run_batched(*arguments)
 
 
 def _run_batched(
@@ -482,8 +507,9 @@ def _run_batched(
     recipe: str,
     kind: str,
     heads: list[int],
-) -> None:
-    """Find or make the plan of a call and launch it; CPU tensors go to the reference."""
+) -> object:
+    """Find or make the plan of a call and launch it; CPU tensors go to the reference. The plan, if it takes a and b."""
+    given = a, b
     if recipe != "bf16":
         a, b = _along_k(a), _along_k(b)
     c, in_force = d if accumulate else c, settings.current()
@@ -494,7 +520,7 @@ def _run_batched(
             _run_batched(a, None, b, None, sums, None, False, recipe, kind, heads)
             total = sums.sum(0, keepdim=True)
             d.copy_(total if c is None else total.add_(c))
-            return
+            return None
     tensors = _Tensors(a, a_scales, b, b_scales, d, c)
     key = (recipe, kind, tuple(heads), accumulate, in_force.generation, *map(_key, tensors))
     plan = _plans.get(key)
@@ -503,6 +529,11 @@ def _run_batched(
             key, _plan_of_batches(tensors, recipe, kind, Heads(*heads) if heads else None, accumulate, in_force)
         )
     plan(tensors)
+    return plan if a is given[0] and b is given[1] else None
+
+
+def _batched_operator(*arguments: Any) -> None:
+    _run_batched(*arguments)
 
 
 def _ordinal(d: Tensor) -> int:
@@ -679,14 +710,14 @@ class _Plan:
         device: int,
     ) -> None:
         self._spans, self._geometries, self._accumulate, self._device = spans, geometries, accumulate, device
-        self._copied = copied
+        self._copied, self.copies = copied, any(copied)
         self._bound: Table[tuple[int, ...], list[Callable[[], int]]] = Table(BOUND_LAUNCHES)
 
     def __call__(self, tensors: _Tensors) -> None:
         if current_device() != self._device:
             with torch.cuda.device(self._device):
                 return self(tensors)
-        if any(self._copied):
+        if self.copies:
             _check_addresses(self._spans, tensors, self._accumulate, True)
             a_copied, b_copied = self._copied
             a_scales, b_scales = tensors.a_scales, tensors.b_scales
@@ -697,7 +728,7 @@ class _Plan:
         addresses = (raw_stream(self._device), *tensors.addresses())
         runs = self._bound.get(addresses)
         if runs is None:
-            if not any(self._copied):
+            if not self.copies:
                 _check_addresses(self._spans, tensors, self._accumulate, True)
             runs = [one.launch.prepare(one.bind(*addresses[1:]), addresses[0]) for one in self._geometries]
             self._bound.put(addresses, runs)
@@ -938,7 +969,7 @@ def _k_grouped_fake(
 
 _TENSORS = "Tensor a, Tensor? a_scales, Tensor b, Tensor? b_scales, Tensor(d!) d, Tensor? c, bool accumulate"
 for _name, _more, _implementation, _fake in (
-    ("batched_gemm", "str recipe, str kind, int[] heads", _run_batched, _batched_fake),
+    ("batched_gemm", "str recipe, str kind, int[] heads", _batched_operator, _batched_fake),
     ("k_grouped_gemm", "int[] ks, str layout", _run_k_grouped, _k_grouped_fake),
 ):
     torch.library.define(f"jitgemm::{_name}", f"({_TENSORS}, {_more}) -> ()", tags=(torch.Tag.pt2_compliant_tag,))

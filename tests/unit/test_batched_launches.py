@@ -139,6 +139,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
     fake = Gpu()
     monkeypatch.setattr(batched, "_GPU", "cpu")
     monkeypatch.setattr(batched, "_plans", plan.Table(4096))
+    monkeypatch.setattr(batched, "_of_expressions", plan.Table(4096))
     monkeypatch.setattr(batched, "load", fake.load)
     monkeypatch.setattr(batched, "device_facts", lambda _: (H200, 132))
     monkeypatch.setattr(batched, "current_device", lambda: -1)
@@ -491,3 +492,22 @@ def test_recorded_problems_name_the_kernels_of_calls(gpu: Gpu, monkeypatch: pyte
     known = {spec for named in problems for spec in enumerate_specs(named.problem, H200)}
     assert len(problems) == 2
     assert {launched.kernel for launched in gpu.launched} <= known
+
+
+def test_calls_are_repeated_with_other_tensors_and_under_other_settings(gpu: Gpu) -> None:
+    y = empty(3, 200, 512)
+    for _ in range(3):
+        for shape in ((20, 3), (21, 3)):
+            x, z = empty(*shape, 512), empty(*shape, 200)
+            for c in (None, z, z.clone()):
+                jitgemm.einsum("bhr,hdr->bhd", x, y, z, c)
+                launched = gpu.last()
+                side = "columns" if launched.config.swap_ab else "rows"
+                assert launched.operand_map(side)[:3] == (x.data_ptr(), 512, shape[0])
+                common = launched.common
+                assert (common["d"], common["c"]) == (z.data_ptr(), 0 if c is None else c.data_ptr())
+    with settings.override(config="64x64x64 s4"):
+        jitgemm.einsum("bhr,hdr->bhd", x, y, z)
+        assert str(gpu.last().config) == "64x64x64 s4"
+    with pytest.raises(ProblemError, match="d overlaps a"):
+        jitgemm.einsum("bhr,hdr->bhd", x, y, x[..., :200].as_strided(z.shape, z.stride()))
