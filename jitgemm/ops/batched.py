@@ -4,6 +4,7 @@ gradients of experts' weights (groups along K).
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -473,6 +474,14 @@ def _key(tensor: Tensor | None) -> tuple[object, ...] | None:
 # -- Running batches.
 
 _plans: Table[Any, Any] = Table(4096)
+
+
+def _forget_plans() -> None:
+    _plans.clear()
+    _of_expressions.clear()
+
+
+os.register_at_fork(after_in_child=_forget_plans)  # a child whose parent used CUDA is told so where it loads a kernel
 
 
 def _batched(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Sequence
 from typing import Any
@@ -11,11 +12,12 @@ import torch
 from torch import Tensor
 
 import jitgemm
+from benchmarks import harness
 from benchmarks.operands import poisoned, random_matrix, same_bits
 from jitgemm import settings
 from jitgemm.errors import ProblemError
-from jitgemm.families.batched import BatchedProblem
-from jitgemm.families.gemm import GemmConfig
+from jitgemm.families.batched import FAMILY, BatchedProblem
+from jitgemm.families.gemm import GemmConfig, kernel_shape
 from jitgemm.heuristics.batched import candidates, illegal
 from jitgemm.plan import device_facts
 from jitgemm.reference import einsum as reference_einsum
@@ -118,27 +120,51 @@ def _within(x: Tensor, margin: int) -> Tensor:
 
 
 def configs_of(problem: BatchedProblem) -> list[GemmConfig]:
-    """All tiles, clusters and splits that calls choose from, one depth of each."""
-    device = device_facts(0)[0]
-    legal = [config for config in candidates(problem, ()) if illegal(problem, config, device) is None]
-    return list({(c.tile_m, c.tile_n, c.cluster_m, c.cluster_n, c.split_k, c.swap_ab): c for c in legal}.values())
-
-
-@pytest.mark.parametrize(
-    ("expr", "recipe", "layout"),
-    [
-        ("bhr,hdr->bhd", BLOCKS, "nt"),
-        ("bhr,hdr->bhd", ROWS, "nt"),
-        ("bhr,hdr->bhd", "bf16", "nt"),
-        ("bhd,hdr->bhr", "bf16", "nn"),
-        ("bhd,bhr->hdr", "bf16", "tn"),
-    ],
-)
-def test_every_tile(expr: str, recipe: str, layout: str) -> None:
-    case = Einsum(expr, recipe, b=200, h=3, r=1040, d=328)
-    for config in configs_of(BatchedProblem(328, 1040, recipe, 3, "batched", 200, layout)):
-        if config.split_k > 1 and config.split_k > -(-328 // config.tile_k):
+    """Of the tiles that calls choose from one of each structure: warpgroups, waves, clusters, splits, stores."""
+    device, found = device_facts(0)[0], {}
+    for config in candidates(problem, ()):
+        if illegal(problem, config, device) is not None:
             continue
+        shape = kernel_shape(problem.dense.without_sizes(), config)
+        blocks = (config.cluster_m, config.cluster_n, config.split_k > 1, config.swap_ab)
+        loops = (shape.math_warpgroups, shape.waves, shape.chain > 1, shape.column_scale_blocks > 1)
+        found[blocks, loops, shape.store_columns < shape.mma_n] = config
+    return list(found.values())
+
+
+HEADS_WITH_TILES = [
+    ("bhr,hdr->bhd", BLOCKS, "nt"),
+    ("bhr,hdr->bhd", ROWS, "nt"),
+    ("bhr,hdr->bhd", "bf16", "nt"),
+    ("bhd,hdr->bhr", "bf16", "nn"),
+    ("bhd,bhr->hdr", "bf16", "tn"),
+]
+
+
+def heads_problem(recipe: str, layout: str) -> BatchedProblem:
+    """What ``test_every_tile`` asks; the smallest K that any of its expressions has."""
+    return BatchedProblem(328, 328, recipe, 3, "batched", 200, layout)
+
+
+def k_problem(recipe: str) -> BatchedProblem:
+    """What ``test_every_tile_of_groups_along_k`` asks."""
+    return BatchedProblem(264, 4096, recipe, 7, "k_grouped", 328, "nt" if recipe == ROWS else "tn", "fp32")
+
+
+@pytest.fixture(scope="module")
+def every_tile() -> None:
+    """Kernels of the tests that go through tiles, compiled by several processes."""
+    problems = [heads_problem(recipe, layout) for _, recipe, layout in HEADS_WITH_TILES]
+    problems += [k_problem(recipe) for recipe in (ROWS, "bf16")]
+    arch = device_facts(0)[0].arch.name
+    specs = [FAMILY.spec(problem, config, arch) for problem in problems for config in configs_of(problem)]
+    assert not harness.build_all(specs, min(8, len(os.sched_getaffinity(0))))
+
+
+@pytest.mark.parametrize(("expr", "recipe", "layout"), HEADS_WITH_TILES)
+def test_every_tile(every_tile: None, expr: str, recipe: str, layout: str) -> None:
+    case = Einsum(expr, recipe, b=200, h=3, r=1040, d=328)
+    for config in configs_of(heads_problem(recipe, layout)):
         with settings.override(config=str(config)):
             d = case.call()
         try:
@@ -264,14 +290,14 @@ def test_holes_of_heads(splits: tuple[int, int, int], d_dtype: str) -> None:
         check_close(d[:, ~hole], expected[:, ~hole], recipe=BLOCKS, d_dtype=d_dtype)
 
 
-def test_holes_with_every_tile() -> None:
+def test_holes_with_every_tile(every_tile: None) -> None:
     m, heads, splits = 200, 3, (128, 64, 128)
     a, a_scales = jitgemm.per_token_cast_to_fp8(normal((m, 1024), 1))
     b, b_scales = jitgemm.per_block_cast_to_fp8(normal((heads * 256, 1024), 2))
     expected = poisoned((m, heads * 320), torch.bfloat16, DEVICE)
     reference_einsum.fp8_gemm_nt_skip_head_mid((a, a_scales), (b, b_scales), expected, splits)
     written = ~expected.isnan()
-    for config in configs_of(BatchedProblem(768, 1024, BLOCKS, 1, "batched", m)):
+    for config in configs_of(heads_problem(BLOCKS, "nt")):
         d = poisoned(expected.shape, expected.dtype, DEVICE)
         with settings.override(config=str(config)):
             jitgemm.fp8_gemm_nt_skip_head_mid((a, a_scales), (b, b_scales), d, splits)
@@ -366,10 +392,9 @@ def test_groups_along_k(recipe: str, layout: str, m: int, n: int) -> None:
 
 
 @pytest.mark.parametrize(("recipe", "layout"), KINDS_OF_K[::2])
-def test_every_tile_of_groups_along_k(recipe: str, layout: str) -> None:
+def test_every_tile_of_groups_along_k(every_tile: None, recipe: str, layout: str) -> None:
     case = KGrouped(recipe, uneven(recipe), 328, 264, layout=layout)
-    problem = BatchedProblem(264, 4096, recipe, 7, "k_grouped", 328, "nt" if recipe == ROWS else "tn", "fp32")
-    for config in configs_of(problem):
+    for config in configs_of(k_problem(recipe)):
         d = case.c.clone()
         with settings.override(config=str(config)):
             case.call(d, d)
