@@ -11,7 +11,7 @@ import functools
 from jitgemm import settings
 from jitgemm.device import SM90A, Device
 from jitgemm.families.base import KernelSpec
-from jitgemm.families.batched import FAMILY, BatchedProblem
+from jitgemm.families.batched import EXPECTED_K, FAMILY, BatchedProblem
 from jitgemm.families.gemm import GemmConfig, GemmProblem, kernel_shape
 from jitgemm.heuristics import gemm
 from jitgemm.heuristics.gemm import ANCHORS, MAX_KERNELS, Candidate, Explanation, Groups, Overrides, serving_anchors
@@ -39,7 +39,13 @@ def choose_config(problem: BatchedProblem, device: Device) -> GemmConfig:
 def chooser(problem: BatchedProblem, device: Device, in_force: Settings | None = None) -> Chooser:
     """``choose_config`` for a problem with any m, under some settings, or those in force."""
     overrides = tuple((in_force or settings.current()).tuning().items())
-    return _chooser(problem.without_m(), device, overrides)
+    return _chooser(_any_m(problem), device, overrides)
+
+
+def _any_m(problem: BatchedProblem) -> BatchedProblem:
+    """What a choice knows: any m and, of groups along K, the same K for all calls."""
+    k = EXPECTED_K if problem.kind == "k_grouped" else problem.k
+    return dataclasses.replace(problem, m=None, k=k)
 
 
 def enumerate_configs(problem: BatchedProblem, device: Device) -> tuple[GemmConfig, ...]:
@@ -67,7 +73,7 @@ def explain(problem: BatchedProblem, device: Device) -> Explanation:
     found = chooser(problem, device)
     offered = candidates(problem, found.overrides)
     legal = [config for config in offered if illegal(problem, config, device) is None]
-    costs = _costs(problem, tuple(legal), device, (problem.m,))[0]
+    costs = _costs(_any_m(problem), tuple(legal), device, (problem.m,))[0]
     listed = [Candidate(config, cost, {"total": cost}) for config, cost in zip(legal, costs, strict=True)]
     reasons = ((config, illegal(problem, config, device)) for config in offered)
     listed += [Candidate(config, terms={}, reason=reason) for config, reason in reasons if reason is not None]

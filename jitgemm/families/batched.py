@@ -45,7 +45,8 @@ class BatchedProblem:
 
     Args:
         n: columns of D.
-        k: length of the contraction; of ``batch_sum`` that of all batches of a group, along k what is expected.
+        k: length of the contraction; of ``batch_sum`` that of all batches of a group. Along K kernels are chosen for
+            ``EXPECTED_K``, whatever it is.
         recipe: one of ``KINDS[kind]``.
         groups: how many GEMMs.
         kind: a key of ``KINDS``.
@@ -104,6 +105,8 @@ class BatchedProblem:
         kind = values.pop("kind", None)
         if kind not in SHAPES_FILE_KINDS:
             raise ProblemError(f"kind is {kind!r}; accepted are {', '.join(SHAPES_FILE_KINDS)}")
+        if SHAPES_FILE_KINDS[kind] == "k_grouped":
+            values.setdefault("k", EXPECTED_K)
         fields = {field.name for field in dataclasses.fields(cls)} - {"kind"}
         if unknown := sorted(set(values) - fields):
             raise ProblemError(f"unknown field {unknown[0]!r}; known are {', '.join(sorted(fields))}")

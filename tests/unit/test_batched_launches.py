@@ -473,6 +473,11 @@ def test_problems_are_lines_of_a_shapes_file() -> None:
     for kind, recipe, layout in (("batched", "bf16", "nn"), ("batch_sum", "bf16", "nt"), ("k_grouped", "bf16", "tn")):
         problem = BatchedProblem(64, 128, recipe, 3, kind, None, layout, "fp32")
         assert parse(problem.to_dict()).problem == problem
+    of_k = {"kind": "k_grouped_gemm", "n": 64, "recipe": "bf16", "groups": 3, "layout": "tn", "d_dtype": "fp32"}
+    from jitgemm.heuristics import enumerate_specs
+
+    with_k = parse({**of_k, "k": 9999}).problem
+    assert enumerate_specs(parse(of_k).problem, H200) == enumerate_specs(with_k, H200)
     with pytest.raises(ProblemError, match="field 'groups' is missing"):
         parse({"kind": "batched_gemm", "n": 1, "k": 1, "recipe": "bf16"})
     with pytest.raises(ProblemError, match="k_grouped GEMMs accept"):
