@@ -1,12 +1,14 @@
-"""Grouped GEMMs along m raced against DeepGEMM: masked, contiguous and psum layouts. ::
+"""Grouped GEMMs raced against DeepGEMM: masked, contiguous and psum layouts, groups along K, and einsum. ::
 
     python -m benchmarks.grouped --warm-peer --out grouped.csv
     python -m benchmarks.grouped --cases masked --groups 8 --m 20 192 --layers 4096,7168
+    python -m benchmarks.grouped --cases k_grouped einsum --recipes fp8 bf16
 
 m is rows per group, all of them the same. Masked: A has room for twice as many, at least 64. Contiguous and psum:
 groups start at multiples of 128. Both multiply the same tensors, with A's scales MN-major; results are compared with
 the reference first, ours into an output of NaN. The floor is max(4.8 us + bytes of all weights / 4.3 TB/s,
-3.6 us + FLOP / 1700 TFLOP/s), 900 for BF16. Exit codes: 0 done, 1 something of ours is missing or wrong, 3 no GPU.
+3.6 us + FLOP / 1700 TFLOP/s), 900 for BF16. Groups along K and einsum: see ``benchmarks.batched``.
+Exit codes: 0 done, 1 something of ours is missing or wrong, 3 no GPU.
 """
 
 from __future__ import annotations
@@ -21,13 +23,15 @@ import torch
 from torch import Tensor
 
 import jitgemm
-from benchmarks import harness
+from benchmarks import batched, harness
 from benchmarks.dense import provenance
 from benchmarks.harness import EMPTY, Call, CsvLog, CudaTimer, Timer, race, say
 from benchmarks.operands import poisoned, random_matrix
 from jitgemm.device import PRESETS
+from jitgemm.families import batched as batched_family
 from jitgemm.families.grouped import FAMILY, GroupedProblem
 from jitgemm.families.transpose_scales import FAMILY as TRANSPOSE_SCALES
+from jitgemm.heuristics import batched as batched_heuristics
 from jitgemm.heuristics import grouped as heuristics
 from jitgemm.reference import grouped as reference
 from jitgemm.reference.gemm import Errors, error_measures, tolerance
@@ -35,6 +39,7 @@ from jitgemm.reference.quantize import align
 
 NAMES = {"fp8": "fp8_1x128_128x128", "bf16": "bf16"}
 CASES = ("masked", "contiguous", "psum")
+ALL_CASES = (*CASES, *batched.CASES)
 LAYERS = ((4096, 7168), (7168, 2048), (4096, 4096), (4096, 2048), (6144, 7168), (7168, 3072))
 MS = {
     "masked": (1, 4, 8, 16, 20, 64, 96, 128, 192, 320, 1024),
@@ -47,7 +52,7 @@ COLUMNS = (
     *("case", "m", "n", "k", "groups", "recipe", "ours_us", "best_peer_us", "best_peer", "ratio", "floor_us"),
     *("over_floor", "config", "empty_us", "samples", "errors", "measured"),
 )
-PEER, OURS = "deepgemm", "jitgemm"
+PEER, OURS, TORCH = "deepgemm", "jitgemm", "torch"
 _ALIGNMENT = 128
 _ROOM = 64  # rows of a masked group at least
 _MAX_BYTES = 60e9
@@ -79,8 +84,10 @@ class Shape:
         return 1 if self.recipe == "fp8" else 2
 
 
-def floor_us(shape: Shape) -> float:
+def floor_us(shape: Shape | batched.Shape) -> float:
     """What no kernel gets below."""
+    if isinstance(shape, batched.Shape):
+        return shape.floor_us
     weights = shape.groups * shape.n * shape.k * shape.size
     flop = 2 * shape.groups * shape.m * shape.n * shape.k
     return max(4.8 + weights / 4.3e6, 3.6 + flop / (1700e6 if shape.recipe == "fp8" else 900e6))
@@ -175,21 +182,53 @@ class Inputs:
 def _library(name: str) -> Any:
     if name == OURS:
         return jitgemm
+    if name == TORCH:
+        return torch
     import deep_gemm
 
     return deep_gemm
 
 
-def run_shape(inputs: Inputs, preset: str, samples: int | None, timer: Timer) -> dict[str, Any]:
+def check(inputs: Inputs | batched.Inputs, name: str, d: Tensor) -> None:
+    """Compare a result with the reference.
+
+    Raises:
+        ArithmeticError: it is wrong.
+    """
+    if isinstance(inputs, Inputs):
+        inputs.check(name, d)
+        return
+    found, expected = inputs.found(d), inputs.expected()
+    errors = error_measures(found.flatten(0, -2), expected.flatten(0, -2))
+    d_dtype = "fp32" if d.dtype == torch.float32 else "bf16"
+    bounds = tolerance(inputs.shape.name, d_dtype) if name == OURS else _PEER_BOUND
+    if not errors.within(bounds):
+        raise ArithmeticError(f"wrong result: cosine {errors.cosine:.3g}, Frobenius {errors.frobenius:.3g}")
+
+
+def make_inputs(shape: Shape | batched.Shape, seed: int = 0) -> Inputs | batched.Inputs:
+    """Operands of one shape."""
+    return batched.Inputs(shape, seed) if isinstance(shape, batched.Shape) else Inputs(shape, seed)
+
+
+def config_of(shape: Shape | batched.Shape, preset: str) -> str:
+    """What ours chooses."""
+    if isinstance(shape, batched.Shape):
+        return str(batched_heuristics.choose_config(shape.problem, PRESETS[preset]))
+    return str(heuristics.choose_config(shape.problem, PRESETS[preset]))
+
+
+def run_shape(inputs: Inputs | batched.Inputs, preset: str, samples: int | None, timer: Timer) -> dict[str, Any]:
     """Race one shape; a row of the CSV but for ``measured``."""
     contenders: dict[str, Call] = {}
     errors: dict[str, str] = {}
-    for name in (OURS, PEER):
+    of_torch = (TORCH,) if inputs.shape.case == "einsum" and inputs.shape.recipe == "bf16" else ()
+    for name in (OURS, PEER, *of_torch):
         try:
             d = inputs.output()
             call = inputs.call_of(_library(name), d)
             call()
-            inputs.check(name, d)
+            check(inputs, name, d)
             contenders[name] = call
         except Exception as error:
             timer.check()
@@ -197,25 +236,27 @@ def run_shape(inputs: Inputs, preset: str, samples: int | None, timer: Timer) ->
     timings = race(contenders, samples, timer)
     errors.update({name: timing.error for name, timing in timings.items() if timing.error is not None})
     medians = {name: t.median_us for name, t in timings.items() if t.median_us is not None}
-    config = str(heuristics.choose_config(inputs.shape.problem, PRESETS[preset]))
-    return make_row(inputs.shape, config, medians, errors, timings[EMPTY].samples)
+    return make_row(inputs.shape, config_of(inputs.shape, preset), medians, errors, timings[EMPTY].samples)
 
 
 def make_row(
-    shape: Shape, config: str, medians: Mapping[str, float], errors: Mapping[str, str], samples: int
+    shape: Shape | batched.Shape, config: str, medians: Mapping[str, float], errors: Mapping[str, str], samples: int
 ) -> dict[str, Any]:
     """A row of the CSV but for when and on what it was measured; what is missing is None."""
-    ours, peer, floor = medians.get(OURS), medians.get(PEER), floor_us(shape)
+    ours, floor = medians.get(OURS), floor_us(shape)
+    peers = {name: medians[name] for name in (PEER, TORCH) if name in medians}
+    best_peer = min(peers, key=peers.__getitem__, default=None)
+    peer = None if best_peer is None else peers[best_peer]
     return {
         "case": shape.case,
         "m": shape.m,
         "n": shape.n,
         "k": shape.k,
         "groups": shape.groups,
-        "recipe": NAMES[shape.recipe],
+        "recipe": shape.name if isinstance(shape, batched.Shape) else NAMES[shape.recipe],
         "ours_us": ours,
         "best_peer_us": peer,
-        "best_peer": None if peer is None else PEER,
+        "best_peer": best_peer,
         "ratio": None if peer is None or ours is None else peer / ours,
         "floor_us": floor,
         "over_floor": None if ours is None else ours / floor,
@@ -231,6 +272,8 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> str:
     classes: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
         name = f"{row['case']} {row['recipe']}"
+        if row["case"] == "einsum":
+            name += ", m up to 128" if row["m"] <= 128 else ", m above 128"
         if row["case"] == "masked":
             low, high = next(bounds for bounds in CLASSES if row["m"] <= bounds[1])
             name += f", m {low} to {high}" if high < 2**31 else f", m from {low}"
@@ -255,11 +298,14 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> str:
     return harness.table(("class", "raced", "ratio", "worst", "over floor", "worst shape"), lines)
 
 
-def shapes_of(options: argparse.Namespace) -> list[Shape]:
+def shapes_of(options: argparse.Namespace) -> list[Shape | batched.Shape]:
     """What the options ask for, less what does not fit into memory."""
-    found = []
+    found: list[Shape | batched.Shape] = []
     for case in options.cases:
         for recipe in options.recipes:
+            if case in batched.CASES:
+                found += batched.shapes_of(case, recipe, options.groups, options.m)
+                continue
             for groups in options.groups or GROUPS[case]:
                 for n, k in options.layers:
                     for m in options.m or MS[case]:
@@ -269,9 +315,15 @@ def shapes_of(options: argparse.Namespace) -> list[Shape]:
     return found
 
 
-def needed(shape: Shape, preset: str) -> list[Any]:
+def needed(shape: Shape | batched.Shape, preset: str) -> list[Any]:
     """The kernels of a shape."""
     device = PRESETS[preset]
+    if isinstance(shape, batched.Shape):
+        config = batched_heuristics.choose_config(shape.problem, device)
+        return [
+            batched_family.FAMILY.spec(shape.problem, config, device.arch.name),
+            TRANSPOSE_SCALES.spec(device.arch.name),
+        ]
     problem = shape.problem
     return [
         FAMILY.spec(problem, heuristics.choose_config(problem, device), device.arch.name),
@@ -279,7 +331,7 @@ def needed(shape: Shape, preset: str) -> list[Any]:
     ]
 
 
-def warm_peer(shapes: Sequence[Shape], workers: int) -> None:
+def warm_peer(shapes: Sequence[Shape | batched.Shape], workers: int) -> None:
     """Fill DeepGEMM's disk cache with the kernels of the shapes."""
     with harness.spawn_pool(workers) as pool:
         problems = {text for text in pool.map(_call_peer, shapes) if text is not None}
@@ -288,9 +340,9 @@ def warm_peer(shapes: Sequence[Shape], workers: int) -> None:
         say(f"  {text}")
 
 
-def _call_peer(shape: Shape) -> str | None:
+def _call_peer(shape: Shape | batched.Shape) -> str | None:
     try:
-        inputs = Inputs(shape)
+        inputs = make_inputs(shape)
         inputs.call_of(_library(PEER), inputs.output())()
         torch.cuda.synchronize()
     except Exception as error:
@@ -301,7 +353,7 @@ def _call_peer(shape: Shape) -> str | None:
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.grouped", description=__doc__.split("\n")[0])
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=["masked", "contiguous"])
+    parser.add_argument("--cases", nargs="+", choices=ALL_CASES, default=["masked", "contiguous"])
     parser.add_argument("--recipes", nargs="+", choices=list(NAMES), default=["fp8"])
     parser.add_argument("--groups", nargs="+", type=harness.positive, help="numbers of groups (default: the case's)")
     parser.add_argument("--m", nargs="+", type=harness.positive, help="rows per group (default: the case's)")
@@ -332,7 +384,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with CsvLog(options.out, COLUMNS) as log:
         for index, shape in enumerate(shapes):
             try:
-                row = run_shape(Inputs(shape, options.seed + index), preset, options.samples, timer)
+                row = run_shape(make_inputs(shape, options.seed + index), preset, options.samples, timer)
             except RuntimeError as error:
                 say(f"stopped at {shape}: {harness.error_text(error)}")
                 break

@@ -33,6 +33,7 @@ from jitgemm.cache_tools.console import (
 )
 from jitgemm.device import ARCHITECTURES, PRESETS, Device
 from jitgemm.errors import CacheError, CacheMissError, CompileError, JitGemmError, ProblemError, SettingsError
+from jitgemm.families.batched import KINDS, BatchedProblem
 from jitgemm.families.gemm import D_DTYPES, LAYOUTS, RECIPES, GemmProblem
 from jitgemm.families.grouped import GROUPINGS, GroupedProblem
 
@@ -444,9 +445,13 @@ def import_bundle(file: Path, as_json: bool) -> int:
 @click.option("--layout", type=click.Choice(LAYOUTS), default="nt", show_default=True)
 @click.option("--d-dtype", type=click.Choice(list(D_DTYPES)), default="bf16", show_default=True)
 @click.option("--fast-accum", is_flag=True, help="Without promotion every 128 of K (row-wise and tensor-wise FP8).")
-@click.option("--groups", type=click.IntRange(1), help="A grouped GEMM of so many groups; m is rows a group expected.")
-@click.option("--kind", type=click.Choice(list(GROUPINGS)), default="masked", show_default=True, help="With --groups.")
-@click.option("--alignment", type=click.IntRange(1), default=128, show_default=True, help="Of groups; with --groups.")
+@click.option("--groups", type=click.IntRange(1), help="So many GEMMs in one launch; m is rows of each, expected.")
+@click.option(
+    "--kind", type=click.Choice([*GROUPINGS, *KINDS]), default="masked", show_default=True, help="With --groups."
+)
+@click.option(
+    "--alignment", type=click.IntRange(1), default=128, show_default=True, help="Of groups along m; with --groups."
+)
 @click.option("--device", type=click.Choice(list(PRESETS)), default="h200", show_default=True)
 @click.option("--top", type=click.IntRange(1), default=10, show_default=True, help="Candidates to print.")
 @_json_option
@@ -469,11 +474,14 @@ def explain(
     """Print what the heuristics choose for a problem, and why."""
     from jitgemm.cache_tools import explain as work
 
-    problem: GemmProblem | GroupedProblem = GemmProblem(n, k, recipe, m, layout, d_dtype, fast_accum)
+    problem: GemmProblem | GroupedProblem | BatchedProblem = GemmProblem(n, k, recipe, m, layout, d_dtype, fast_accum)
     if groups is not None:
         if fast_accum:
             raise UsageError("--fast-accum: grouped GEMMs always promote")
-        problem = GroupedProblem(n, k, recipe, groups, kind, m, layout, d_dtype, alignment)
+        if kind in KINDS:
+            problem = BatchedProblem(n, k, recipe, groups, kind, m, layout, d_dtype)
+        else:
+            problem = GroupedProblem(n, k, recipe, groups, kind, m, layout, d_dtype, alignment)
     work.explain(problem, PRESETS[device], top=top, as_json=as_json)
     return 0
 

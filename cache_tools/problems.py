@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from jitgemm.errors import ProblemError
 
 if TYPE_CHECKING:
+    from jitgemm.families.batched import BatchedProblem
     from jitgemm.families.gemm import GemmProblem
     from jitgemm.families.grouped import GroupedProblem
 
@@ -20,14 +21,14 @@ class NamedProblem:
     """A problem without its m, and the layer that asks it (empty where it has no name)."""
 
     layer: str
-    problem: GemmProblem | GroupedProblem
+    problem: GemmProblem | GroupedProblem | BatchedProblem
 
     @property
     def dense(self) -> GemmProblem:
         """The problem, for what knows dense ones only.
 
         Raises:
-            ProblemError: it is a grouped one.
+            ProblemError: it is another.
         """
         from jitgemm.families.gemm import GemmProblem
 
@@ -111,6 +112,7 @@ def parse(entry: Mapping[str, Any]) -> NamedProblem:
     Raises:
         ProblemError: it is none.
     """
+    from jitgemm.families.batched import SHAPES_FILE_KINDS, BatchedProblem
     from jitgemm.families.gemm import GemmProblem
     from jitgemm.families.grouped import GroupedProblem
 
@@ -123,6 +125,12 @@ def parse(entry: Mapping[str, Any]) -> NamedProblem:
     if not isinstance(layer, str):
         raise ProblemError(f"layer is {layer!r}; accepted is a string")
     values = {name: value for name, value in entry.items() if name != "layer"}
-    grouped = str(values.get("kind", "gemm")).startswith("m_grouped_")
-    problem = GroupedProblem.from_dict(values) if grouped else GemmProblem.from_dict(values)
+    kind = str(values.get("kind", "gemm"))
+    problem: GemmProblem | GroupedProblem | BatchedProblem
+    if kind in SHAPES_FILE_KINDS:
+        problem = BatchedProblem.from_dict(values)
+    elif kind.startswith("m_grouped_"):
+        problem = GroupedProblem.from_dict(values)
+    else:
+        problem = GemmProblem.from_dict(values)
     return NamedProblem(layer, problem.without_m())

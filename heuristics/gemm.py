@@ -355,6 +355,7 @@ class Groups(NamedTuple):
 
     number: int
     alignment: int = 0  # of their first rows where tiles end at multiples of their height, else 0
+    idles: bool = True  # whether warpgroups without rows leave the tensor cores to the others
 
 
 @functools.lru_cache(maxsize=4096)
@@ -533,7 +534,7 @@ def _terms(
         # One stage of the CTAs of one SM, cycles.
         loaded = where(tiles_m > 1, tokens, least(tokens, m))
         tensor = sharing * mma + exposed
-        if groups is not None:  # warpgroups without rows leave the tensor cores to the others
+        if groups is not None and groups.idles:
             tensor = tensor * -(-m // kernel.warpgroup_rows) / (-(-m // rows) * (rows / kernel.warpgroup_rows))
         smem = sharing * (reads + (loaded + weights) * 128) / smem_rate + exposed_smem
         asked = sharing * (loaded / token_sharing + weights_asked) * 128

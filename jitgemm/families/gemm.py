@@ -519,6 +519,7 @@ class Gemm:
         return {
             **config.to_dict(),
             **{name: getattr(shape, name) for name in derived},
+            "stack": "",
             "few_boundaries_step": FEW_BOUNDARIES_STEP,
             "fp8": shape.problem.traits.is_fp8,
             "promotes": shape.problem.promotes,
