@@ -82,34 +82,44 @@ def candidates(problem: GemmProblem, overrides: Overrides) -> tuple[GemmConfig, 
     if overrides:
         return tuple(gemm.generate(problem, overrides))
     tile_k = 128 // problem.traits.operand_bytes
-    menu = [dataclasses.replace(config, cluster_m=1, cluster_n=1, split_k=1) for config in gemm.candidates(problem, ())]
+    menu = [_fitting_groups(problem, config) for config in gemm.candidates(problem, ())]
     for tile_m, tile_n in _TOKEN_TILES:
-        config = GemmConfig(tile_m, tile_n, tile_k, 0, swap_ab=True)
-        if gemm._illegal_kernel(problem, dataclasses.replace(config, stages=2), SM90A) is None:
+        config = _fitting_groups(problem, GemmConfig(tile_m, tile_n, tile_k, 0, swap_ab=True))
+        if gemm.illegal_tile(problem, dataclasses.replace(config, stages=2, cluster_n=1), SM90A) is None:
             menu += [dataclasses.replace(config, stages=stages) for stages in gemm.stage_choices(problem, config)]
     return tuple(dict.fromkeys(menu))
 
 
+def _fitting_groups(problem: GemmProblem, config: GemmConfig) -> GemmConfig:
+    """The config without split K, and with no other clusters than those that make up the columns of a scale of D."""
+    parts = kernel_shape(problem, config).scale_parts
+    return dataclasses.replace(config, cluster_m=1, cluster_n=parts, split_k=1)
+
+
 def illegal(problem: GroupedProblem, config: GemmConfig, device: Device) -> str | None:
     """Why a config can't be built or would not run, or None."""
-    if config.cluster_m * config.cluster_n * config.split_k > 1:
-        return "grouped kernels have no clusters and no split K"
+    shape = kernel_shape(problem.dense.without_sizes(), config)
+    if config.cluster_m * config.split_k > 1 or config.cluster_n != shape.scale_parts:
+        return "grouped kernels have no split K, and clusters only where they make up the columns of a scale of d"
+    if config.cluster_n > 2:
+        return "a cluster has at most 2 CTAs"
     tile, alignment = config.tile_m, problem.alignment
     if problem.kind == "contiguous" and alignment % tile and tile % alignment:
         return f"tile_m must divide the alignment of the groups, {alignment}, or be a multiple of it"
-    shape = kernel_shape(problem.dense.without_sizes(), config)
     if shape.math_warpgroups == 3 and problem.dense.promotes and shape.accumulator_registers > _SUMS_OF_THREE:
         return f"sums take more than {_SUMS_OF_THREE} registers a thread beside a group's tile"
     if config.swap_ab and problem.dense.promotes and tile > _MOST_TOKENS:
         return f"tile_m must be at most {_MOST_TOKENS} beside a group's tile where operands are swapped"
-    return gemm.illegal(problem.dense, config, device)
+    alone = dataclasses.replace(config, cluster_n=1)  # CTAs of a cluster share no operands
+    return gemm.illegal_epilogue(shape) or gemm.illegal_tile(problem.dense.without_sizes(), alone, device.arch)
 
 
 def _costs(
     problem: GroupedProblem, configs: tuple[GemmConfig, ...], device: Device, ms: tuple[int, ...]
 ) -> list[list[float]]:
     groups = Groups(problem.groups, problem.alignment if problem.kind == "contiguous" else 0)
-    return gemm.predict_all(problem.dense.without_m(), configs, device, ms, groups)
+    alone = tuple(dataclasses.replace(config, cluster_n=1) for config in configs)
+    return gemm.predict_all(problem.dense.without_m(), alone, device, ms, groups)
 
 
 class Chooser:

@@ -53,3 +53,17 @@ __device__ __forceinline__ float outer_scale(const ScaleMatrix& scales, int inde
   if (index < end) asm volatile("ld.global.f32 %0, [%1];" : "=f"(value) : "l"(scales.pointer + index * scales.stride_mn));
   return value;
 }
+
+// Multiplies a fragment of COLUMNS columns at MMA position (row0, column0) by the scales of its rows and columns.
+template <int COLUMNS>
+__device__ __forceinline__ void multiply_by_outer_scales(float* values, const ScaleMatrix& rows, const ScaleMatrix& columns, int row0, int column0,
+                                                         int rows_end, int columns_end) {
+  const int row = row0 + threadIdx.x / WARP % 4 * 16 + threadIdx.x % WARP / 4, column = column0 + threadIdx.x % 4 * 2;
+  const float upper = outer_scale(rows, row, rows_end), lower = outer_scale(rows, row + 8, rows_end);
+#pragma unroll
+  for (int j = 0; j < COLUMNS / 8; ++j) {
+    const float left = outer_scale(columns, column + 8 * j, columns_end), right = outer_scale(columns, column + 8 * j + 1, columns_end);
+    float* v = values + 4 * j;
+    v[0] *= upper * left, v[1] *= upper * right, v[2] *= lower * left, v[3] *= lower * right;
+  }
+}
