@@ -215,31 +215,39 @@ struct QuantizerShape {
   static constexpr int PLANES = UE8M0 ? WAVES : 1, WAVES_OF_GROUP = WAVES / PLANES;
   static constexpr int WARPS = WARPGROUPS * 4, SOURCES = PARTS * WARPS;
   static constexpr int COLUMNS_OF_SOURCE = 8 * HALVES * WAVES_OF_GROUP, SOURCES_OF_GROUP = GROUP / COLUMNS_OF_SOURCE;
-  // Shared memory: two slots of magnitudes, then their barriers.
+  // Shared memory: two slots of magnitudes, their barriers, and each warp's count of exchanges, which registers have no room for.
   static constexpr int SLOT = SWAPPED ? PLANES * SOURCES * COLUMNS * 4 : WARPS * WAVES * 16 * 4;  // bytes
   static constexpr int BARRIERS = SWAPPED ? 1 : WARPS;                                            // of a slot
   static constexpr bool EXCHANGES = SWAPPED || PARTS > 1;
-  static constexpr int BYTES = EXCHANGES ? 2 * (SLOT + BARRIERS * 8) : 0;
+  static constexpr int COUNTS_OFFSET = 2 * (SLOT + BARRIERS * 8), BYTES = EXCHANGES ? COUNTS_OFFSET + WARPS * 4 : 0;
 };
 
 template <class Shape>
 struct Quantizer {
-  uint32_t base;          // shared address, aligned to 16
-  uint32_t number = 0;    // of exchanges so far
+  uint32_t base;  // shared address, aligned to 8
 
-  __device__ __forceinline__ static void init(uint32_t base) {
-    for (int barrier = 0; Shape::EXCHANGES && barrier < 2 * Shape::BARRIERS; ++barrier) barrier_init(base + 2 * Shape::SLOT + barrier * 8, 1);
+  // By one thread, before any other uses it.
+  __device__ __forceinline__ void init() const {
+    if constexpr (Shape::EXCHANGES) {
+      for (int barrier = 0; barrier < 2 * Shape::BARRIERS; ++barrier) barrier_init(base + 2 * Shape::SLOT + barrier * 8, 1);
+      for (int warp = 0; warp < Shape::WARPS; ++warp) asm volatile("st.shared.b32 [%0], %1;" ::"r"(count(warp)), "r"(0) : "memory");
+    }
   }
 
   // Quantizes all waves' values in place, up to rounding, and stores the scales. Whole warps, and swapped all of the math warpgroups.
   // (row0, column0): position of the warpgroup's first wave in D; rows_end, columns_end: D's ends; part: this CTA's place among PARTS.
   template <int STRIDE>
   __device__ __forceinline__ void run(float (&values)[Shape::WAVES][STRIDE], const EpilogueSteps& steps, int plane, int row0, int column0, int rows_end,
-                                      int columns_end, int part) {
+                                      int columns_end, int part) const {
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     const int groups = (columns_end + Shape::GROUP - 1) / Shape::GROUP;
+    uint32_t number = 0;
+    if constexpr (Shape::EXCHANGES) {
+      asm volatile("ld.shared.b32 %0, [%1];" : "=r"(number) : "r"(count(warp)) : "memory");
+      __syncwarp();
+      if (lane == 0) asm volatile("st.shared.b32 [%0], %1;" ::"r"(count(warp)), "r"(number + 1) : "memory");
+    }
     const uint32_t slot = base + number % 2 * Shape::SLOT, barriers = base + 2 * Shape::SLOT + number % 2 * Shape::BARRIERS * 8, parity = number / 2 % 2;
-    if constexpr (Shape::EXCHANGES) ++number;
     if constexpr (Shape::SWAPPED) {
       // (row0, column0) is that of the warpgroup's MMA rows: columns of D.
       constexpr int PLANE = Shape::SOURCES * Shape::COLUMNS * 4;
@@ -338,6 +346,9 @@ struct Quantizer {
           }
     }
   }
+
+ private:
+  __device__ __forceinline__ uint32_t count(int warp) const { return base + Shape::COUNTS_OFFSET + warp * 4; }
 };
 
 // As stage_tile, for what SwiGLU or quantization leaves: COLUMNS columns on the MMA's N side, 32 * HALVES rows on its M side.

@@ -13,38 +13,51 @@ struct ScaleMatrix {
   int32_t padding;
 };
 
-// Scales of one 128-row block along K, a warp's worth at a time: lane i holds that of the i-th k-block of `current`.
+// Scales of one 128-row block along K, or of two that follow each other, a warp's worth at a time: lane i holds that of the i-th
+// k-block of `current`, and of two blocks the upper half of the warp those of the second.
+template <int BLOCKS>
 struct BlockScales {
+  static constexpr int CHUNK = WARP / BLOCKS;  // k-blocks held
   const float* pointer;  // null outside the matrix
   int32_t stride_k;
   float current, ahead;
 
   __device__ __forceinline__ void begin(const ScaleMatrix& scales, int block) {
+    if constexpr (BLOCKS > 1) block += threadIdx.x % WARP / CHUNK;
     pointer = block < scales.blocks ? scales.pointer + block * scales.stride_mn : nullptr;
     stride_k = scales.stride_k;
   }
   __device__ __forceinline__ void fetch(int first, int end) {
-    const int mine = first + threadIdx.x % WARP;
+    const int mine = first + threadIdx.x % CHUNK;
     ahead = pointer && mine < end ? pointer[mine * stride_k] : 0.f;
   }
   __device__ __forceinline__ void turn() { current = ahead; }
-  __device__ __forceinline__ float at(int index) const { return __shfl_sync(0xffffffff, current, index); }
+  // Of the k-block that is number `index`, modulo CHUNK, from the first.
+  __device__ __forceinline__ float at(int index, int block = 0) const {
+    return __shfl_sync(0xffffffff, current, BLOCKS > 1 ? index % CHUNK + block * CHUNK : index);
+  }
 };
 
 // The same of one group's matrix, in fewer registers: where the matrix depends on the tile, a pointer takes two of each thread.
+template <int BLOCKS>
 struct GroupBlockScales {
+  static constexpr int CHUNK = WARP / BLOCKS;
   int32_t first;  // the block's first scale, in elements from the first group's; negative outside the matrix
   float current, ahead;
 
   __device__ __forceinline__ void begin(const ScaleMatrix& scales, int block, int group_offset) {
+    if constexpr (BLOCKS > 1) block += threadIdx.x % WARP / CHUNK;
     first = block < scales.blocks ? group_offset + block * scales.stride_mn : -1;
   }
   __device__ __forceinline__ void fetch(const ScaleMatrix& scales, int first_k, int end) {
-    const int mine = first_k + threadIdx.x % WARP;
+    const int mine = first_k + threadIdx.x % CHUNK;
     ahead = first >= 0 && mine < end ? scales.pointer[first + mine * scales.stride_k] : 0.f;
   }
   __device__ __forceinline__ void turn() { current = ahead; }
-  __device__ __forceinline__ float at(int index) const { return __shfl_sync(0xffffffff, current, index); }
+  // Of the k-block that is number `index`, modulo CHUNK, from the first.
+  __device__ __forceinline__ float at(int index, int block = 0) const {
+    return __shfl_sync(0xffffffff, current, BLOCKS > 1 ? index % CHUNK + block * CHUNK : index);
+  }
 };
 
 // The scale of row `index`, or of the whole operand (stride 0). Volatile: loads of many columns at once would spill.
