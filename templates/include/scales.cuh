@@ -67,16 +67,17 @@ __device__ __forceinline__ float outer_scale(const ScaleMatrix& scales, int inde
   return value;
 }
 
-// Multiplies a fragment of COLUMNS columns at MMA position (row0, column0) by the scales of its rows and columns.
+// Multiplies a fragment of COLUMNS columns by the scales of its rows and columns: this thread's rows are row and row + 8.
 template <int COLUMNS>
-__device__ __forceinline__ void multiply_by_outer_scales(float* values, const ScaleMatrix& rows, const ScaleMatrix& columns, int row0, int column0,
-                                                         int rows_end, int columns_end) {
-  const int row = row0 + threadIdx.x / WARP % 4 * 16 + threadIdx.x % WARP / 4, column = column0 + threadIdx.x % 4 * 2;
-  const float upper = outer_scale(rows, row, rows_end), lower = outer_scale(rows, row + 8, rows_end);
+__device__ __forceinline__ void multiply_by_outer_scales(float* values, const ScaleMatrix& rows, const ScaleMatrix& columns, int row, int column0,
+                                                         int lane, int rows_end, int columns_end) {
+  const float upper_scale = outer_scale(rows, row, rows_end);
+  const float lower_scale = outer_scale(rows, row + 8, rows_end);
 #pragma unroll
   for (int j = 0; j < COLUMNS / 8; ++j) {
-    const float left = outer_scale(columns, column + 8 * j, columns_end), right = outer_scale(columns, column + 8 * j + 1, columns_end);
+    const int column = column0 + 8 * j + lane % 4 * 2;
+    const float left = outer_scale(columns, column, columns_end), right = outer_scale(columns, column + 1, columns_end);
     float* v = values + 4 * j;
-    v[0] *= upper * left, v[1] *= upper * right, v[2] *= lower * left, v[3] *= lower * right;
+    v[0] *= upper_scale * left, v[1] *= upper_scale * right, v[2] *= lower_scale * left, v[3] *= lower_scale * right;
   }
 }
