@@ -33,6 +33,8 @@ _PUBLIC = {
     "cublaslt_gemm_tn": "jitgemm.ops.cublas",
     "cublaslt_gemm_tt": "jitgemm.ops.cublas",
     "deinterleave_gate_up": "jitgemm.ops.layout",
+    "empty_quantized": "jitgemm.ops.epilogue",
+    "Epilogue": "jitgemm.ops.epilogue",
     "fp8_gemm_nt": "jitgemm.ops.gemm",
     "fp8_m_grouped_gemm_nt_masked": "jitgemm.ops.grouped",
     "get_k_alignment_for_contiguous_layout": "jitgemm.utils.layout",

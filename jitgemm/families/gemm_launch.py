@@ -255,7 +255,9 @@ def _output(shape: KernelShape, d: Matrix) -> OperandMap | None:
         return None
     width = shape.store_row_bytes
     height = shape.store_columns if shape.config.swap_ab else ROWS_STORED
-    return OperandMap(d_map_type(shape.problem.d_dtype), d.columns, d.rows, d.row_stride, width // shape.d_bytes, height, width)
+    return OperandMap(
+        d_map_type(shape.problem.d_dtype), d.columns, d.rows, d.row_stride, width // shape.d_bytes, height, width
+    )
 
 
 def _scale_fields(granularity: str, strides: ScaleStrides, length: int) -> tuple[int, int, int]:

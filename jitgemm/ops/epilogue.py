@@ -36,7 +36,7 @@ class Epilogue:
             ``[groups]``.
         bias: bf16 or fp32 ``[n]``; in grouped functions also ``[groups, n]``. Of b's rows, so with SwiGLU interleaved as
             they are.
-        swiglu: make ``silu(gate) * up`` of the rows of b that ``interleave_gate_up`` made of gate's and up's: d has half
+        swiglu: ``silu(gate) * up``, where b's rows are gate's and up's as ``interleave_gate_up`` orders them: d has half
             as many columns. With 128 x 128 scales n must be a multiple of 256.
         limit: of SwiGLU: gate is clamped to at most this, up to plus and minus it.
         row_weights: fp32, one for each row of d: ``[m]``, or ``[groups, max_m]`` of a masked GEMM.
@@ -102,7 +102,7 @@ class Steps(NamedTuple):
     def key(self) -> tuple[object, ...]:
         """What plans depend on."""
         of_tensors = tuple((name, t.shape, t.stride(), t.dtype, t.device) for name, t in self.tensors().items())
-        return self.swiglu, self.alpha_value, self.limit, of_tensors
+        return self.swiglu, of_tensors
 
     def reference(self) -> reference.Epilogue:
         """The same for the reference."""
@@ -189,19 +189,22 @@ def check_steps(steps: Steps, d: Tensor, n: int, groups: int | None, masked: boo
     if steps.row_weights is not None:
         weights = steps.row_weights
         if weights.dtype != torch.float32 or tuple(weights.shape) != rows:
-            raise ProblemError(f"row_weights are {weights.dtype} {tuple(weights.shape)}; accepted is torch.float32 {rows}")
+            raise ProblemError(
+                f"row_weights are {weights.dtype} {tuple(weights.shape)}; accepted is torch.float32 {rows}"
+            )
         _check_contiguous("row_weights", weights)
     scales = steps.d_scales
     if scales is None:
         if d.dtype not in _D_DTYPES:
             raise ProblemError(
-                f"d has dtype {d.dtype}; accepted are torch.bfloat16, torch.float32, and torch.float8_e4m3fn with scales"
+                f"d has dtype {d.dtype}; accepted are torch.bfloat16, torch.float32, and with scales"
+                " torch.float8_e4m3fn"
             )
         return _D_DTYPES[d.dtype]
     if d.dtype != torch.float8_e4m3fn or scales.dtype not in _SCALE_DTYPES:
         raise ProblemError(
-            f"d is {d.dtype} with scales of {scales.dtype}; accepted is torch.float8_e4m3fn with torch.float32 (1 x 128)"
-            " or torch.int32 (four UE8M0 exponents, 1 x 32)"
+            f"d is {d.dtype} with scales of {scales.dtype}; accepted is torch.float8_e4m3fn with torch.float32"
+            " (1 x 128) or torch.int32 (four UE8M0 exponents, 1 x 32)"
         )
     shape = (*rows, -(-d.shape[-1] // _COLUMNS_OF_SCALES))
     if tuple(scales.shape) != shape:
@@ -211,7 +214,9 @@ def check_steps(steps: Steps, d: Tensor, n: int, groups: int | None, masked: boo
     if masked and shape[0] > 1:
         apart &= strides[0] >= (shape[-1] - 1) * strides[-1] + m
     if (strides[-2] != 1 and m > 1) or not apart:
-        raise ProblemError(f"d_scales have strides {strides}; accepted is stride 1 along m (empty_quantized makes such)")
+        raise ProblemError(
+            f"d_scales have strides {strides}; accepted is stride 1 along m (empty_quantized makes such)"
+        )
     return _SCALE_DTYPES[scales.dtype]
 
 

@@ -5,6 +5,7 @@ Launches do not depend on how many rows the groups have: nothing waits for the d
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from typing import Any
 
@@ -15,10 +16,11 @@ from jitgemm import settings
 from jitgemm.errors import ProblemError
 from jitgemm.families.gemm import SCALE_GROUP
 from jitgemm.families.grouped import FAMILY, MAX_GROUPS, GroupedProblem
-from jitgemm.families.grouped_launch import GroupedGeometry, Stack
+from jitgemm.families.grouped_launch import STEPS_OFFSET, GroupedGeometry, Stack
 from jitgemm.heuristics.grouped import chooser
 from jitgemm.kernel import load
 from jitgemm.ops.dispatch import needs_dispatch
+from jitgemm.ops.epilogue import Epilogue, Steps, check_apart, check_steps, pack, steps_of
 from jitgemm.ops.layout import copy_to_mn_major
 from jitgemm.plan import BOUND_LAUNCHES, Table, current_device, device_facts, raw_stream
 from jitgemm.reference.layout import get_tma_aligned_size
@@ -47,6 +49,8 @@ def m_grouped_fp8_gemm_nt_contiguous(
     use_psum_layout: bool = False,
     ensure_zero_padding: bool = False,
     expected_m_for_psum_layout: int | None = None,
+    *,
+    epilogue: Epilogue | None = None,
 ) -> None:
     """``d[row] = a[row] @ b[group of the row].T`` with e4m3 operands and fp32 scales; groups lie one after another.
 
@@ -67,6 +71,8 @@ def m_grouped_fp8_gemm_nt_contiguous(
         use_psum_layout: what ``grouped_layout`` is.
         ensure_zero_padding: fill d with zeros first, so that rows of no group hold zeros.
         expected_m_for_psum_layout: rows of a group to choose a kernel for; by default m over the groups.
+        epilogue: what else becomes of the product. With it d may be a pair of e4m3 ``[m, n]`` and scales
+            (``empty_quantized``), and has ``n / 2`` columns with SwiGLU.
 
     Raises:
         ProblemError: an argument is not of these; nothing has been launched.
@@ -75,7 +81,18 @@ def m_grouped_fp8_gemm_nt_contiguous(
     _check_recipe(recipe, recipe_a, recipe_b)
     kind = _contiguous(use_psum_layout)
     (a_data, a_scales), (b_data, b_scales) = _pair("a", a), _pair("b", b)
-    _call(a_data, a_scales, b_data, b_scales, d, grouped_layout, kind, expected_m_for_psum_layout, ensure_zero_padding)
+    _call(
+        a_data,
+        a_scales,
+        b_data,
+        b_scales,
+        d,
+        grouped_layout,
+        kind,
+        expected_m_for_psum_layout,
+        ensure_zero_padding,
+        epilogue,
+    )
 
 
 def m_grouped_fp8_gemm_nn_contiguous(
@@ -90,6 +107,8 @@ def m_grouped_fp8_gemm_nn_contiguous(
     disable_ue8m0_cast: bool = False,
     use_psum_layout: bool = False,
     ensure_zero_padding: bool = False,
+    *,
+    epilogue: Epilogue | None = None,
 ) -> None:
     """``d[row] = a[row] @ b[group of the row]``: b ``[groups, k, n]``, scales ``[groups, ceil(k/128), ceil(n/128)]``.
 
@@ -106,6 +125,7 @@ def m_grouped_fp8_gemm_nn_contiguous(
         d,
         grouped_layout,
         *(recipe, recipe_a, recipe_b, compiled_dims, disable_ue8m0_cast, use_psum_layout, ensure_zero_padding),
+        epilogue=epilogue,
     )
 
 
@@ -120,6 +140,8 @@ def m_grouped_fp8_gemm_nt_masked(
     recipe_b: tuple[int, int] | None = None,
     compiled_dims: str = "nk",
     disable_ue8m0_cast: bool = False,
+    *,
+    epilogue: Epilogue | None = None,
 ) -> None:
     """``d[group, row] = a[group, row] @ b[group].T`` for the first ``masked_m[group]`` rows of each group.
 
@@ -130,6 +152,7 @@ def m_grouped_fp8_gemm_nt_masked(
         d: output, bf16 or fp32 ``[groups, max_m, n]``, n contiguous; other rows are left alone.
         masked_m: int32 ``[groups]``, read on the device; what is negative counts as 0, what exceeds max_m as max_m.
         expected_m: rows of a group to choose a kernel for; results don't depend on it.
+        epilogue: as ``m_grouped_fp8_gemm_nt_contiguous`` takes it.
         recipe: what one scale covers, ``"fp8_1x128_128x128"`` or the peer's ``(1, 128, 128)``.
         recipe_a: the peer's way to give a's part of the recipe, ``(1, 128)``.
         recipe_b: and b's, ``(128, 128)``.
@@ -143,7 +166,7 @@ def m_grouped_fp8_gemm_nt_masked(
     _check_recipe(recipe, recipe_a, recipe_b)
     (a_data, a_scales), (b_data, b_scales) = _pair("a", a), _pair("b", b)
     _check_expected("expected_m", expected_m)
-    _call(a_data, a_scales, b_data, b_scales, d, masked_m, "masked", expected_m, False)
+    _call(a_data, a_scales, b_data, b_scales, d, masked_m, "masked", expected_m, False, epilogue)
 
 
 fp8_m_grouped_gemm_nt_masked = m_grouped_fp8_gemm_nt_masked
@@ -158,6 +181,8 @@ def m_grouped_bf16_gemm_nt_contiguous(
     use_psum_layout: bool = False,
     ensure_zero_padding: bool = False,
     expected_m_for_psum_layout: int | None = None,
+    *,
+    epilogue: Epilogue | None = None,
 ) -> None:
     """``d[row] = a[row] @ b[group of the row].T``: a ``[m, k]``, b ``[groups, n, k]``, both bf16.
 
@@ -165,7 +190,7 @@ def m_grouped_bf16_gemm_nt_contiguous(
     """
     _call(
         *(a, None, b, None, d, grouped_layout),
-        *(_contiguous(use_psum_layout), expected_m_for_psum_layout, ensure_zero_padding),
+        *(_contiguous(use_psum_layout), expected_m_for_psum_layout, ensure_zero_padding, epilogue),
     )
 
 
@@ -177,25 +202,35 @@ def m_grouped_bf16_gemm_nn_contiguous(
     compiled_dims: str = "nk",
     use_psum_layout: bool = False,
     ensure_zero_padding: bool = False,
+    *,
+    epilogue: Epilogue | None = None,
 ) -> None:
     """``d[row] = a[row] @ b[group of the row]``: b ``[groups, k, n]``; else as the ``nt`` function."""
     _check_tensors(b=b)
     if b.dim() != 3:
         raise ProblemError(f"b has {b.dim()} dimensions; accepted is 3")
     m_grouped_bf16_gemm_nt_contiguous(
-        a, b.transpose(1, 2), d, grouped_layout, compiled_dims, use_psum_layout, ensure_zero_padding
+        *(a, b.transpose(1, 2), d, grouped_layout, compiled_dims, use_psum_layout, ensure_zero_padding),
+        epilogue=epilogue,
     )
 
 
 def m_grouped_bf16_gemm_nt_masked(
-    a: Tensor, b: Tensor, d: Tensor, masked_m: Tensor, expected_m: int, compiled_dims: str = "nk"
+    a: Tensor,
+    b: Tensor,
+    d: Tensor,
+    masked_m: Tensor,
+    expected_m: int,
+    compiled_dims: str = "nk",
+    *,
+    epilogue: Epilogue | None = None,
 ) -> None:
     """``d[group, row] = a[group, row] @ b[group].T`` for the first ``masked_m[group]`` rows of each group, in bf16.
 
     As ``m_grouped_fp8_gemm_nt_masked``; either dimension of b may be the contiguous one.
     """
     _check_expected("expected_m", expected_m)
-    _call(a, None, b, None, d, masked_m, "masked", expected_m, False)
+    _call(a, None, b, None, d, masked_m, "masked", expected_m, False, epilogue)
 
 
 def _contiguous(use_psum_layout: object) -> str:
@@ -244,17 +279,26 @@ def _call(
     kind: str,
     expected_m: int | None,
     zero_padding: bool,
+    epilogue: Epilogue | None = None,
 ) -> None:
+    steps = None
+    if epilogue is not None:
+        steps, d = steps_of(epilogue, d)
     if expected_m is not None and kind != "masked":
         _check_expected("expected_m_for_psum_layout", expected_m)
     if not isinstance(zero_padding, bool):
         raise ProblemError(f"ensure_zero_padding is {zero_padding!r}; accepted is a boolean")
-    if needs_dispatch(a, a_scales, b, b_scales, d, layout):
+    of_steps = () if steps is None else steps.tensors().values()
+    if needs_dispatch(a, a_scales, b, b_scales, d, layout, *of_steps):
         named: dict[str, object] = {"a": a, "b": b, "d": d, _layout_name(kind): layout}
         _check_tensors(**named, **({} if a_scales is None else {"a_scales": a_scales, "b_scales": b_scales}))
-        torch.ops.jitgemm.m_grouped_gemm(a, a_scales, b, b_scales, d, layout, kind, expected_m, zero_padding)
+        arguments = (a, a_scales, b, b_scales, d, layout, kind, expected_m, zero_padding)
+        if steps is None:
+            torch.ops.jitgemm.m_grouped_gemm(*arguments)
+        else:
+            torch.ops.jitgemm.m_grouped_gemm_with_epilogue(*arguments, *steps)
         return
-    _run(a, a_scales, b, b_scales, d, layout, kind, expected_m, zero_padding)
+    _run(a, a_scales, b, b_scales, d, layout, kind, expected_m, zero_padding, steps)
 
 
 _plans: Table[Any, Any] = Table(4096)
@@ -270,12 +314,13 @@ def _run(
     kind: str,
     expected_m: int | None,
     zero_padding: bool,
+    steps: Steps | None = None,
 ) -> None:
     """Find or make the plan of a call and launch it; CPU tensors go to the reference."""
     in_force = settings.current()
     try:
         key = (
-            kind, expected_m, zero_padding, in_force.generation,
+            kind, expected_m, zero_padding, in_force.generation, None if steps is None else steps.key(),
             a.shape, a.stride(), a.dtype, a.device, b.shape, b.stride(), b.dtype, b.device,
             d.shape, d.stride(), d.dtype, d.device, layout.shape, layout.stride(), layout.dtype, layout.device,
             None if a_scales is None else (a_scales.shape, a_scales.stride(), a_scales.dtype, a_scales.device,
@@ -288,9 +333,9 @@ def _run(
         raise
     plan = _plans.get(key)
     if plan is None:
-        operands = _Operands(a, a_scales, b, b_scales, d, layout, kind, expected_m, in_force.mk_alignment)
+        operands = _Operands(a, a_scales, b, b_scales, d, layout, kind, expected_m, in_force.mk_alignment, steps)
         plan = _plans.put(key, _make_plan(operands, a_scales, in_force, zero_padding))
-    plan(a, a_scales, b, b_scales, d, layout)
+    plan(a, a_scales, b, b_scales, d, layout, steps)
 
 
 def _layout_name(kind: str) -> str:
@@ -315,6 +360,7 @@ class _Operands:
         kind: str,
         expected_m: int | None,
         alignment: int,
+        steps: Steps | None = None,
     ) -> None:
         name = _layout_name(kind)
         named: dict[str, Any] = {"a": a, "b": b, "d": d, name: layout}
@@ -324,7 +370,8 @@ class _Operands:
             recipe = _FP8
         _check_tensors(**named)
         dtype = torch.float8_e4m3fn if recipe == _FP8 else torch.bfloat16
-        dtypes = {"a": (dtype,), "b": (dtype,), "d": tuple(_D_DTYPES), name: (torch.int32,)}
+        d_dtypes = tuple(_D_DTYPES) if steps is None else (d.dtype,)  # with an epilogue: checked with its tensors
+        dtypes = {"a": (dtype,), "b": (dtype,), "d": d_dtypes, name: (torch.int32,)}
         masked = kind == "masked"
         ranks = {"a": 2 + masked, "b": 3, "d": 2 + masked, name: 1, "a_scales": 2 + masked, "b_scales": 3}
         for key, tensor in named.items():
@@ -342,10 +389,10 @@ class _Operands:
             raise ProblemError(f"b has shape {tuple(b.shape)}; accepted is 1 to {MAX_GROUPS} groups, n >= 1 and k >= 1")
         if rows >= _MAX_ROWS:
             raise ProblemError(f"a has shape {tuple(a.shape)}; accepted are less than {_MAX_ROWS} rows")
-        stacked = (groups,) * masked
+        stacked, columns = (groups,) * masked, n if steps is None else n // steps.gated
         shapes = {
             "a": (*stacked, rows, k),
-            "d": (*stacked, rows, n),
+            "d": (*stacked, rows, columns),
             name: (rows,) if kind == "contiguous" else (groups,),
             "a_scales": (*stacked, rows, k_blocks),
             "b_scales": (groups, -(-n // SCALE_GROUP), k_blocks),
@@ -358,10 +405,10 @@ class _Operands:
                 )
         if not layout.is_contiguous():
             raise ProblemError(f"{name} has strides {layout.stride()}; accepted is a contiguous tensor")
-        if d.stride(-1) != 1 and n > 1:
+        if d.stride(-1) != 1 and columns > 1:
             raise ProblemError(f"d has strides {d.stride()}; accepted is stride 1 along n")
-        if (rows > 1 and d.stride(-2) < n) or (masked and groups > 1 and d.stride(0) < _extent(d[0])):
-            raise ProblemError(f"d has strides {d.stride()}; its rows of {n} elements overlap")
+        if (rows > 1 and d.stride(-2) < columns) or (masked and groups > 1 and d.stride(0) < _extent(d[0])):
+            raise ProblemError(f"d has strides {d.stride()}; its rows of {columns} elements overlap")
         for key in ("a_scales", "b_scales"):
             if key in named and _extent(named[key]) >= 2**31:
                 raise ProblemError(f"{key} spans {_extent(named[key])} elements; accepted are less than 2**31")
@@ -375,8 +422,9 @@ class _Operands:
             kind=kind,
             m=max(1, min(expected, rows)),
             layout="nt" if k_major or recipe == _FP8 else "nn",
-            d_dtype=_D_DTYPES[d.dtype],
+            d_dtype=_D_DTYPES[d.dtype] if steps is None else check_steps(steps, d, n, groups, masked),
             alignment=alignment,
+            epilogue=None if steps is None else steps.name,
         )
         self.rows, self.masked, self.device = rows, masked, d.device
         self._tensors = {key: (tuple(t.shape), t.stride(), t.element_size()) for key, t in named.items()}
@@ -456,26 +504,37 @@ class _GroupedPlan:
     ) -> None:
         self._operands, self._geometry, self._device = operands, geometry, device
         self._copies_scales, self._zero_padding = copies_scales, zero_padding
-        self._bound: Table[tuple[int, ...], Callable[[], int]] = Table(BOUND_LAUNCHES)
+        self._bound: Table[tuple[Any, ...], Callable[[], int]] = Table(BOUND_LAUNCHES)
 
     def __call__(
-        self, a: Tensor, a_scales: Tensor | None, b: Tensor, b_scales: Tensor | None, d: Tensor, layout: Tensor
+        self,
+        a: Tensor,
+        a_scales: Tensor | None,
+        b: Tensor,
+        b_scales: Tensor | None,
+        d: Tensor,
+        layout: Tensor,
+        steps: Steps | None,
     ) -> None:
         if current_device() != self._device:
             with torch.cuda.device(self._device):
-                return self(a, a_scales, b, b_scales, d, layout)
+                return self(a, a_scales, b, b_scales, d, layout, steps)
         if self._copies_scales and a_scales is not None:
             _check_addresses(self._operands, a, a_scales, b, b_scales, d, layout)
             a_scales = copy_to_mn_major(a_scales)
         addresses = (raw_stream(self._device), *_addresses(a, a_scales, b, b_scales, d, layout))
-        run = self._bound.get(addresses)
+        packed = None if steps is None else pack(steps)
+        run = self._bound.get((*addresses, packed))
         if run is None:
             if not self._copies_scales:
                 _check_addresses(self._operands, a, a_scales, b, b_scales, d, layout)
             arguments = self._geometry.bind(*addresses[1:])
-            run = self._bound.put(addresses, self._geometry.launch.prepare(arguments, addresses[0]))
+            if steps is not None and packed is not None:
+                check_apart(steps, d, {"a": a, "a_scales": a_scales, "b": b, "b_scales": b_scales, "layout": layout})
+                ctypes.memmove(arguments.address + STEPS_OFFSET, packed, len(packed))
+            run = self._bound.put((*addresses, packed), self._geometry.launch.prepare(arguments, addresses[0]))
         if self._zero_padding:
-            d.zero_()
+            (d.view(torch.uint8) if d.element_size() == 1 else d).zero_()
         status = run()
         if status:
             self._geometry.launch.retry(run, status)
@@ -489,17 +548,33 @@ class _ReferencePlan:
         self._operands, self._zero_padding = operands, zero_padding
 
     def __call__(
-        self, a: Tensor, a_scales: Tensor | None, b: Tensor, b_scales: Tensor | None, d: Tensor, layout: Tensor
+        self,
+        a: Tensor,
+        a_scales: Tensor | None,
+        b: Tensor,
+        b_scales: Tensor | None,
+        d: Tensor,
+        layout: Tensor,
+        steps: Steps | None,
     ) -> None:
         from jitgemm.reference import grouped as reference
+        from jitgemm.reference.epilogue import PLAIN, Output
 
         _check_overlap(self._operands, a, a_scales, b, b_scales, d, layout)
         problem = self._operands.problem
+        epilogue = PLAIN
+        output: Output = d
+        if steps is not None:
+            check_apart(steps, d, {"a": a, "a_scales": a_scales, "b": b, "b_scales": b_scales, "layout": layout})
+            epilogue, output = steps.reference(), d if steps.d_scales is None else (d, steps.d_scales)
         if problem.kind == "masked":
-            reference.m_grouped_masked(a, b, d, layout, a_scales=a_scales, b_scales=b_scales, recipe=problem.recipe)
+            reference.m_grouped_masked(
+                a, b, output, layout, a_scales=a_scales, b_scales=b_scales, recipe=problem.recipe, epilogue=epilogue
+            )
         else:
             reference.m_grouped_contiguous(
-                *(a, b, d, layout),
+                *(a, b, output, layout),
+                epilogue=epilogue,
                 a_scales=a_scales,
                 b_scales=b_scales,
                 recipe=problem.recipe,
@@ -634,3 +709,33 @@ torch.library.define(
 )
 torch.library.impl("jitgemm::m_grouped_gemm", ("cpu", "cuda"), _grouped_operator)
 torch.library.register_fake("jitgemm::m_grouped_gemm", _grouped_fake)
+
+
+def _grouped_with_epilogue_operator(
+    a: Tensor,
+    a_scales: Tensor | None,
+    b: Tensor,
+    b_scales: Tensor | None,
+    d: Tensor,
+    layout: Tensor,
+    kind: str,
+    expected_m: int | None,
+    zero_padding: bool,
+    *steps: Any,
+) -> None:
+    _run(a, a_scales, b, b_scales, d, layout, kind, expected_m, zero_padding, Steps(*steps))
+
+
+def _grouped_with_epilogue_fake(*arguments: Any) -> None:
+    _grouped_fake(*arguments[:9])
+
+
+torch.library.define(
+    "jitgemm::m_grouped_gemm_with_epilogue",
+    "(Tensor a, Tensor? a_scales, Tensor b, Tensor? b_scales, Tensor(d!) d, Tensor layout, str kind, int? expected_m,"
+    " bool zero_padding, Tensor? alpha, float alpha_value, Tensor? bias, bool swiglu, float? limit,"
+    " Tensor? row_weights, Tensor(e!)? d_scales) -> ()",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+torch.library.impl("jitgemm::m_grouped_gemm_with_epilogue", ("cpu", "cuda"), _grouped_with_epilogue_operator)
+torch.library.register_fake("jitgemm::m_grouped_gemm_with_epilogue", _grouped_with_epilogue_fake)
