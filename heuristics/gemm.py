@@ -311,10 +311,12 @@ def illegal_epilogue(shape: KernelShape) -> str | None:
     whole = shape.d_scale_columns * gated
     if whole and config.tile_n % whole and (whole % config.tile_n or config.cluster_n != shape.scale_parts):
         return f"tile_n times cluster_n must make up the {whole} columns of a scale of d"
-    if shape.problem.promotes and shape.waves > 1 and shape.accumulator_registers > 160:
+    if shape.problem.promotes and shape.chain == 1 and shape.accumulator_registers > 160:
         return "sums take more than 160 registers a thread beside SwiGLU or quantization"
     if shape.problem.promotes and shape.math_warpgroups == 3 and shape.accumulator_registers > 112:
         return "sums take more than 112 registers a thread beside SwiGLU or quantization"
+    if shape.quantizes and gated == 1 and not config.swap_ab and config.tile_n > 192:
+        return "tile_n must be at most 192 where d is quantized without SwiGLU"
     if shape.store_row_bytes < 16 or config.tile_n // gated * shape.d_bytes < 16:
         return "rows of d in a tile must have 16 bytes or more"
     return None
