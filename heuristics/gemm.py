@@ -28,7 +28,7 @@ from jitgemm.device import SM90A, Architecture, Device
 from jitgemm.errors import ConfigError
 from jitgemm.families.base import KernelSpec
 from jitgemm.families.gemm import (
-    D_DTYPES,
+    D_BYTES,
     FAMILY,
     FEW_BOUNDARIES_STEP,
     GATE_UP_RUN,
@@ -553,7 +553,7 @@ def _terms(
 
     clock, full_clock = device.clock_hz / 1e6, device.clock_hz_memory_bound / 1e6  # cycles per us
     tensor_bound, throttled_cycles = sm90a.TENSOR_BOUND, sm90a.THROTTLED_CYCLES
-    bytes_of_a_row, bytes_of_b, bytes_of_d_row = k * size, n * k * size, n // problem.gated * D_DTYPES[problem.d_dtype]
+    bytes_of_a_row, bytes_of_b, bytes_of_d_row = k * size, n * k * size, n // problem.gated * D_BYTES[problem.d_dtype]
     shared = sm90a.HBM_SHARED
     hbm_rate, hbm_of_sm = device.hbm_bytes_per_s * sm90a.HBM_UTILIZATION / 1e6, sm90a.HBM_BYTES_PER_US_AND_SM
     repeated = sm90a.EPILOGUE_REPEATED

@@ -82,8 +82,8 @@ BF16_MENU = """
     128x256 s4 *1.06, 192x160 s4 *1.07, 192x192 s4 *1.05
 """
 
-# More tiles for SwiGLU and for a quantized D, whose scales cover 128 columns: of few tokens with as many columns as a scale has,
-# in one CTA or two. (Chosen by hand.)
+# More tiles for SwiGLU and for a quantized D, whose scales cover 128 columns: of few tokens with as many columns as a
+# scale has, in one CTA or two. (Chosen by hand.)
 EPILOGUE_MENU = """
     8x128 s12 swap, 16x128 s11 swap, 24x128 s10 swap, 32x128 s10 swap, 48x128 s9 swap, 64x128 s8 swap,
     8x256 s6 swap, 16x256 s6 swap, 24x256 s6 swap, 32x256 s5 swap, 48x256 s5 swap, 64x256 s5 swap,

@@ -70,8 +70,9 @@ RECIPES: dict[str, Recipe] = {
     )
 }
 LAYOUTS = ("nt", "nn", "tn", "tt")
-D_DTYPES = {"bf16": 2, "fp32": 4, "e4m3": 1, "e4m3_ue8m0": 1}  # bytes
-D_SCALE_COLUMNS = {"e4m3": 128, "e4m3_ue8m0": 32}  # of a quantized D that share a scale
+D_DTYPES = {"bf16": 2, "fp32": 4}  # bytes
+D_SCALE_COLUMNS = {"e4m3": 128, "e4m3_ue8m0": 32}  # of a quantized D, which epilogues make, that share a scale
+D_BYTES = {**D_DTYPES, **dict.fromkeys(D_SCALE_COLUMNS, 1)}
 EPILOGUES = ("linear", "swiglu")
 
 
@@ -89,8 +90,8 @@ class GemmProblem:
         d_dtype: ``bf16`` or ``fp32``; with an epilogue also ``e4m3`` (an fp32 scale for 128 columns) and ``e4m3_ue8m0``
             (packed, one for 32 columns).
         fast_accum: leave FP8 partial sums in the tensor cores' accumulator (row-wise and tensor-wise only).
-        epilogue: what follows the product: ``linear`` (alpha, bias, weights of rows, any of them), or ``swiglu`` as well,
-            which makes one column of D of two of the product; None: nothing.
+        epilogue: what follows the product: ``linear`` (alpha, bias, weights of rows, any of them), or ``swiglu`` as
+            well, which makes one column of D of two of the product; None: nothing.
 
     Raises:
         ProblemError: a field is not of these.
@@ -116,13 +117,12 @@ class GemmProblem:
                 raise ProblemError(f"{name} is {value!r}; accepted is an integer from {low} to 2**31 - 1")
         if self.layout not in LAYOUTS:
             raise ProblemError(f"layout is {self.layout!r}; accepted are {', '.join(LAYOUTS)}")
-        if self.d_dtype not in D_DTYPES:
-            raise ProblemError(f"d_dtype is {self.d_dtype!r}; accepted are {', '.join(D_DTYPES)}")
+        if self.d_dtype not in (D_DTYPES if self.epilogue is None else D_BYTES):
+            accepted = ", ".join(D_DTYPES) + (" and, with an epilogue, " if self.epilogue is None else ", ")
+            raise ProblemError(f"d_dtype is {self.d_dtype!r}; accepted are {accepted}{', '.join(D_SCALE_COLUMNS)}")
         recipe = RECIPES[self.recipe]
         if self.epilogue is not None and self.epilogue not in EPILOGUES:
             raise ProblemError(f"epilogue is {self.epilogue!r}; accepted are {', '.join(EPILOGUES)} and None")
-        if self.quantizes and self.epilogue is None:
-            raise ProblemError(f"d_dtype is {self.d_dtype!r}; accepted with an epilogue only")
         runs = 2 * SCALE_GROUP if recipe.b_scales == "block_k" else 2 * GATE_UP_RUN
         if self.epilogue == "swiglu" and self.n % runs:
             why = "; else weights of gate and up have scales of single rows" if runs > 2 * GATE_UP_RUN else ""
@@ -368,7 +368,7 @@ class KernelShape:
     @functools.cached_property
     def d_bytes(self) -> int:
         """Bytes of one element of D."""
-        return D_DTYPES[self.problem.d_dtype]
+        return D_BYTES[self.problem.d_dtype]
 
     @functools.cached_property
     def store_columns(self) -> int:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from jitgemm.driver import Arguments, Launch, ensure_context, replace_tensor_map_address_function
 from jitgemm.errors import DriverError
-from jitgemm.families.gemm import D_DTYPES, ROWS_STORED, SCALE_GROUP, GemmConfig, GemmProblem, KernelShape, kernel_shape
+from jitgemm.families.gemm import D_BYTES, ROWS_STORED, SCALE_GROUP, GemmConfig, GemmProblem, KernelShape, kernel_shape
 from jitgemm.kernel import Kernel
 from jitgemm.tensor_map import ALIGNMENT, BYTES, OperandMap
 
@@ -240,7 +240,7 @@ def _scales(granularity: str, length: int, k_blocks: int, strides: ScaleStrides,
 
 def d_map_type(d_dtype: str) -> str:
     """The type of elements of D, as tensor maps name it."""
-    return "uint8" if D_DTYPES[d_dtype] == 1 else d_dtype
+    return "uint8" if D_BYTES[d_dtype] == 1 else d_dtype
 
 
 def _rows_aligned(shape: KernelShape, d: Matrix) -> bool:

@@ -19,25 +19,25 @@ _D_DTYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 _SCALE_DTYPES = {torch.float32: "e4m3", torch.int32: "e4m3_ue8m0"}
 _COLUMNS_OF_SCALES = 128  # of a quantized D to an element of its scales
 
-# The template's `EpilogueSteps`: alpha, bias, row_weights, scales, two strides of scales, strides of the others, bias_is_bf16,
-# alpha_value, limit.
+# The template's `EpilogueSteps`: pointers to alpha, bias, row_weights and scales, two strides of scales, strides of the
+# others, bias_is_bf16, alpha_value, limit.
 STEPS = struct.Struct("<QQQQ qq iii i ff")
 
 
 @dataclass(frozen=True, eq=False)
 class Epilogue:
-    """What becomes of ``a @ b.T``, in this order: times ``alpha``, plus c, plus ``bias``, SwiGLU, times ``row_weights``.
+    """What becomes of ``a @ b.T``, in this order: ``alpha *``, ``+ c``, ``+ bias``, SwiGLU, ``row_weights *``.
 
     Rounding to d's type, or quantization where d is a pair of e4m3 values and scales, comes last and once: see
     ``empty_quantized``.
 
     Args:
-        alpha: a number, or an fp32 tensor of one element that the kernel reads on the device; in grouped functions also
-            ``[groups]``.
-        bias: bf16 or fp32 ``[n]``; in grouped functions also ``[groups, n]``. Of b's rows, so with SwiGLU interleaved as
-            they are.
-        swiglu: ``silu(gate) * up``, where b's rows are gate's and up's as ``interleave_gate_up`` orders them: d has half
-            as many columns. With 128 x 128 scales n must be a multiple of 256.
+        alpha: a number, or an fp32 tensor of one element that the kernel reads on the device; in grouped functions
+            also ``[groups]``.
+        bias: bf16 or fp32 ``[n]``; in grouped functions also ``[groups, n]``. Of b's rows, so with SwiGLU interleaved
+            as they are.
+        swiglu: ``silu(gate) * up``, where b's rows are gate's and up's as ``interleave_gate_up`` orders them: d has
+            half as many columns. With 128 x 128 scales n must be a multiple of 256.
         limit: of SwiGLU: gate is clamped to at most this, up to plus and minus it.
         row_weights: fp32, one for each row of d: ``[m]``, or ``[groups, max_m]`` of a masked GEMM.
     """
