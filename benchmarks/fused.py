@@ -1,7 +1,8 @@
-"""Gate and up, SwiGLU and quantization of experts: in one kernel of ours, or DeepGEMM's GEMM followed by a kernel of its own.
+"""Gate and up, SwiGLU and quantization of experts: one kernel of ours, or DeepGEMM's GEMM and a separate kernel.
 
-The second kernel is this module's: what reads the GEMM's BF16 once and writes FP8 and scales once, 16 bytes a load. Half a
-warp makes one group of 128 columns; rows of no group are skipped. ``benchmarks.grouped --cases fused`` races the two.
+The separate kernel is this module's: it reads the GEMM's BF16 once, 16 bytes a load, and writes FP8 and scales once.
+Half a warp makes one group of 128 columns; rows of no group are skipped. ``benchmarks.grouped --cases fused`` races
+the two.
 """
 
 from __future__ import annotations

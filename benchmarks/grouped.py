@@ -5,9 +5,10 @@
 
 m is rows per group, all of them the same. Masked: A has room for twice as many, at least 64. Contiguous and psum:
 groups start at multiples of 128. Both multiply the same tensors, with A's scales MN-major; results are compared with
-the reference first, ours into an output of NaN. The floor is max(4.8 us + bytes of all weights / 4.3 TB/s,
-3.6 us + FLOP / 1700 TFLOP/s), 900 for BF16. Case fused: masked, FP8, n columns of gate and up, SwiGLU and quantization
-in the same kernel; the peer's GEMM is followed by the kernel of ``benchmarks.fused``. Exit codes: 0 done, 1 something of ours is missing or wrong, 3 no GPU.
+the reference first, ours into an output of NaN. Fused: masked FP8, n columns of gate and up, with SwiGLU and
+quantization in the same kernel; the peer's GEMM is followed by the kernel of ``benchmarks.fused``. The floor is
+max(4.8 us + bytes of all weights / 4.3 TB/s, 3.6 us + FLOP / 1700 TFLOP/s), 900 for BF16. Exit codes: 0 done,
+1 something of ours is missing or wrong, 3 no GPU.
 """
 
 from __future__ import annotations

@@ -437,6 +437,8 @@ def _traits(problem: GemmProblem, config: GemmConfig) -> _Traits:
     if shape.quantizes:
         steps += sm90a.QUANTIZATION_COLUMN_CYCLES * columns * waves
         steps += sm90a.EXCHANGE_CYCLES if shape.exchange_bytes else 0.0
+        if config.swap_ab:  # every warp reads what all warps found of each token
+            steps += sm90a.EXCHANGE_READ_CYCLES * columns / 8 * shape.scale_parts * (4 * shape.math_warpgroups) ** 2
     store = sm90a.EPILOGUE_BOX_CYCLES * (boxes - 1) + sm90a.EPILOGUE_NARROW_CYCLES * (shape.store_row_bytes == 16)
     reduction, per_part, per_column = sm90a.REDUCTION_US
     reduction += per_part * (config.split_k - 2) + per_column * columns * all_waves

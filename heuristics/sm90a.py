@@ -44,6 +44,7 @@ EPILOGUE_NARROW_CYCLES = 490.0  # ... which are slow where they have 16
 EPILOGUE_STEP_CYCLES = {None: 0.0, "linear": 2.0, "swiglu": 10.0}  # per MMA column of a 64-row wave (estimated) ...
 QUANTIZATION_COLUMN_CYCLES = 4.0  # ... and more where D is quantized (estimated) ...
 EXCHANGE_CYCLES = 1000.0  # ... and warps or CTAs exchange magnitudes (estimated)
+EXCHANGE_READ_CYCLES = 2.0  # ... of which a warp reads those of 8 tokens from another at a time
 EPILOGUE_REPEATED = 0.252  # of a tile after the first, whose loads began meanwhile
 
 # -- Memory and clocks.

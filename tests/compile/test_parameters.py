@@ -12,6 +12,7 @@ from jitgemm.device import SM90A
 from jitgemm.errors import CompileError
 from jitgemm.families import KernelSpec, gemm_launch, grouped, grouped_launch, transpose_scales
 from jitgemm.families.gemm import FAMILY, GemmConfig, GemmProblem
+from jitgemm.ops import epilogue
 from jitgemm.render import render
 from jitgemm.tensor_map import BYTES
 
@@ -45,6 +46,12 @@ GROUPED_TAIL: Fields = {
     "layout.step": "i4x",
     **dict.fromkeys(("n", "k_blocks"), "i"),
     "d_aligned": "i4x",
+}
+STEPS: Fields = {
+    **dict.fromkeys(("alpha", "bias", "row_weights", "scales"), "Q"),
+    **dict.fromkeys(("scales_stride", "scales_plane_stride"), "q"),
+    **dict.fromkeys(("alpha_group_stride", "bias_group_stride", "weights_plane_stride", "bias_is_bf16"), "i"),
+    **dict.fromkeys(("alpha_value", "limit"), "f"),
 }
 TRANSPOSE: Fields = {
     "input": "Q",
@@ -83,6 +90,20 @@ def test_grouped_gemm() -> None:
     spec = grouped.FAMILY.spec(problem, GemmConfig.from_text("64x8x64 s2"), SM90A.name)
     fields = {**dict.fromkeys(grouped_launch.MAPS, f"{BYTES}s"), **GROUPED_TAIL}
     compile_with_asserts(spec, fields, grouped_launch.PARAMS_BYTES)
+
+
+def test_epilogues() -> None:
+    assert epilogue.STEPS.format.replace(" ", "") == "<" + "".join(STEPS.values())
+    steps = {f"steps.{name}": code for name, code in STEPS.items()}
+    config = GemmConfig.from_text("64x32x64 s2")
+    spec = FAMILY.spec(GemmProblem(64, 64, "bf16", epilogue="linear"), config, SM90A.name)
+    assert struct.calcsize("<" + "".join({**MAPS, **TAIL}.values())) == gemm_launch.STEPS_OFFSET
+    compile_with_asserts(spec, {**MAPS, **TAIL, **steps}, gemm_launch.PARAMS_BYTES)
+    problem = grouped.GroupedProblem(64, 64, "bf16", 2, "masked", epilogue="linear")
+    spec = grouped.FAMILY.spec(problem, config, SM90A.name)
+    fields = {**dict.fromkeys(grouped_launch.MAPS, f"{BYTES}s"), **GROUPED_TAIL}
+    assert struct.calcsize("<" + "".join(fields.values())) == grouped_launch.STEPS_OFFSET
+    compile_with_asserts(spec, {**fields, **steps}, grouped_launch.PARAMS_BYTES)
 
 
 def test_transpose_scales() -> None:
