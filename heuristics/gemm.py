@@ -311,7 +311,8 @@ def illegal_epilogue(shape: KernelShape) -> str | None:
     whole = shape.d_scale_columns * gated
     if whole and config.tile_n % whole and (whole % config.tile_n or config.cluster_n != shape.scale_parts):
         return f"tile_n times cluster_n must make up the {whole} columns of a scale of d"
-    if shape.problem.promotes and shape.chain == 1 and shape.accumulator_registers > 160:
+    alone = shape.chain == 1 or shape.n_side_scales == "row_k"
+    if shape.problem.promotes and alone and shape.accumulator_registers > 160:
         return "sums take more than 160 registers a thread beside SwiGLU or quantization"
     if shape.problem.promotes and shape.math_warpgroups == 3 and shape.accumulator_registers > 112:
         return "sums take more than 112 registers a thread beside SwiGLU or quantization"
