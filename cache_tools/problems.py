@@ -27,12 +27,14 @@ class NamedProblem:
         """The problem, for what knows dense ones only.
 
         Raises:
-            ProblemError: it is a grouped one.
+            ProblemError: it is a grouped one, or has an epilogue.
         """
         from jitgemm.families.gemm import GemmProblem
 
         if not isinstance(self.problem, GemmProblem):
             raise ProblemError(f"{self.problem.to_dict()['kind']} problems are not tuned; accepted is gemm")
+        if self.problem.epilogue is not None:
+            raise ProblemError(f"problems with an epilogue ({self.problem.epilogue}) are not tuned")
         return self.problem
 
 
