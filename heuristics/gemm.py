@@ -300,6 +300,12 @@ def _illegal_kernel(problem: GemmProblem, config: GemmConfig, arch: Architecture
 def illegal_epilogue(shape: KernelShape) -> str | None:
     """Why a tile can't have the epilogue of its problem, or None."""
     config, gated = shape.config, shape.problem.gated
+    if shape.problem.epilogue is None:
+        return None
+    alone = shape.chain == 1 or shape.n_side_scales == "row_k"
+    tight = shape.narrows or shape.m_side_scales in ("row", "tensor")
+    if shape.problem.promotes and alone and tight and shape.accumulator_registers > 160:
+        return "sums take more than 160 registers a thread beside an epilogue"
     if not shape.narrows:
         return None
     if config.split_k > 1:
@@ -311,9 +317,6 @@ def illegal_epilogue(shape: KernelShape) -> str | None:
     whole = shape.d_scale_columns * gated
     if whole and config.tile_n % whole and (whole % config.tile_n or config.cluster_n != shape.scale_parts):
         return f"tile_n times cluster_n must make up the {whole} columns of a scale of d"
-    alone = shape.chain == 1 or shape.n_side_scales == "row_k"
-    if shape.problem.promotes and alone and shape.accumulator_registers > 160:
-        return "sums take more than 160 registers a thread beside SwiGLU or quantization"
     if shape.problem.promotes and shape.math_warpgroups == 3 and shape.accumulator_registers > 112:
         return "sums take more than 112 registers a thread beside SwiGLU or quantization"
     if shape.quantizes and gated == 1 and not config.swap_ab and config.tile_n > 192:
