@@ -1,4 +1,4 @@
-// Threads of a kernel's epilogue on the CPU: what the device gives them, then (@CODE@) the header, then what runs it.
+// Threads of an epilogue on the CPU: what the device gives them, then the header itself, then what runs it.
 #include <pthread.h>
 #include <cmath>
 #include <cstdint>
