@@ -1,4 +1,4 @@
-"""Grouped GEMMs raced against DeepGEMM: masked, contiguous and psum layouts, groups along K, and einsum. ::
+"""Grouped GEMMs raced against DeepGEMM: masked, contiguous and psum layouts, fused, groups along K, and einsum. ::
 
     python -m benchmarks.grouped --warm-peer --out grouped.csv
     python -m benchmarks.grouped --cases masked --groups 8 --m 20 192 --layers 4096,7168
@@ -6,14 +6,16 @@
 
 m is rows per group, all of them the same. Masked: A has room for twice as many, at least 64. Contiguous and psum:
 groups start at multiples of 128. Both multiply the same tensors, with A's scales MN-major; results are compared with
-the reference first, ours into an output of NaN. The floor is max(4.8 us + bytes of all weights / 4.3 TB/s,
-3.6 us + FLOP / 1700 TFLOP/s), 900 for BF16. Groups along K and einsum: see ``benchmarks.batched``.
-Exit codes: 0 done, 1 something of ours is missing or wrong, 3 no GPU.
+the reference first, ours into an output of NaN. Fused: masked FP8, n columns of gate and up, with SwiGLU and
+quantization in the same kernel; the peer's GEMM is followed by the kernel of ``benchmarks.fused``. The floor is
+max(4.8 us + bytes of all weights / 4.3 TB/s, 3.6 us + FLOP / 1700 TFLOP/s), 900 for BF16. Groups along K and einsum:
+see ``benchmarks.batched``. Exit codes: 0 done, 1 something of ours is missing or wrong, 3 no GPU.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +25,7 @@ import torch
 from torch import Tensor
 
 import jitgemm
-from benchmarks import batched, harness
+from benchmarks import batched, fused, harness
 from benchmarks.dense import provenance
 from benchmarks.harness import EMPTY, Call, CsvLog, CudaTimer, Timer, race, say
 from benchmarks.operands import poisoned, random_matrix
@@ -38,15 +40,17 @@ from jitgemm.reference.gemm import Errors, error_measures, tolerance
 from jitgemm.reference.quantize import align
 
 NAMES = {"fp8": "fp8_1x128_128x128", "bf16": "bf16"}
-CASES = ("masked", "contiguous", "psum")
+CASES = ("masked", "contiguous", "psum", "fused")
 ALL_CASES = (*CASES, *batched.CASES)
 LAYERS = ((4096, 7168), (7168, 2048), (4096, 4096), (4096, 2048), (6144, 7168), (7168, 3072))
 MS = {
     "masked": (1, 4, 8, 16, 20, 64, 96, 128, 192, 320, 1024),
     "contiguous": (128, 256, 1024, 4096),
     "psum": (128, 256, 1024, 4096),
+    "fused": (1, 8, 16, 64, 128, 1024, 4096),
 }
-GROUPS = {"masked": (4, 8, 32), "contiguous": (4, 8), "psum": (4, 8)}
+GROUPS = {"masked": (4, 8, 32), "contiguous": (4, 8), "psum": (4, 8), "fused": (8, 32)}
+FUSED_LAYERS = ((4096, 7168), (4096, 4096), (3072, 2048))  # gate and up together
 CLASSES = ((1, 64), (65, 320), (321, 2**31))  # of masked m, as the targets are set
 COLUMNS = (
     *("case", "m", "n", "k", "groups", "recipe", "ours_us", "best_peer_us", "best_peer", "ratio", "floor_us"),
@@ -76,7 +80,12 @@ class Shape:
     @property
     def problem(self) -> GroupedProblem:
         """The problem that ours is asked."""
-        return GroupedProblem(self.n, self.k, NAMES[self.recipe], self.groups, self.case, self.m)
+        recipe = NAMES[self.recipe]
+        if self.case == "fused":
+            return GroupedProblem(
+                *(self.n, self.k, recipe, self.groups, "masked", self.m), d_dtype="e4m3", epilogue="swiglu"
+            )
+        return GroupedProblem(self.n, self.k, recipe, self.groups, self.case, self.m)
 
     @property
     def size(self) -> int:
@@ -179,6 +188,71 @@ class Inputs:
         return slice(first, first + m)
 
 
+class FusedInputs:
+    """Operands of one shape of case ``fused``."""
+
+    def __init__(self, shape: Shape, seed: int = 0, device: str = "cuda") -> None:
+        self.shape = shape
+        self._masked = Inputs(dataclasses.replace(shape, case="masked"), seed, device)
+        assert self._masked.b_scales is not None
+        self._layer = fused.Layer(self._masked.b, self._masked.b_scales)
+
+    def output(self) -> tuple[Tensor, Tensor]:
+        """A result that is still to be computed."""
+        values, scales = jitgemm.empty_quantized((*self._masked.rows, self.shape.n // 2), device=self._masked.a.device)
+        values.view(torch.uint8).fill_(0x7F)
+        return values, scales.fill_(torch.nan)
+
+    def call_of(self, library: Any, d: tuple[Tensor, Tensor]) -> Call:
+        """One kernel of ours, or two."""
+        inputs, m = self._masked, self.shape.m
+        a, layout = (inputs.a, inputs.a_scales), inputs.layout
+        run = library.m_grouped_fp8_gemm_nt_masked
+        if library is jitgemm:
+            b, epilogue = self._layer.interleaved, jitgemm.Epilogue(swiglu=True)
+            return lambda: run(a, b, d, layout, m, epilogue=epilogue)
+        between = inputs.output()
+        b, second = self._layer.stacked, fused.SwigluQuantize(between, d, layout, m)
+
+        def both() -> None:
+            run(a, b, between, layout, m)
+            second()
+
+        return both
+
+    def check(self, name: str, d: tuple[Tensor, Tensor]) -> None:
+        """Compare the first and the last group with the reference.
+
+        Raises:
+            ArithmeticError: they are wrong.
+        """
+        inputs, shape = self._masked, self.shape
+        for group in (0, shape.groups - 1):
+            product = torch.empty((1, shape.m, shape.n), dtype=torch.float32, device=inputs.a.device)
+            assert inputs.a_scales is not None
+            assert inputs.b_scales is not None
+            reference.m_grouped_masked(
+                inputs.a[group : group + 1, : shape.m],
+                inputs.b[group : group + 1],
+                product,
+                torch.tensor([shape.m], dtype=torch.int32, device=product.device),
+                a_scales=inputs.a_scales[group : group + 1, : shape.m],
+                b_scales=inputs.b_scales[group : group + 1],
+                recipe=NAMES[shape.recipe],
+            )
+            fused.check(d, product[0], group, shape.m)
+
+
+AnyInputs = Inputs | FusedInputs | batched.Inputs
+
+
+def inputs_of(shape: Shape | batched.Shape, seed: int = 0) -> AnyInputs:
+    """The operands of a shape."""
+    if isinstance(shape, batched.Shape):
+        return batched.Inputs(shape, seed)
+    return FusedInputs(shape, seed) if shape.case == "fused" else Inputs(shape, seed)
+
+
 def _library(name: str) -> Any:
     if name == OURS:
         return jitgemm
@@ -189,13 +263,13 @@ def _library(name: str) -> Any:
     return deep_gemm
 
 
-def check(inputs: Inputs | batched.Inputs, name: str, d: Tensor) -> None:
+def check(inputs: AnyInputs, name: str, d: Any) -> None:
     """Compare a result with the reference.
 
     Raises:
         ArithmeticError: it is wrong.
     """
-    if isinstance(inputs, Inputs):
+    if not isinstance(inputs, batched.Inputs):
         inputs.check(name, d)
         return
     found, expected = inputs.found(d), inputs.expected()
@@ -206,11 +280,6 @@ def check(inputs: Inputs | batched.Inputs, name: str, d: Tensor) -> None:
         raise ArithmeticError(f"wrong result: cosine {errors.cosine:.3g}, Frobenius {errors.frobenius:.3g}")
 
 
-def make_inputs(shape: Shape | batched.Shape, seed: int = 0) -> Inputs | batched.Inputs:
-    """Operands of one shape."""
-    return batched.Inputs(shape, seed) if isinstance(shape, batched.Shape) else Inputs(shape, seed)
-
-
 def config_of(shape: Shape | batched.Shape, preset: str) -> str:
     """What ours chooses."""
     if isinstance(shape, batched.Shape):
@@ -218,14 +287,14 @@ def config_of(shape: Shape | batched.Shape, preset: str) -> str:
     return str(heuristics.choose_config(shape.problem, PRESETS[preset]))
 
 
-def run_shape(inputs: Inputs | batched.Inputs, preset: str, samples: int | None, timer: Timer) -> dict[str, Any]:
+def run_shape(inputs: AnyInputs, preset: str, samples: int | None, timer: Timer) -> dict[str, Any]:
     """Race one shape; a row of the CSV but for ``measured``."""
     contenders: dict[str, Call] = {}
     errors: dict[str, str] = {}
     of_torch = (TORCH,) if inputs.shape.case == "einsum" and inputs.shape.recipe == "bf16" else ()
     for name in (OURS, PEER, *of_torch):
         try:
-            d = inputs.output()
+            d: Any = inputs.output()
             call = inputs.call_of(_library(name), d)
             call()
             check(inputs, name, d)
@@ -274,7 +343,7 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> str:
         name = f"{row['case']} {row['recipe']}"
         if row["case"] == "einsum":
             name += ", m up to 128" if row["m"] <= 128 else ", m above 128"
-        if row["case"] == "masked":
+        if row["case"] in ("masked", "fused"):
             low, high = next(bounds for bounds in CLASSES if row["m"] <= bounds[1])
             name += f", m {low} to {high}" if high < 2**31 else f", m from {low}"
         classes.setdefault(name, []).append(row)
@@ -302,12 +371,12 @@ def shapes_of(options: argparse.Namespace) -> list[Shape | batched.Shape]:
     """What the options ask for, less what does not fit into memory."""
     found: list[Shape | batched.Shape] = []
     for case in options.cases:
-        for recipe in options.recipes:
+        for recipe in options.recipes if case != "fused" else ("fp8",):
             if case in batched.CASES:
                 found += batched.shapes_of(case, recipe, options.groups, options.m)
                 continue
             for groups in options.groups or GROUPS[case]:
-                for n, k in options.layers:
+                for n, k in options.layers or (FUSED_LAYERS if case == "fused" else LAYERS):
                     for m in options.m or MS[case]:
                         shape = Shape(case, recipe, m, n, k, groups)
                         if groups * (n * k + 2 * m * (n + k)) * shape.size * 3 < _MAX_BYTES:
@@ -342,7 +411,7 @@ def warm_peer(shapes: Sequence[Shape | batched.Shape], workers: int) -> None:
 
 def _call_peer(shape: Shape | batched.Shape) -> str | None:
     try:
-        inputs = make_inputs(shape)
+        inputs: Any = inputs_of(shape)
         inputs.call_of(_library(PEER), inputs.output())()
         torch.cuda.synchronize()
     except Exception as error:
@@ -357,7 +426,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--recipes", nargs="+", choices=list(NAMES), default=["fp8"])
     parser.add_argument("--groups", nargs="+", type=harness.positive, help="numbers of groups (default: the case's)")
     parser.add_argument("--m", nargs="+", type=harness.positive, help="rows per group (default: the case's)")
-    parser.add_argument("--layers", nargs="+", type=harness.layer, default=list(LAYERS), metavar="N,K")
+    parser.add_argument("--layers", nargs="+", type=harness.layer, metavar="N,K", help="(default: the case's)")
     parser.add_argument("--samples", type=harness.positive, help="timed calls each (default 30; 100 below 20 us)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="CSV file to write")
@@ -384,7 +453,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with CsvLog(options.out, COLUMNS) as log:
         for index, shape in enumerate(shapes):
             try:
-                row = run_shape(make_inputs(shape, options.seed + index), preset, options.samples, timer)
+                row = run_shape(inputs_of(shape, options.seed + index), preset, options.samples, timer)
             except RuntimeError as error:
                 say(f"stopped at {shape}: {harness.error_text(error)}")
                 break

@@ -28,12 +28,14 @@ class NamedProblem:
         """The problem, for what knows dense ones only.
 
         Raises:
-            ProblemError: it is another.
+            ProblemError: it is another, or has an epilogue.
         """
         from jitgemm.families.gemm import GemmProblem
 
         if not isinstance(self.problem, GemmProblem):
             raise ProblemError(f"a problem is {self.problem.to_dict()['kind']}; accepted is gemm")
+        if self.problem.epilogue is not None:
+            raise ProblemError(f"a problem has the epilogue {self.problem.epilogue}; accepted is none")
         return self.problem
 
     @property
@@ -41,7 +43,7 @@ class NamedProblem:
         """Whether there is ``dense``."""
         from jitgemm.families.gemm import GemmProblem
 
-        return isinstance(self.problem, GemmProblem)
+        return isinstance(self.problem, GemmProblem) and self.problem.epilogue is None
 
 
 def from_shapes_file(path: Path) -> list[NamedProblem]:

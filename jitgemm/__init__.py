@@ -35,6 +35,8 @@ _PUBLIC = {
     "cublaslt_gemm_tt": "jitgemm.ops.cublas",
     "deinterleave_gate_up": "jitgemm.ops.layout",
     "einsum": "jitgemm.ops.batched",
+    "empty_quantized": "jitgemm.ops.epilogue",
+    "Epilogue": "jitgemm.ops.epilogue",
     "fp8_einsum": "jitgemm.ops.batched",
     "fp8_fp4_gemm_nn": "jitgemm.ops.gemm",
     "fp8_fp4_gemm_nt": "jitgemm.ops.gemm",

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from jitgemm.driver import Arguments, Launch, ensure_context, replace_tensor_map_address_function
 from jitgemm.errors import DriverError
-from jitgemm.families.gemm import ROWS_STORED, SCALE_GROUP, GemmConfig, GemmProblem, KernelShape, kernel_shape
+from jitgemm.families.gemm import D_BYTES, ROWS_STORED, SCALE_GROUP, GemmConfig, GemmProblem, KernelShape, kernel_shape
 from jitgemm.kernel import Kernel
 from jitgemm.tensor_map import ALIGNMENT, BYTES, OperandMap
 
@@ -17,6 +17,8 @@ from jitgemm.tensor_map import ALIGNMENT, BYTES, OperandMap
 _MAPS = ("rows", "rows_cut", "columns", "columns_cut", "row_scales", "column_scales", "d")
 _TAIL = struct.Struct("<Qq Qq Qiiii Qiiii iiii IIIIII iii i")
 _TAIL_OFFSET = len(_MAPS) * BYTES
+STEPS_OFFSET = _TAIL_OFFSET + _TAIL.size
+"""Where the parameters of a kernel with an epilogue go on with its ``EpilogueSteps``."""
 _D, _C, _ROW_SCALES, _COLUMN_SCALES = (_TAIL_OFFSET // 8 + word for word in (0, 2, 4, 7))  # words of these pointers
 PARAMS_BYTES = -(-(_TAIL_OFFSET + _TAIL.size) // BYTES) * BYTES
 
@@ -236,6 +238,11 @@ def _scales(granularity: str, length: int, k_blocks: int, strides: ScaleStrides,
     return OperandMap("fp32", length, k_blocks, strides.k, tile_rows, 1, 16)
 
 
+def d_map_type(d_dtype: str) -> str:
+    """The type of elements of D, as tensor maps name it."""
+    return "uint8" if D_BYTES[d_dtype] == 1 else d_dtype
+
+
 def _rows_aligned(shape: KernelShape, d: Matrix) -> bool:
     """Whether D's rows start and end on multiples of 16 bytes, if D does."""
     # A store by TMA clips the last columns in such steps: what lies behind others would be overwritten.
@@ -248,7 +255,9 @@ def _output(shape: KernelShape, d: Matrix) -> OperandMap | None:
         return None
     width = shape.store_row_bytes
     height = shape.store_columns if shape.config.swap_ab else ROWS_STORED
-    return OperandMap(shape.problem.d_dtype, d.columns, d.rows, d.row_stride, width // shape.d_bytes, height, width)
+    return OperandMap(
+        d_map_type(shape.problem.d_dtype), d.columns, d.rows, d.row_stride, width // shape.d_bytes, height, width
+    )
 
 
 def scale_fields(granularity: str, strides: ScaleStrides, length: int) -> tuple[int, int, int]:

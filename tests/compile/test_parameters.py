@@ -20,6 +20,7 @@ from jitgemm.families import (
     transpose_scales,
 )
 from jitgemm.families.gemm import FAMILY, GemmConfig, GemmProblem
+from jitgemm.ops import epilogue
 from jitgemm.render import render
 from jitgemm.tensor_map import BYTES
 
@@ -73,6 +74,12 @@ GROUPS_OF_K: Fields = {
     f"groups[{group}].{field}": code
     for group in range(batched.MOST_GROUPS_OF_K)
     for field, code in (("k_blocks", "i"), ("first_scale", "i"), ("plane", "i4x"))
+}
+STEPS: Fields = {
+    **dict.fromkeys(("alpha", "bias", "row_weights", "scales"), "Q"),
+    **dict.fromkeys(("scales_stride", "scales_plane_stride"), "q"),
+    **dict.fromkeys(("alpha_group_stride", "bias_group_stride", "weights_plane_stride", "bias_is_bf16"), "i"),
+    **dict.fromkeys(("alpha_value", "limit"), "f"),
 }
 TRANSPOSE: Fields = {
     "input": "Q",
@@ -130,6 +137,20 @@ def test_batched_gemm(kind: str) -> None:
         fields[last] += f"{batched_launch.maps_of_groups() - end}x"
         fields["columns[0]"] = f"{BYTES * batched.MOST_GROUPS_OF_K}s"
     compile_with_asserts(spec, fields, batched_launch.params_bytes(kind))
+
+
+def test_epilogues() -> None:
+    assert epilogue.STEPS.format.replace(" ", "") == "<" + "".join(STEPS.values())
+    steps = {f"steps.{name}": code for name, code in STEPS.items()}
+    config = GemmConfig.from_text("64x32x64 s2")
+    spec = FAMILY.spec(GemmProblem(64, 64, "bf16", epilogue="linear"), config, SM90A.name)
+    assert struct.calcsize("<" + "".join({**MAPS, **TAIL}.values())) == gemm_launch.STEPS_OFFSET
+    compile_with_asserts(spec, {**MAPS, **TAIL, **steps}, gemm_launch.PARAMS_BYTES)
+    problem = grouped.GroupedProblem(64, 64, "bf16", 2, "masked", epilogue="linear")
+    spec = grouped.FAMILY.spec(problem, config, SM90A.name)
+    fields = {**dict.fromkeys(grouped_launch.MAPS, f"{BYTES}s"), **GROUPED_TAIL}
+    assert struct.calcsize("<" + "".join(fields.values())) == grouped_launch.STEPS_OFFSET
+    compile_with_asserts(spec, {**fields, **steps}, grouped_launch.PARAMS_BYTES)
 
 
 def test_transpose_scales() -> None:
