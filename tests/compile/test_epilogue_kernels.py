@@ -23,7 +23,7 @@ KINDS = [
 def legal_configs(problem: GemmProblem | GroupedProblem) -> list[GemmConfig]:
     """One of each tile that calls choose from."""
     if isinstance(problem, GroupedProblem):
-        offered = grouped_heuristics.candidates(problem.dense.without_sizes(), ())
+        offered = grouped_heuristics.candidates(problem)
         legal = [c for c in offered if grouped_heuristics.illegal(problem, c, H200) is None]
     else:
         offered = dense_heuristics.candidates(problem, ())
