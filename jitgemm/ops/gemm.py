@@ -640,8 +640,16 @@ class _ReferencePlan:
 class _FusedPlan:
     """A checked problem that has an epilogue, with its kernel and geometry."""
 
-    def __init__(self, extents: _Extents, geometry: GemmGeometry, transposes: tuple[bool, bool], device: int) -> None:
+    def __init__(
+        self,
+        extents: _Extents,
+        geometry: GemmGeometry,
+        transposes: tuple[bool, bool],
+        device: int,
+        range_name: str | None,
+    ) -> None:
         self._extents, self._geometry, self._transposes, self._device = extents, geometry, transposes, device
+        self._range = range_name
         self._bound: Table[tuple[Any, ...], Callable[[], int]] = Table(BOUND_LAUNCHES)
 
     def __call__(
@@ -671,7 +679,8 @@ class _FusedPlan:
             check_apart(steps, d, inputs)
             arguments = self._geometry.bind(*key[1:7])
             ctypes.memmove(arguments.address + STEPS_OFFSET, packed, len(packed))
-            run = self._bound.put(key, self._geometry.launch.prepare(arguments, key[0]))
+            run = self._geometry.launch.prepare(arguments, key[0])
+            self._bound.put(key, run if self._range is None else in_range(self._range, run))
         status = run()
         if status:
             self._geometry.launch.retry(run, status)
@@ -1050,10 +1059,10 @@ def _make_plan(
     if any(transposes):  # here, where it is known what for
         load(TRANSPOSE_SCALES.spec(device.arch.name), ordinal, problem)
     config = choose(problem.m)
-    if steps is not None:
-        return _FusedPlan(operands.extents, geometry_of(config), (transposes[0], transposes[1]), ordinal)
     geometry, copied = geometry_of(config), (transposes[0], transposes[1])
     name = range_name(problem.m, config)
+    if steps is not None:
+        return _FusedPlan(operands.extents, geometry, copied, ordinal, name)
     plan = _GemmPlan(operation, in_force, operands.extents, geometry, copied, ordinal, name)
     tensors = [tensor for tensor in (a, a_scales, b, b_scales, d, c) if tensor is not None]
     rows_of_k = operation.layout[0] == "n" and problem.a_major == "k"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import jitgemm
-from jitgemm import Epilogue, empty_quantized
+from jitgemm import Epilogue, empty_quantized, settings
 from jitgemm.device import H200
 from jitgemm.errors import ProblemError
 from jitgemm.families.gemm import GemmConfig, GemmProblem, kernel_shape
@@ -21,6 +21,7 @@ from jitgemm.heuristics import grouped as grouped_heuristics
 from jitgemm.ops import epilogue as ops
 from jitgemm.reference.layout import has_mn_major_strides
 
+RECIPE = "fp8_1x128_128x128"
 M, N, K = 5, 64, 48
 
 
@@ -74,6 +75,39 @@ def test_groups_have_their_own_alpha_bias_and_weights() -> None:
     for group, count in enumerate(counts.tolist()):
         assert torch.allclose(d[group, :count].double(), expected[group, :count], rtol=1e-6)
         assert d[group, count:].isnan().all()
+
+
+@pytest.mark.parametrize(("psum", "debug"), [(False, False), (True, True)])
+def test_padding_of_a_quantized_output_is_zero_and_its_scales_stay(psum: bool, debug: bool) -> None:
+    a, b = operands(3)
+    index = torch.tensor([0, 0, -1, -1, 2], dtype=torch.int32)
+    layout = torch.tensor([2, 2, 5], dtype=torch.int32) if psum else index
+    d = empty_quantized((M, N), device="cpu")
+    d[0].view(torch.uint8).fill_(0x7F)
+    d[1].fill_(7.0)
+    more = {"use_psum_layout": psum, "epilogue": Epilogue(alpha=2.0)}
+    with settings.override(mk_alignment=4, debug=debug):
+        jitgemm.m_grouped_bf16_gemm_nt_contiguous(a[0], b, d, layout, **more)
+    pads = index < 0
+    assert not d[0].view(torch.uint8)[pads].any()
+    assert (d[1][pads] == 7).all()
+    back = jitgemm.cast_back_from_fp8(d[0][~pads], d[1][~pads])
+    expected = 2 * torch.stack([a[0, row].double() @ b[group].double().T for row, group in ((0, 0), (1, 0), (4, 2))])
+    assert (back - expected).norm() / expected.norm() < 0.05
+
+
+def test_operands_with_k_first() -> None:
+    a, b = operands()
+    fp8 = jitgemm.per_token_cast_to_fp8(a), jitgemm.per_block_cast_to_fp8(b)
+    (a_data, a_scales), (b_data, b_scales) = fp8
+    epilogue = Epilogue(bias=torch.rand(N))
+    expected = torch.empty(M, N)
+    jitgemm.fp8_gemm_nt(*fp8, expected, epilogue=epilogue)
+    first = (a_data.t().contiguous(), a_scales.t()), (b_data.t().contiguous(), b_scales.t())
+    for name, given in (("nn", (fp8[0], first[1])), ("tn", first), ("tt", (first[0], fp8[1]))):
+        d = torch.full((M, N), torch.nan)
+        getattr(jitgemm, f"fp8_gemm_{name}")(*given, d, epilogue=epilogue)
+        assert torch.equal(d, expected)
 
 
 def test_calls_compile_without_breaks() -> None:
@@ -194,3 +228,11 @@ def test_shapes_files_hold_epilogues() -> None:
     assert "epilogue" not in dataclasses.replace(dense, epilogue=None).to_dict()
     spec = FAMILY.spec(problem, GemmConfig.from_text("8x128x128 s6 c1x2 swap"), "sm_90a")
     assert FAMILY.describe(spec) == "m_grouped_masked fp8_1x128_128x128 nt e4m3 swiglu 8x128x128 s6 c1x2 swap"
+
+
+def test_groups_that_start_anywhere_have_epilogues_too() -> None:
+    problem = GroupedProblem(4096, 7168, RECIPE, 8, "psum", d_dtype="e4m3", alignment=1, epilogue="swiglu")
+    config = grouped_heuristics.choose_config(problem.with_m(64), H200)
+    shape = FAMILY.shape(FAMILY.spec(problem, config, "sm_90a"))
+    assert (shape.scale_slack, shape.problem.epilogue, shape.problem.d_dtype) == (4, "swiglu", "e4m3")
+    assert shape == problem.shape(config)
