@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -166,13 +166,13 @@ CASES: dict[str, Callable[[], None]] = {
 }
 
 
-def main() -> int:
-    """Run all cases; the exit code."""
+def run_all(cases: Mapping[str, Callable[[], None]]) -> int:
+    """Run cases; the exit code."""
     if not torch.cuda.is_available():
         print("no GPU", file=sys.stderr)
         return 3
     failed = 0
-    for name, case in CASES.items():
+    for name, case in cases.items():
         start = time.perf_counter()
         try:
             case()
@@ -185,4 +185,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run_all(CASES))
