@@ -19,6 +19,7 @@ from jitgemm.families.gemm import SCALE_GROUP
 from jitgemm.families.grouped_launch import Stack
 from jitgemm.heuristics.batched import chooser
 from jitgemm.kernel import load
+from jitgemm.ops.checks import Scaled, check_tensors, extent, pair
 from jitgemm.ops.dispatch import needs_dispatch
 from jitgemm.ops.layout import copy_to_mn_major
 from jitgemm.plan import BOUND_LAUNCHES, Table, current_device, device_facts, raw_stream
@@ -29,8 +30,6 @@ from jitgemm.reference.einsum import EXPRESSIONS, FP8_EXPRESSIONS
 from jitgemm.reference.epilogue import gemm_into
 from jitgemm.reference.layout import get_tma_aligned_size
 from jitgemm.settings import Settings
-
-Scaled = tuple[Tensor, Tensor]
 
 _D_DTYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 _ALIGNMENT = 16  # bytes: TMA's, of addresses and strides
@@ -75,7 +74,7 @@ def k_grouped_fp8_gemm_nt_contiguous(
         ProblemError: an argument is not of these; nothing has been launched.
         CacheMissError: the kernel is not cached, and compiling is forbidden or a CUDA graph is being captured.
     """
-    (a_data, a_scales), (b_data, b_scales) = _pair("a", a), _pair("b", b)
+    (a_data, a_scales), (b_data, b_scales) = pair("a", a), pair("b", b)
     _k_grouped(a_data, a_scales, b_data, b_scales, d, ks, grouped_layout, c, recipe, use_psum_layout, "nt")
 
 
@@ -95,7 +94,7 @@ def k_grouped_fp8_gemm_tn_contiguous(
     b is the same with n. The tensor cores of this architecture read FP8 along K only, so both operands are transposed
     into copies first; else as the ``nt`` function.
     """
-    (a_data, a_scales), (b_data, b_scales) = _pair("a", a), _pair("b", b)
+    (a_data, a_scales), (b_data, b_scales) = pair("a", a), pair("b", b)
     _k_grouped(a_data, a_scales, b_data, b_scales, d, ks, grouped_layout, c, recipe, use_psum_layout, "tn")
 
 
@@ -134,7 +133,7 @@ def _k_grouped(
     if recipe is not None and _recipe_name(recipe) != _ROW_RECIPE:
         raise ProblemError(f"recipe is {recipe!r}; groups along K accept {_ROW_RECIPE} and (1, 1, 128)")
     scales = {} if recipe is None else {"a_scales": a_scales, "b_scales": b_scales}
-    _check_tensors(a=a, b=b, d=d, grouped_layout=grouped_layout, **scales, **({} if c is None else {"c": c}))
+    check_tensors(a=a, b=b, d=d, grouped_layout=grouped_layout, **scales, **({} if c is None else {"c": c}))
     groups = d.shape[0] if d.dim() == 3 else 0
     if (
         not isinstance(ks, Sequence)
@@ -187,7 +186,7 @@ def einsum(expr: str, a: Tensor, b: Tensor, d: Tensor, c: Tensor | None = None, 
         return
     if expr not in EXPRESSIONS:
         raise ProblemError(f"expr is {expr!r}; accepted is {', '.join(EXPRESSIONS)}")
-    _check_tensors(a=a, b=b, d=d, **({} if c is None else {"c": c}))
+    check_tensors(a=a, b=b, d=d, **({} if c is None else {"c": c}))
     reference_einsum.check(expr, EXPRESSIONS, a, b, d, c)
     for name, tensor in (("a", a), ("b", b)):
         if tensor.dtype != torch.bfloat16:
@@ -231,13 +230,13 @@ def fp8_einsum(
         CacheMissError: the kernel is not cached, and compiling is forbidden or a CUDA graph is being captured.
     """
     name = _recipe_name(recipe)
-    (a_data, a_scales), (b_data, b_scales) = _pair("a", a), _pair("b", b)
+    (a_data, a_scales), (b_data, b_scales) = pair("a", a), pair("b", b)
     if _launch_again(expr, name, _Tensors(a_data, a_scales, b_data, b_scales, d, c)):
         return
     if expr not in FP8_EXPRESSIONS:
         raise ProblemError(f"expr is {expr!r}; accepted is {', '.join(FP8_EXPRESSIONS)}")
     tensors = {"a": a_data, "a_scales": a_scales, "b": b_data, "b_scales": b_scales, "d": d}
-    _check_tensors(**tensors, **({} if c is None else {"c": c}))
+    check_tensors(**tensors, **({} if c is None else {"c": c}))
     reference_einsum.check(expr, FP8_EXPRESSIONS, a_data, b_data, d, c)
     if expr == "bhd,bhr->hdr" and name != _ROW_RECIPE:
         raise ProblemError(f"recipe is {recipe!r}; {expr} accepts {_ROW_RECIPE} and (1, 1, 128)")
@@ -272,9 +271,9 @@ def fp8_gemm_nt_skip_head_mid(
         CacheMissError: the kernel is not cached, and compiling is forbidden or a CUDA graph is being captured.
     """
     name = _BLOCK_RECIPE if recipe is None else _recipe_name(recipe)
-    (a_data, a_scales), (b_data, b_scales) = _pair("a", a), _pair("b", b)
+    (a_data, a_scales), (b_data, b_scales) = pair("a", a), pair("b", b)
     tensors = {"a": a_data, "a_scales": a_scales, "b": b_data, "b_scales": b_scales, "d": d}
-    _check_tensors(**tensors)
+    check_tensors(**tensors)
     for key, tensor in tensors.items():
         if tensor.dim() != 2:
             raise ProblemError(f"{key} has {tensor.dim()} dimensions; accepted is 2")
@@ -369,20 +368,6 @@ def _recipe_name(recipe: object) -> str:
     )
 
 
-def _pair(name: str, operand: Any) -> Scaled:
-    if not isinstance(operand, (tuple, list)) or len(operand) != 2:
-        raise ProblemError(f"{name} is {type(operand).__name__}; accepted is a pair (e4m3 tensor, scales)")
-    return operand[0], operand[1]
-
-
-def _check_tensors(**tensors: object) -> None:
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor):
-            raise ProblemError(f"{name} is {type(tensor).__name__}; accepted is a torch.Tensor")
-        if tensor.layout != torch.strided:
-            raise ProblemError(f"{name} has layout {tensor.layout}; accepted is torch.strided")
-
-
 def _check_same_kind(recipe: str, d: Tensor, c: Tensor | None, **inputs: Tensor | None) -> None:
     """Check dtypes and devices."""
     dtype = torch.bfloat16 if recipe == "bf16" else torch.float8_e4m3fn
@@ -398,15 +383,8 @@ def _check_same_kind(recipe: str, d: Tensor, c: Tensor | None, **inputs: Tensor 
             raise ProblemError(f"{name} has dtype {tensor.dtype}; accepted is {accepted}")
         if tensor.device != d.device:
             raise ProblemError(f"{name} is on {tensor.device} and d on {d.device}; accepted is one device for all")
-        if name.endswith("scales") and _extent(tensor) >= 2**31:
-            raise ProblemError(f"{name} spans {_extent(tensor)} elements; accepted are less than 2**31")
-
-
-def _extent(tensor: Tensor) -> int:
-    """Elements from the first to behind the last."""
-    if 0 in tensor.shape:
-        return 0
-    return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        if name.endswith("scales") and extent(tensor) >= 2**31:
+            raise ProblemError(f"{name} spans {extent(tensor)} elements; accepted are less than 2**31")
 
 
 def _check_output(name: str, tensor: Tensor) -> None:
@@ -429,7 +407,7 @@ class _Span(NamedTuple):
 
 
 def _span(name: str, tensor: Tensor | None) -> _Span:
-    return _Span(name, 0 if tensor is None else _extent(tensor) * tensor.element_size())
+    return _Span(name, 0 if tensor is None else extent(tensor) * tensor.element_size())
 
 
 class _Tensors(NamedTuple):
@@ -810,13 +788,13 @@ def _plan_of_k(tensors: _Tensors, ks: list[int], layout: str, accumulate: bool, 
         raise ProblemError(f"c has strides {c.stride()}; accepted is stride 1 along n")
     total, blocks = sum(ks), sum(-(-k // SCALE_GROUP) for k in ks)
     fp8, transposed = recipe != "bf16", layout == "tn"
-    for name, operand, scales, extent in (("a", a, a_scales, m), ("b", b, b_scales, n)):
-        if operand.numel() != total * extent or (transposed and tuple(operand.shape) != (total, extent)):
-            accepted = f"{(total, extent)}" if transposed else f"{total * extent} elements"
+    for name, operand, scales, mn in (("a", a, a_scales, m), ("b", b, b_scales, n)):
+        if operand.numel() != total * mn or (transposed and tuple(operand.shape) != (total, mn)):
+            accepted = f"{(total, mn)}" if transposed else f"{total * mn} elements"
             raise ProblemError(f"{name} has shape {tuple(operand.shape)}; ks and d make it {accepted}")
         if not operand.is_contiguous():
             raise ProblemError(f"{name} has strides {operand.stride()}; accepted is a contiguous tensor")
-        shape = (blocks, extent) if transposed else (extent, blocks)
+        shape = (blocks, mn) if transposed else (mn, blocks)
         if scales is not None and tuple(scales.shape) != shape:
             raise ProblemError(f"{name}_scales has shape {tuple(scales.shape)}; ks and d make it {shape}")
     spans = [_span(name, tensor) for name, tensor in zip(_Tensors._fields, tensors, strict=True)]
@@ -834,9 +812,9 @@ def _plan_of_k(tensors: _Tensors, ks: list[int], layout: str, accumulate: bool, 
             if k % step:
                 raise ProblemError(f"ks has {k}; FP8 accepts multiples of {step} (TMA)")
     else:
-        for name, extent in (("m", m), ("n", n)):
-            if extent % step:
-                raise ProblemError(f"d has {name} = {extent}; groups along K in bf16 accept multiples of {step} (TMA)")
+        for name, mn in (("m", m), ("n", n)):
+            if mn % step:
+                raise ProblemError(f"d has {name} = {mn}; groups along K in bf16 accept multiples of {step} (TMA)")
     problem = BatchedProblem(
         n=n,
         k=EXPECTED_K,

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from jitgemm.errors import ProblemError
 from jitgemm.families.gemm import D_SCALE_COLUMNS
+from jitgemm.ops.checks import check_tensors, extent
 from jitgemm.reference import epilogue as reference
 from jitgemm.reference.layout import empty_mn_major
 
@@ -165,9 +166,8 @@ def check_steps(steps: Steps, d: Tensor, n: int, groups: int | None, masked: boo
     Raises:
         ProblemError: one is not what ``Epilogue`` says.
     """
+    check_tensors(**steps.tensors())
     for name, tensor in steps.tensors().items():
-        if tensor.layout != torch.strided:
-            raise ProblemError(f"{name} has layout {tensor.layout}; accepted is torch.strided")
         if tensor.device != d.device:
             raise ProblemError(f"{name} is on {tensor.device} and d on {d.device}; accepted is one device for all")
     of_groups = () if groups is None else (groups,)
@@ -247,8 +247,7 @@ def check_apart(steps: Steps, d: Tensor, inputs: dict[str, Tensor | None]) -> No
 
 
 def _reach(tensor: Tensor) -> tuple[int, int]:
-    elements = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return tensor.data_ptr(), tensor.data_ptr() + elements * tensor.element_size()
+    return tensor.data_ptr(), tensor.data_ptr() + extent(tensor) * tensor.element_size()
 
 
 def pack(steps: Steps) -> bytes:
