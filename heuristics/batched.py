@@ -14,8 +14,8 @@ from jitgemm.families.base import KernelSpec
 from jitgemm.families.batched import EXPECTED_K, FAMILY, BatchedProblem
 from jitgemm.families.gemm import GemmConfig, GemmProblem, kernel_shape
 from jitgemm.heuristics import gemm
-from jitgemm.heuristics.gemm import ANCHORS, MAX_KERNELS, Candidate, Explanation, Groups, Overrides, serving_anchors
-from jitgemm.heuristics.pruning import assign
+from jitgemm.heuristics.anchored import Chooser
+from jitgemm.heuristics.gemm import Explanation, Groups, Overrides
 from jitgemm.settings import Settings
 
 # Tiles beside those of dense GEMM's menu: with many groups of few rows the chip is full without a split of K, and tiles
@@ -40,6 +40,16 @@ def chooser(problem: BatchedProblem, device: Device, in_force: Settings | None =
     """``choose_config`` for a problem with any m, under some settings, or those in force."""
     overrides = tuple((in_force or settings.current()).tuning().items())
     return _chooser(_any_m(problem), device, overrides)
+
+
+@functools.lru_cache(maxsize=1024)
+def _chooser(problem: BatchedProblem, device: Device, overrides: Overrides) -> Chooser:
+    return Chooser(
+        candidates(problem, overrides),
+        lambda config: illegal(problem, config, device),
+        lambda configs, ms: _costs(problem, configs, device, ms),
+        overrides,
+    )
 
 
 def _any_m(problem: BatchedProblem) -> BatchedProblem:
@@ -70,14 +80,7 @@ def explain(problem: BatchedProblem, device: Device) -> Explanation:
         ConfigError: no legal config meets the overrides in force.
     """
     assert problem.m is not None
-    found = chooser(problem, device)
-    offered = candidates(problem, found.overrides)
-    legal = [config for config in offered if illegal(problem, config, device) is None]
-    costs = _costs(_any_m(problem), tuple(legal), device, (problem.m,))[0]
-    listed = [Candidate(config, cost, {"total": cost}) for config, cost in zip(legal, costs, strict=True)]
-    reasons = ((config, illegal(problem, config, device)) for config in offered)
-    listed += [Candidate(config, terms={}, reason=reason) for config, reason in reasons if reason is not None]
-    return Explanation(listed, found(problem.m))
+    return chooser(problem, device).explain(problem.m)
 
 
 def candidates(problem: BatchedProblem, overrides: Overrides) -> tuple[GemmConfig, ...]:
@@ -104,7 +107,7 @@ def _menu(recipe: str, layout: str, d_dtype: str) -> tuple[GemmConfig, ...]:
         menu = [dataclasses.replace(config, split_k=1) for config in menu]
     for tile_m, tile_n in _TOKEN_TILES:
         config = GemmConfig(tile_m, tile_n, tile_k, 0, swap_ab=True)
-        if gemm._illegal_kernel(problem, dataclasses.replace(config, stages=2), SM90A) is None:
+        if gemm.illegal_tile(problem, dataclasses.replace(config, stages=2), SM90A) is None:
             menu += [dataclasses.replace(config, stages=stages) for stages in gemm.stage_choices(problem, config)]
     return tuple(dict.fromkeys(menu))
 
@@ -130,29 +133,3 @@ def _costs(
     problem: BatchedProblem, configs: tuple[GemmConfig, ...], device: Device, ms: tuple[int, ...]
 ) -> list[list[float]]:
     return gemm.predict_all(problem.dense.without_m(), configs, device, ms, Groups(problem.groups, idles=False))
-
-
-class Chooser:
-    """The table from m to config of one problem."""
-
-    def __init__(self, problem: BatchedProblem, device: Device, overrides: Overrides) -> None:
-        self._problem, self._device, self.overrides = problem, device, overrides
-        assessed = [(config, illegal(problem, config, device)) for config in candidates(problem, overrides)]
-        legal = sorted((config for config, reason in assessed if reason is None), key=lambda c: (-c.stages, c))
-        if not legal:
-            raise gemm.no_legal_config(overrides, [reason for _, reason in assessed if reason is not None])
-        costs = _costs(problem, tuple(legal), device, ANCHORS)
-        self.winners = tuple(legal[index] for index in assign(costs, MAX_KERNELS))
-        self._served = dict(zip(ANCHORS, self.winners, strict=True))
-
-    def __call__(self, m: int) -> GemmConfig:
-        """The config for an m."""
-        config = self._served.get(m)
-        if config is None:
-            near = tuple(dict.fromkeys(self.winners[ANCHORS.index(anchor)] for anchor in serving_anchors(m)))
-            costs = _costs(self._problem, near, self._device, (m,))[0]
-            config = self._served[m] = near[min(range(len(near)), key=costs.__getitem__)]
-        return config
-
-
-_chooser = functools.lru_cache(maxsize=1024)(Chooser)

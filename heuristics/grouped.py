@@ -14,8 +14,8 @@ from jitgemm.families.base import KernelSpec
 from jitgemm.families.gemm import GemmConfig, kernel_shape
 from jitgemm.families.grouped import FAMILY, MAX_BOX, GroupedProblem, smem_bytes
 from jitgemm.heuristics import gemm
-from jitgemm.heuristics.gemm import ANCHORS, MAX_KERNELS, Candidate, Explanation, Groups, Overrides, serving_anchors
-from jitgemm.heuristics.pruning import assign
+from jitgemm.heuristics.anchored import Chooser
+from jitgemm.heuristics.gemm import Explanation, Groups, Overrides
 from jitgemm.settings import Settings
 
 # Tiles beside those of dense GEMM's menu: up to 64 rows weights are read once whatever the tile, and the smallest that
@@ -46,6 +46,16 @@ def chooser(problem: GroupedProblem, device: Device, in_force: Settings | None =
     return _chooser(problem.without_m(), device, overrides)
 
 
+@functools.lru_cache(maxsize=1024)
+def _chooser(problem: GroupedProblem, device: Device, overrides: Overrides) -> Chooser:
+    return Chooser(
+        candidates(problem, overrides),
+        lambda config: illegal(problem, config, device),
+        lambda configs, ms: _costs(problem, configs, device, ms),
+        overrides,
+    )
+
+
 def enumerate_configs(problem: GroupedProblem, device: Device) -> tuple[GemmConfig, ...]:
     """Every config that ``choose_config`` can return for the problem, whatever its m."""
     return tuple(sorted(set(chooser(problem, device).winners)))
@@ -68,14 +78,7 @@ def explain(problem: GroupedProblem, device: Device) -> Explanation:
         ConfigError: no legal config meets the overrides in force.
     """
     assert problem.m is not None
-    found = chooser(problem, device)
-    offered = candidates(problem, found.overrides)
-    legal = [config for config in offered if illegal(problem, config, device) is None]
-    costs = _costs(problem, tuple(legal), device, (problem.m,))[0]
-    listed = [Candidate(config, cost, {"total": cost}) for config, cost in zip(legal, costs, strict=True)]
-    reasons = ((config, illegal(problem, config, device)) for config in offered)
-    listed += [Candidate(config, terms={}, reason=reason) for config, reason in reasons if reason is not None]
-    return Explanation(listed, found(problem.m))
+    return chooser(problem, device).explain(problem.m)
 
 
 def candidates(problem: GroupedProblem, overrides: Overrides = ()) -> tuple[GemmConfig, ...]:
@@ -147,29 +150,3 @@ def _costs(
     groups = Groups(problem.groups, problem.alignment if problem.kind == "contiguous" else 0)
     alone = tuple(dataclasses.replace(config, cluster_n=1) for config in configs)
     return gemm.predict_all(problem.dense.without_m(), alone, device, ms, groups)
-
-
-class Chooser:
-    """The table from expected m to config of one problem."""
-
-    def __init__(self, problem: GroupedProblem, device: Device, overrides: Overrides) -> None:
-        self._problem, self._device, self.overrides = problem, device, overrides
-        assessed = [(config, illegal(problem, config, device)) for config in candidates(problem, overrides)]
-        legal = sorted((config for config, reason in assessed if reason is None), key=lambda c: (-c.stages, c))
-        if not legal:
-            raise gemm.no_legal_config(overrides, [reason for _, reason in assessed if reason is not None])
-        costs = _costs(problem, tuple(legal), device, ANCHORS)
-        self.winners = tuple(legal[index] for index in assign(costs, MAX_KERNELS))
-        self._served = dict(zip(ANCHORS, self.winners, strict=True))
-
-    def __call__(self, m: int) -> GemmConfig:
-        """The config for an expected m."""
-        config = self._served.get(m)
-        if config is None:
-            near = tuple(dict.fromkeys(self.winners[ANCHORS.index(anchor)] for anchor in serving_anchors(m)))
-            costs = _costs(self._problem, near, self._device, (m,))[0]
-            config = self._served[m] = near[min(range(len(near)), key=costs.__getitem__)]
-        return config
-
-
-_chooser = functools.lru_cache(maxsize=1024)(Chooser)
