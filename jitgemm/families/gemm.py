@@ -409,8 +409,8 @@ class KernelShape:
     def chain(self) -> int:
         """k-blocks of a chain in which MMAs overlap with promotion; 1 where a second partial sum does not fit.
 
-        A chain drains at its end, which costs two warpgroups, out of step by then, more than one. Row-wise and tensor-wise
-        scales, which chains of 8 spill beside, keep 4.
+        A chain drains at its end, which costs two warpgroups, out of step by then, more than one. Row-wise and
+        tensor-wise scales, which chains of 8 spill beside, keep 4.
         """
         limit = CHAIN_REGISTERS[self.problem.d_dtype if self.mma_n % 64 == 0 else "fp32"]
         fits = self.waves == 1 and self.math_warpgroups < 3 and self.mma_n // 2 * 3 <= limit
