@@ -16,6 +16,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -26,6 +27,7 @@ from torch import Tensor
 import jitgemm
 from benchmarks.operands import quantize, random_matrix
 from jitgemm import settings
+from jitgemm.reference import grouped as reference
 from jitgemm.reference.gemm import D_DTYPES, check_close
 
 DEEPSEEK, GROUPS, ROWWISE, TENSORWISE = "fp8_1x128_128x128", "fp8_1x128_1x128", "fp8_rowwise", "fp8_tensorwise"
@@ -87,6 +89,108 @@ CASES = [
 ]
 
 
+@dataclass(frozen=True)
+class GroupedCase:
+    """One call of a grouped GEMM; ``counts`` are the groups' rows, masked ones of at most ``max_m``."""
+
+    kind: str  # of families.grouped.GROUPINGS
+    recipe: str
+    tile: tuple[int, int]
+    counts: tuple[int, ...] = (3, 0, 70, 130, 64)
+    swap_ab: bool = False
+    alignment: int = 128
+    layout: str = "nt"
+    d_dtype: str = "bf16"
+    d_padding: int = 0  # elements after each row of D; odd ones keep TMA from storing it
+    zero_padding: bool = True
+    max_m: int = 130
+    n: int = 232
+    k: int = 400
+
+
+GROUPED_CASES = [
+    GroupedCase("masked", DEEPSEEK, (8, 64), swap_ab=True),
+    GroupedCase("masked", DEEPSEEK, (64, 128), counts=(0, 1, 130, 1000, -5), n=264),
+    GroupedCase("masked", DEEPSEEK, (128, 64), d_padding=1),  # a warpgroup without rows
+    GroupedCase("masked", DEEPSEEK, (192, 64), d_dtype="fp32"),  # three warpgroups
+    GroupedCase(
+        "masked", DEEPSEEK, (48, 64), swap_ab=True, counts=(0,) * 60 + (9, 50)
+    ),  # more groups than a window has
+    GroupedCase("masked", "bf16", (32, 128), swap_ab=True, d_dtype="fp32"),
+    GroupedCase("psum", DEEPSEEK, (128, 128)),
+    GroupedCase("psum", DEEPSEEK, (64, 64), alignment=1, d_padding=3),  # scales that start within 16 bytes
+    GroupedCase("psum", DEEPSEEK, (24, 64), alignment=2, swap_ab=True, zero_padding=False),
+    GroupedCase("psum", "bf16", (256, 64), alignment=8, counts=(3, 0, 300, 0, 64)),
+    GroupedCase("psum", "bf16", (128, 64), layout="nn"),
+    GroupedCase("contiguous", DEEPSEEK, (256, 64), alignment=256, counts=(3, 0, 300, 64)),
+    GroupedCase("contiguous", DEEPSEEK, (128, 64), alignment=16, d_padding=1),
+    GroupedCase("contiguous", DEEPSEEK, (16, 64), alignment=1, swap_ab=True),
+    GroupedCase("contiguous", DEEPSEEK, (128, 128), alignment=1, d_dtype="fp32"),
+    GroupedCase("contiguous", "bf16", (64, 128), layout="nn", swap_ab=True, alignment=64),
+    GroupedCase("contiguous", "bf16", (64, 128), counts=(0, 0, 0)),  # nothing but padding
+]
+
+
+def run_grouped(case: GroupedCase) -> None:
+    """Call and compare.
+
+    Raises:
+        AssertionError: the result is wrong.
+    """
+    generator = torch.Generator().manual_seed(0)
+    groups, n, k, masked = len(case.counts), case.n, case.k, case.kind == "masked"
+    ends, index = [], []
+    for group, count in enumerate(case.counts):
+        index += [] if masked else [-1] * (-len(index) % case.alignment) + [group] * count
+        ends.append(len(index) if count else (ends or [0])[-1])
+    index += [-1] * (-len(index) % case.alignment + 40)
+    rows = groups * case.max_m if masked else len(index)
+    values = {"masked": list(case.counts), "psum": ends, "contiguous": index}[case.kind]
+    grouped_layout = torch.tensor(values, dtype=torch.int32)
+
+    parts = [
+        quantize(case.recipe, random_matrix(rows, k, generator), random_matrix(n, k, generator)) for _ in range(groups)
+    ]
+    stacked = (groups, case.max_m) if masked else (rows,)
+    a, b = parts[0].a.view(*stacked, k), _stack([part.b for part in parts])
+    fp8 = parts[0].a_scales is not None
+    a_scales = parts[0].a_scales.view(*stacked, -1) if parts[0].a_scales is not None else None
+    b_scales = torch.stack([part.b_scales for part in parts if part.b_scales is not None]) if fp8 else None
+
+    dtype = D_DTYPES[case.d_dtype]
+    before = torch.full((*stacked, n), 7.0, dtype=dtype)
+    expected = before.clone()
+    scales = {"a_scales": a_scales, "b_scales": b_scales, "recipe": case.recipe}
+    if masked:
+        reference.m_grouped_masked(a, b, expected, grouped_layout, **scales)
+    else:
+        layouts = {
+            "use_psum_layout": case.kind == "psum",
+            "alignment": case.alignment,
+            "zero_padding": case.zero_padding,
+        }
+        reference.m_grouped_contiguous(a, b, expected, grouped_layout, **scales, **layouts)
+
+    d = torch.full((*stacked, n + case.d_padding), 7.0, dtype=dtype).cuda()[..., :n]
+    a_given: Any = a.cuda() if a_scales is None else (a.cuda(), a_scales.cuda())
+    weights = (b.transpose(1, 2).contiguous() if case.layout == "nn" else b).cuda()
+    b_given: Any = weights if b_scales is None else (weights, b_scales.cuda())
+    name = f"m_grouped_{'fp8' if fp8 else 'bf16'}_gemm_{case.layout}_{'masked' if masked else 'contiguous'}"
+    forced = {"tile_m": case.tile[0], "tile_n": case.tile[1], "swap_ab": case.swap_ab}
+    with settings.override(**forced, mk_alignment=case.alignment):
+        if masked:
+            getattr(jitgemm, name)(a_given, b_given, d, grouped_layout.cuda(), 20)
+        else:
+            more = {"use_psum_layout": case.kind == "psum", "ensure_zero_padding": case.zero_padding}
+            getattr(jitgemm, name)(a_given, b_given, d, grouped_layout.cuda(), **more)
+    torch.cuda.synchronize()
+    check_close(d.cpu().reshape(-1, n), expected.reshape(-1, n), recipe=case.recipe, d_dtype=case.d_dtype)
+
+
+def _stack(tensors: list[Tensor]) -> Tensor:
+    return torch.stack([tensor.view(torch.uint8) for tensor in tensors]).view(tensors[0].dtype)
+
+
 def run(case: Case) -> None:
     """Call and compare.
 
@@ -133,14 +237,18 @@ def main() -> int:
         print("no GPU", file=sys.stderr)
         return 3
     failed = 0
-    for index, case in enumerate(CASES):
+    cases: list[Case | GroupedCase] = [*CASES, *GROUPED_CASES]
+    for index, case in enumerate(cases):
         start = time.perf_counter()
         try:
-            run(case)
+            if isinstance(case, GroupedCase):
+                run_grouped(case)
+            else:
+                run(case)
             outcome = "ok"
         except Exception as error:
             outcome, failed = f"FAILED: {error}", failed + 1
-        print(f"{index + 1:2d}/{len(CASES)} {time.perf_counter() - start:6.2f} s  {case}  {outcome}", flush=True)
+        print(f"{index + 1:2d}/{len(cases)} {time.perf_counter() - start:6.2f} s  {case}  {outcome}", flush=True)
     for shape in ((1, 1), (33, 31), (3, 65, 5)):
         sf = torch.randn(shape)
         same = torch.equal(jitgemm.get_mn_major_tma_aligned_tensor(sf.cuda()).cpu(), sf)
