@@ -9,7 +9,8 @@ groups start at multiples of 128. Both multiply the same tensors, with A's scale
 the reference first, ours into an output of NaN. Fused: masked FP8, n columns of gate and up, with SwiGLU and
 quantization in the same kernel; the peer's GEMM is followed by the kernel of ``benchmarks.fused``. The floor is
 max(4.8 us + bytes of all weights / 4.3 TB/s, 3.6 us + FLOP / 1700 TFLOP/s), 900 for BF16. Groups along K and einsum:
-see ``benchmarks.batched``. Exit codes: 0 done, 1 something of ours is missing or wrong, 3 no GPU.
+see ``benchmarks.batched``. Exit codes: 0 done, 1 something of ours is missing or wrong, 3 no GPU, 4 DeepGEMM can't
+compute what it is to be raced on: that is tried first.
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ from jitgemm.reference.gemm import Errors, error_measures, tolerance
 from jitgemm.reference.quantize import align
 
 NAMES = {"fp8": "fp8_1x128_128x128", "bf16": "bf16"}
-CASES = ("masked", "contiguous", "psum", "fused")
-ALL_CASES = (*CASES, *batched.CASES)
+CASES = ("masked", "contiguous", "psum")
+ALL_CASES = (*CASES, "fused", *batched.CASES)
 LAYERS = ((4096, 7168), (7168, 2048), (4096, 4096), (4096, 2048), (6144, 7168), (7168, 3072))
 MS = {
     "masked": (1, 4, 8, 16, 20, 64, 96, 128, 192, 320, 1024),
@@ -145,7 +146,7 @@ class Inputs:
         second: Any = b if self.b_scales is None else (b, self.b_scales)
         layout = self.layout
         if shape.case == "masked":
-            masked = getattr(library, f"m_grouped_{shape.recipe}_gemm_nt_masked")
+            masked = getattr(library, f"{shape.recipe}_m_grouped_gemm_nt_masked")
             return lambda: masked(first, second, d, layout, shape.m)
         contiguous = getattr(library, f"m_grouped_{shape.recipe}_gemm_nt_contiguous")
         more = {"use_psum_layout": True} if shape.case == "psum" else {}
@@ -207,7 +208,7 @@ class FusedInputs:
         """One kernel of ours, or two."""
         inputs, m = self._masked, self.shape.m
         a, layout = (inputs.a, inputs.a_scales), inputs.layout
-        run = library.m_grouped_fp8_gemm_nt_masked
+        run = library.fp8_m_grouped_gemm_nt_masked
         if library is jitgemm:
             b, epilogue = self._layer.interleaved, jitgemm.Epilogue(swiglu=True)
             return lambda: run(a, b, d, layout, m, epilogue=epilogue)
@@ -246,11 +247,11 @@ class FusedInputs:
 AnyInputs = Inputs | FusedInputs | batched.Inputs
 
 
-def inputs_of(shape: Shape | batched.Shape, seed: int = 0) -> AnyInputs:
+def inputs_of(shape: Shape | batched.Shape, seed: int = 0, device: str = "cuda") -> AnyInputs:
     """The operands of a shape."""
     if isinstance(shape, batched.Shape):
-        return batched.Inputs(shape, seed)
-    return FusedInputs(shape, seed) if shape.case == "fused" else Inputs(shape, seed)
+        return batched.Inputs(shape, seed, device)
+    return FusedInputs(shape, seed, device) if shape.case == "fused" else Inputs(shape, seed, device)
 
 
 def _library(name: str) -> Any:
@@ -287,12 +288,13 @@ def config_of(shape: Shape | batched.Shape, preset: str) -> str:
     return str(heuristics.choose_config(shape.problem, PRESETS[preset]))
 
 
-def run_shape(inputs: AnyInputs, preset: str, samples: int | None, timer: Timer) -> dict[str, Any]:
+def run_shape(
+    inputs: AnyInputs, preset: str, samples: int | None, timer: Timer, names: Sequence[str] = (OURS, PEER)
+) -> dict[str, Any]:
     """Race one shape; a row of the CSV but for ``measured``."""
     contenders: dict[str, Call] = {}
     errors: dict[str, str] = {}
-    of_torch = (TORCH,) if inputs.shape.case == "einsum" and inputs.shape.recipe == "bf16" else ()
-    for name in (OURS, PEER, *of_torch):
+    for name in names:
         try:
             d: Any = inputs.output()
             call = inputs.call_of(_library(name), d)
@@ -384,6 +386,13 @@ def shapes_of(options: argparse.Namespace) -> list[Shape | batched.Shape]:
     return found
 
 
+def contenders_of(shape: Shape | batched.Shape, options: argparse.Namespace) -> tuple[str, ...]:
+    """Who races; torch has one call for BF16 products of heads."""
+    if options.no_peer:
+        return (OURS,)
+    return (OURS, PEER, TORCH) if (shape.case, shape.recipe) == ("einsum", "bf16") else (OURS, PEER)
+
+
 def needed(shape: Shape | batched.Shape, preset: str) -> list[Any]:
     """The kernels of a shape."""
     device = PRESETS[preset]
@@ -398,6 +407,17 @@ def needed(shape: Shape | batched.Shape, preset: str) -> list[Any]:
         FAMILY.spec(problem, heuristics.choose_config(problem, device), device.arch.name),
         TRANSPOSE_SCALES.spec(device.arch.name),
     ]
+
+
+def missing_of_peer(shapes: Sequence[Shape | batched.Shape]) -> list[str]:
+    """What fails of DeepGEMM on a small problem of each kind that is to be raced."""
+    kinds: dict[str, Shape | batched.Shape] = {}
+    for shape in sorted(shapes, key=floor_us):
+        small = shape if isinstance(shape, batched.Shape) else Shape(shape.case, shape.recipe, 128, 256, 256, 2)
+        kinds.setdefault(f"{shape.case} {NAMES[shape.recipe]}", small)
+    with harness.spawn_pool(1) as pool:
+        errors = pool.map(_call_peer, list(kinds.values()))
+        return [f"{kind}: {error}" for kind, error in zip(kinds, errors, strict=True) if error]
 
 
 def warm_peer(shapes: Sequence[Shape | batched.Shape], workers: int) -> None:
@@ -430,6 +450,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--samples", type=harness.positive, help="timed calls each (default 30; 100 below 20 us)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="CSV file to write")
+    parser.add_argument("--no-peer", action="store_true", help="time jitgemm alone")
     parser.add_argument("--warm-peer", action="store_true", help="compile DeepGEMM's kernels in parallel first")
     parser.add_argument("--list", action="store_true", help="print the shapes and their floors; needs no GPU")
     harness.add_jobs_option(parser)
@@ -446,14 +467,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     harness.require_gpu()
     measured, preset = provenance(), harness.preset_name()
     say(measured)
+    if not options.no_peer and (missing := missing_of_peer(shapes)):
+        say("\n  ".join(["DeepGEMM can't be raced (--no-peer does without it):", *missing]))
+        return 4
     harness.build_all(list(dict.fromkeys(spec for shape in shapes for spec in needed(shape, preset))), options.jobs)
-    if options.warm_peer:
+    if options.warm_peer and not options.no_peer:
         warm_peer(shapes, 8)
     timer, rows = CudaTimer(), []
     with CsvLog(options.out, COLUMNS) as log:
         for index, shape in enumerate(shapes):
             try:
-                row = run_shape(inputs_of(shape, options.seed + index), preset, options.samples, timer)
+                row = run_shape(
+                    inputs_of(shape, options.seed + index),
+                    preset,
+                    options.samples,
+                    timer,
+                    contenders_of(shape, options),
+                )
             except RuntimeError as error:
                 say(f"stopped at {shape}: {harness.error_text(error)}")
                 break

@@ -348,14 +348,17 @@ def test_zeros_in_rows_of_no_group(kind: str, alignment: int) -> None:
 
 
 def test_zeros_follow_the_layout_of_a_captured_call() -> None:
-    case = Case("psum", "bf16", (100, 3, 0, 64), n=256, k=256)
+    def of(counts: Sequence[int]) -> Case:
+        return Case("psum", "bf16", counts, n=256, k=256, behind=512 - sum(-(-count // 128) * 128 for count in counts))
+
+    case = of((100, 3, 0, 64))
     case.call()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         case.call()
     for counts in ((100, 3, 0, 64), (1, 128, 1, 1), (0, 0, 0, 0)):
-        fresh = Case("psum", "bf16", counts, n=256, k=256, behind=384 - sum(-(-count // 128) * 128 for count in counts))
+        fresh = of(counts)
         for ours, theirs in ((case.a, fresh.a), (case.values, fresh.values), (case.d, case.output())):
             ours.copy_(theirs)
         graph.replay()

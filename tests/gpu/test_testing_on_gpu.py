@@ -25,7 +25,8 @@ def test_timers_agree_on_a_long_kernel(tmp_path: Path) -> None:
 
     trace = tmp_path / "trace.json"
     by_profiler = bench_kineto(double, "elementwise", num_tests=5, flush_l2=False, trace_path=str(trace))
-    by_events = bench(double, num_tests=5, high_precision=True)
+    # Events also count what other processes run on the GPU in between.
+    by_events = min(bench(double, num_tests=1, high_precision=True) for _ in range(10))
     assert isinstance(by_profiler, float)
     assert by_profiler == pytest.approx(by_events, rel=0.1)
     assert by_profiler * 20e12 > 2 << 30  # below 20 TB/s
@@ -48,5 +49,11 @@ def test_the_flush_is_not_in_the_times_of_a_kernel() -> None:
 
 def test_a_barrier_comes_before_every_call() -> None:
     x, order = torch.zeros(8, device="cuda"), []
-    bench_kineto(lambda: order.append("fn") or x.add_(1), "elementwise", num_tests=2, barrier=lambda: order.append("b"))
+
+    def call() -> None:
+        order.append("fn")
+        x.add_(1)
+
+    # The L2 is flushed by an elementwise kernel too.
+    bench_kineto(call, "elementwise", num_tests=2, flush_l2=False, barrier=lambda: order.append("b"))
     assert order == ["fn"] + ["b", "fn"] * 4
