@@ -211,6 +211,6 @@ struct TileQueue {
   __device__ __forceinline__ uint32_t load_number() const {
     uint32_t number;
     asm volatile("ld.shared.b32 %0, [%1];" : "=r"(number) : "r"(at(threadIdx.x / WARP)) : "memory");
-    return number;
+    return __shfl_sync(0xffffffff, number, 0);
   }
 };
