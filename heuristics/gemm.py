@@ -532,10 +532,11 @@ def _terms(
             unique = unique * groups_at_once
         # One stage of the CTAs of one SM, cycles.
         loaded = where(tiles_m > 1, tokens, least(tokens, m))
-        tensor = sharing * mma + exposed
-        if groups is not None:  # warpgroups without rows leave the tensor cores to the others
-            tensor = tensor * -(-m // kernel.warpgroup_rows) / (-(-m // rows) * (rows / kernel.warpgroup_rows))
-        smem = sharing * (reads + (loaded + weights) * 128) / smem_rate + exposed_smem
+        tensor, read = sharing * mma + exposed, sharing * reads / smem_rate + exposed_smem
+        if groups is not None:  # on average: every block gets last tiles of groups, whose warpgroups without rows idle
+            computing = -(-m // kernel.warpgroup_rows) / (-(-m // rows) * (rows / kernel.warpgroup_rows))
+            tensor, read, loaded = tensor * computing, read * computing, least(tokens, m / tiles_m)
+        smem = read + sharing * (loaded + weights) * 128 / smem_rate
         asked = sharing * (loaded / token_sharing + weights_asked) * 128
         ingress = asked * most(1 / of_one, sms / num_sms / of_all) + unique / unique_rate
         stage = (tensor**norm + smem**norm + serial**norm + ingress**norm + latency**norm) ** (1 / norm)

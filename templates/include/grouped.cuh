@@ -1,6 +1,6 @@
 // Tiles of groups whose rows only the device knows.
 //
-// One order goes through the tiles of all groups, and each block takes every gridDim.x-th. The producer's first warp looks
+// One order goes through the tiles of all groups, and each block takes one of every gridDim.x. The producer's first warp looks
 // them up: a window of 32 entries, one a lane, with running sums of their tiles. An entry is a group or, where every row
 // carries the index of its group, a stretch of rows. What it finds goes to the math warpgroups through a small queue.
 #pragma once
@@ -36,6 +36,10 @@ __device__ __forceinline__ int quotient(int dividend, int divisor) {
   const int estimate = int(float(dividend) * reciprocal), rest = dividend - estimate * divisor;
   return rest < 0 ? estimate - 1 : rest >= divisor ? estimate + 1 : estimate;
 }
+
+// The tile that this block takes of each gridDim.x. Not always the one at the same place: where that number is a multiple of the tiles
+// along m of a group, some blocks would get nothing but full tiles, and others groups' last ones, which take less time.
+__device__ __forceinline__ int tile_of_round(int round) { return int(round * gridDim.x + (blockIdx.x + round) % gridDim.x); }
 
 // Whole warps call it together. TILE: rows of A in a tile, WIDTH: columns of D.
 template <Grouping GROUPING, int TILE, int WIDTH>
