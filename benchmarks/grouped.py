@@ -6,7 +6,8 @@
 m is rows per group, all of them the same. Masked: A has room for twice as many, at least 64. Contiguous and psum:
 groups start at multiples of 128. Both multiply the same tensors, with A's scales MN-major; results are compared with
 the reference first, ours into an output of NaN. The floor is max(4.8 us + bytes of all weights / 4.3 TB/s,
-3.6 us + FLOP / 1700 TFLOP/s), 900 for BF16. Exit codes: 0 done, 1 something of ours is missing or wrong, 3 no GPU.
+3.6 us + FLOP / 1700 TFLOP/s), 900 for BF16. Exit codes: 0 done, 1 something of ours is missing or wrong, 3 no GPU, 4
+DeepGEMM can't compute what it is to be raced on: that is tried first.
 """
 
 from __future__ import annotations
@@ -129,7 +130,7 @@ class Inputs:
         second: Any = b if self.b_scales is None else (b, self.b_scales)
         layout = self.layout
         if shape.case == "masked":
-            masked = getattr(library, f"m_grouped_{shape.recipe}_gemm_nt_masked")
+            masked = getattr(library, f"{shape.recipe}_m_grouped_gemm_nt_masked")
             return lambda: masked(first, second, d, layout, shape.m)
         contiguous = getattr(library, f"m_grouped_{shape.recipe}_gemm_nt_contiguous")
         more = {"use_psum_layout": True} if shape.case == "psum" else {}
@@ -180,11 +181,13 @@ def _library(name: str) -> Any:
     return deep_gemm
 
 
-def run_shape(inputs: Inputs, preset: str, samples: int | None, timer: Timer) -> dict[str, Any]:
+def run_shape(
+    inputs: Inputs, preset: str, samples: int | None, timer: Timer, names: Sequence[str] = (OURS, PEER)
+) -> dict[str, Any]:
     """Race one shape; a row of the CSV but for ``measured``."""
     contenders: dict[str, Call] = {}
     errors: dict[str, str] = {}
-    for name in (OURS, PEER):
+    for name in names:
         try:
             d = inputs.output()
             call = inputs.call_of(_library(name), d)
@@ -279,6 +282,16 @@ def needed(shape: Shape, preset: str) -> list[Any]:
     ]
 
 
+def missing_of_peer(shapes: Sequence[Shape]) -> list[str]:
+    """What fails of DeepGEMM on a small problem of each kind that is to be raced."""
+    kinds = dict.fromkeys((shape.case, shape.recipe) for shape in shapes)
+    with harness.spawn_pool(1) as pool:
+        errors = pool.map(_call_peer, [Shape(case, recipe, 128, 256, 256, 2) for case, recipe in kinds])
+        return [
+            f"{case} {NAMES[recipe]}: {error}" for (case, recipe), error in zip(kinds, errors, strict=True) if error
+        ]
+
+
 def warm_peer(shapes: Sequence[Shape], workers: int) -> None:
     """Fill DeepGEMM's disk cache with the kernels of the shapes."""
     with harness.spawn_pool(workers) as pool:
@@ -309,6 +322,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--samples", type=harness.positive, help="timed calls each (default 30; 100 below 20 us)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="CSV file to write")
+    parser.add_argument("--no-peer", action="store_true", help="time jitgemm alone")
     parser.add_argument("--warm-peer", action="store_true", help="compile DeepGEMM's kernels in parallel first")
     parser.add_argument("--list", action="store_true", help="print the shapes and their floors; needs no GPU")
     harness.add_jobs_option(parser)
@@ -325,14 +339,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     harness.require_gpu()
     measured, preset = provenance(), harness.preset_name()
     say(measured)
+    if not options.no_peer and (missing := missing_of_peer(shapes)):
+        say("\n  ".join(["DeepGEMM can't be raced (--no-peer does without it):", *missing]))
+        return 4
     harness.build_all(list(dict.fromkeys(spec for shape in shapes for spec in needed(shape, preset))), options.jobs)
-    if options.warm_peer:
+    if options.warm_peer and not options.no_peer:
         warm_peer(shapes, 8)
     timer, rows = CudaTimer(), []
     with CsvLog(options.out, COLUMNS) as log:
         for index, shape in enumerate(shapes):
             try:
-                row = run_shape(Inputs(shape, options.seed + index), preset, options.samples, timer)
+                names = (OURS,) if options.no_peer else (OURS, PEER)
+                row = run_shape(Inputs(shape, options.seed + index), preset, options.samples, timer, names)
             except RuntimeError as error:
                 say(f"stopped at {shape}: {harness.error_text(error)}")
                 break

@@ -533,9 +533,10 @@ def _terms(
         # One stage of the CTAs of one SM, cycles.
         loaded = where(tiles_m > 1, tokens, least(tokens, m))
         tensor, read = sharing * mma + exposed, sharing * reads / smem_rate + exposed_smem
-        if groups is not None:  # on average: every block gets last tiles of groups, whose warpgroups without rows idle
+        if groups is not None:  # warpgroups without rows leave the tensor cores to the others
             computing = -(-m // kernel.warpgroup_rows) / (-(-m // rows) * (rows / kernel.warpgroup_rows))
-            tensor, read, loaded = tensor * computing, read * computing, least(tokens, m / tiles_m)
+            tensor, loaded = tensor * computing, least(tokens, m / tiles_m)
+            read = where(tiles_m > 1, read * computing, read)  # every block gets full tiles and last ones in turn
         smem = read + sharing * (loaded + weights) * 128 / smem_rate
         asked = sharing * (loaded / token_sharing + weights_asked) * 128
         ingress = asked * most(1 / of_one, sms / num_sms / of_all) + unique / unique_rate

@@ -5,8 +5,8 @@
 
 (Without that option memcheck also counts the entry points that cuda-bindings and torch ask older drivers for.)
 
-Operands are made, and results checked, on the CPU, so that little else runs under the tool; kernels are compiled ahead, in
-parallel; torch's allocator does not cache, so that what lies beside a tensor is nobody's. Exit code 1 if a result is
+Operands are made, and results checked, on the CPU, so that little else runs under the tool; kernels are compiled ahead,
+in parallel; torch's allocator does not cache, so that what lies beside a tensor is nobody's. Exit code 1 if a result is
 wrong or a kernel fails to compile.
 """
 

@@ -88,7 +88,8 @@ static void lane_of_block() {
   for (int round = 0; schedule.find(tile_of_round(round), tile); ++round)
     if (threadIdx.x == 0 && found < limit) {
       int* row = out[found++];
-      row[0] = tile_of_round(round), row[1] = tile.row, row[2] = tile.rows_left, row[3] = tile.group, row[4] = tile.column;
+      row[0] = tile_of_round(round), row[1] = tile.row, row[2] = tile.rows_left;
+      row[3] = tile.group, row[4] = tile.column;
     }
   finish();
 }
