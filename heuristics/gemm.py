@@ -532,12 +532,14 @@ def _terms(
             unique = unique * groups_at_once
         # One stage of the CTAs of one SM, cycles.
         loaded = where(tiles_m > 1, tokens, least(tokens, m))
-        tensor, read = sharing * mma + exposed, sharing * reads / smem_rate + exposed_smem
+        tensor = sharing * mma + exposed
+        smem = sharing * (reads + (loaded + weights) * 128) / smem_rate + exposed_smem
         if groups is not None:  # warpgroups without rows leave the tensor cores to the others
             computing = -(-m // kernel.warpgroup_rows) / (-(-m // rows) * (rows / kernel.warpgroup_rows))
-            tensor, loaded = tensor * computing, least(tokens, m / tiles_m)
-            read = where(tiles_m > 1, read * computing, read)  # every block gets full tiles and last ones in turn
-        smem = read + sharing * (loaded + weights) * 128 / smem_rate
+            tensor = tensor * computing
+            # Every block gets full tiles and last ones in turn.
+            loaded, read = least(tokens, m / tiles_m), sharing * reads / smem_rate + exposed_smem
+            smem = where(tiles_m > 1, read * computing, read) + sharing * (loaded + weights) * 128 / smem_rate
         asked = sharing * (loaded / token_sharing + weights_asked) * 128
         ingress = asked * most(1 / of_one, sms / num_sms / of_all) + unique / unique_rate
         stage = (tensor**norm + smem**norm + serial**norm + ingress**norm + latency**norm) ** (1 / norm)
