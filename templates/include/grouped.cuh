@@ -37,9 +37,9 @@ __device__ __forceinline__ int quotient(int dividend, int divisor) {
   return rest < 0 ? estimate - 1 : rest >= divisor ? estimate + 1 : estimate;
 }
 
-// The tile that this block takes of each gridDim.x. Not always the one at the same place: where that number is a multiple of the tiles
-// along m of a group, some blocks would get nothing but full tiles, and others groups' last ones, which take less time.
-__device__ __forceinline__ int tile_of_round(int round) { return int(round * gridDim.x + (blockIdx.x + round) % gridDim.x); }
+// The tile that a block takes of each round of as many as there are blocks. Not always the one at the same place: where the tiles along
+// m of a group divide that number, some blocks would get nothing but full tiles, and others groups' last ones, which take less time.
+__device__ __forceinline__ int tile_of_round(int round, uint32_t block, uint32_t blocks) { return int(round * blocks + (block + round) % blocks); }
 
 // Whole warps call it together. TILE: rows of A in a tile, WIDTH: columns of D.
 template <Grouping GROUPING, int TILE, int WIDTH>

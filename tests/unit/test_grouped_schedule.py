@@ -35,7 +35,6 @@ static ucontext_t contexts[32], outside;
 static int current, alive, values[2][32], turn[32];
 static char* stacks[32];
 static struct { struct { operator int() const { return current; } } x; } threadIdx;
-static struct { unsigned x; } blockIdx, gridDim;
 // All lanes make the same exchanges; each passes on to the next lane, and reads when its turn comes again.
 static void exchange(int value) {
   const int lane = current, which = turn[lane]++ % 2;
@@ -71,7 +70,7 @@ struct PlainMatrix { void* pointer; int64_t row_stride; };
 
 _MAIN = """
 static const GroupLayout* given;
-static int limit, found, (*out)[5];
+static int blocks, limit, found, (*out)[5];
 static PlainMatrix matrix;
 static int columns, rows_aligned, warps;
 static void finish() {
@@ -85,10 +84,11 @@ template <Grouping GROUPING, int TILE>
 static void lane_of_block() {
   GroupSchedule<GROUPING, TILE, %(width)d> schedule(*given);
   GroupTile tile;
-  for (int round = 0; schedule.find(tile_of_round(round), tile); ++round)
+  const int block = blocks & 0xffff, grid = blocks >> 16;
+  for (int round = 0; schedule.find(tile_of_round(round, block, grid), tile); ++round)
     if (threadIdx.x == 0 && found < limit) {
       int* row = out[found++];
-      row[0] = tile_of_round(round), row[1] = tile.row, row[2] = tile.rows_left;
+      row[0] = tile_of_round(round, block, grid), row[1] = tile.row, row[2] = tile.rows_left;
       row[3] = tile.group, row[4] = tile.column;
     }
   finish();
@@ -117,7 +117,7 @@ extern "C" int find_quotient(int dividend, int divisor, int wrong) {
 }
 extern "C" int find_tiles(int grouping, int tile, const GroupLayout* layout, int block, int grid, int (*tiles)[5],
                           int capacity) {
-  given = layout, blockIdx.x = block, gridDim.x = grid, limit = capacity, found = 0, out = tiles;
+  given = layout, blocks = block | grid << 16, limit = capacity, found = 0, out = tiles;
   %(cases)s
   return found;
 }
