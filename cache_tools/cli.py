@@ -33,7 +33,8 @@ from jitgemm.cache_tools.console import (
 )
 from jitgemm.device import ARCHITECTURES, PRESETS, Device
 from jitgemm.errors import CacheError, CacheMissError, CompileError, JitGemmError, ProblemError, SettingsError
-from jitgemm.families.gemm import D_DTYPES, LAYOUTS, RECIPES, GemmProblem
+from jitgemm.families.batched import KINDS, BatchedProblem
+from jitgemm.families.gemm import D_BYTES, EPILOGUES, LAYOUTS, RECIPES, GemmProblem
 from jitgemm.families.grouped import GROUPINGS, GroupedProblem
 
 if TYPE_CHECKING:
@@ -442,11 +443,16 @@ def import_bundle(file: Path, as_json: bool) -> int:
 @click.option("--k", type=click.IntRange(1), required=True, help="Length of the contraction.")
 @click.option("--recipe", type=click.Choice(list(RECIPES)), required=True, help="Operand types and scales.")
 @click.option("--layout", type=click.Choice(LAYOUTS), default="nt", show_default=True)
-@click.option("--d-dtype", type=click.Choice(list(D_DTYPES)), default="bf16", show_default=True)
+@click.option("--d-dtype", type=click.Choice(list(D_BYTES)), default="bf16", show_default=True)
 @click.option("--fast-accum", is_flag=True, help="Without promotion every 128 of K (row-wise and tensor-wise FP8).")
-@click.option("--groups", type=click.IntRange(1), help="A grouped GEMM of so many groups; m is rows a group expected.")
-@click.option("--kind", type=click.Choice(list(GROUPINGS)), default="masked", show_default=True, help="With --groups.")
-@click.option("--alignment", type=click.IntRange(1), default=128, show_default=True, help="Of groups; with --groups.")
+@click.option("--epilogue", type=click.Choice(EPILOGUES), help="What follows the product in the same kernel.")
+@click.option("--groups", type=click.IntRange(1), help="So many GEMMs in one launch; m is rows of each, expected.")
+@click.option(
+    "--kind", type=click.Choice([*GROUPINGS, *KINDS]), default="masked", show_default=True, help="With --groups."
+)
+@click.option(
+    "--alignment", type=click.IntRange(1), default=128, show_default=True, help="Of groups along m; with --groups."
+)
 @click.option("--device", type=click.Choice(list(PRESETS)), default="h200", show_default=True)
 @click.option("--top", type=click.IntRange(1), default=10, show_default=True, help="Candidates to print.")
 @_json_option
@@ -459,6 +465,7 @@ def explain(
     layout: str,
     d_dtype: str,
     fast_accum: bool,
+    epilogue: str | None,
     groups: int | None,
     kind: str,
     alignment: int,
@@ -469,11 +476,17 @@ def explain(
     """Print what the heuristics choose for a problem, and why."""
     from jitgemm.cache_tools import explain as work
 
-    problem: GemmProblem | GroupedProblem = GemmProblem(n, k, recipe, m, layout, d_dtype, fast_accum)
-    if groups is not None:
-        if fast_accum:
-            raise UsageError("--fast-accum: grouped GEMMs always promote")
-        problem = GroupedProblem(n, k, recipe, groups, kind, m, layout, d_dtype, alignment)
+    problem: GemmProblem | GroupedProblem | BatchedProblem
+    if groups is None:
+        problem = GemmProblem(n, k, recipe, m, layout, d_dtype, fast_accum, epilogue)
+    elif fast_accum:
+        raise UsageError("--fast-accum: grouped GEMMs always promote")
+    elif kind not in KINDS:
+        problem = GroupedProblem(n, k, recipe, groups, kind, m, layout, d_dtype, alignment, epilogue)
+    elif epilogue is not None:
+        raise UsageError(f"--epilogue: {kind} GEMMs have none")
+    else:
+        problem = BatchedProblem(n, k, recipe, groups, kind, m, layout, d_dtype)
     work.explain(problem, PRESETS[device], top=top, as_json=as_json)
     return 0
 

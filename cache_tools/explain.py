@@ -10,15 +10,16 @@ from jitgemm.cache_tools.tune import entry_to_dict
 from jitgemm.device import Device
 
 if TYPE_CHECKING:
+    from jitgemm.families.batched import BatchedProblem
     from jitgemm.families.gemm import GemmProblem
     from jitgemm.families.grouped import GroupedProblem
     from jitgemm.heuristics import Candidate, Explanation
 
 
-def explain(problem: GemmProblem | GroupedProblem, device: Device, *, top: int, as_json: bool) -> None:
+def explain(problem: GemmProblem | GroupedProblem | BatchedProblem, device: Device, *, top: int, as_json: bool) -> None:
     """Print the ``top`` candidates with their predicted cost, why others are illegal, and the winner."""
     from jitgemm import heuristics
-    from jitgemm.families.grouped import GroupedProblem
+    from jitgemm.families.gemm import GemmProblem
 
     explanation = heuristics.explain(problem, device)
     legal = _by_cost(explanation)
@@ -37,7 +38,7 @@ def explain(problem: GemmProblem | GroupedProblem, device: Device, *, top: int, 
             ],
         )
         return
-    groups = f"{problem.groups} groups, {problem.kind}, " if isinstance(problem, GroupedProblem) else ""
+    groups = "" if isinstance(problem, GemmProblem) else f"{problem.groups} groups, {problem.kind}, "
     print(
         f"{groups}{problem.m} x {problem.n} x {problem.k}, {problem.recipe} {problem.layout}, D in {problem.d_dtype},"
         f" on {device.name} with {device.num_sms} SMs: {explanation.winner}\n"

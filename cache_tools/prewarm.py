@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from jitgemm.cache import KernelCache
+    from jitgemm.families.batched import BatchedProblem
     from jitgemm.families.gemm import GemmProblem
     from jitgemm.families.grouped import GroupedProblem
 
@@ -170,16 +171,16 @@ def print_report(report: Report) -> None:
     if missing:
         states["missing"] = MISSING
 
-    from jitgemm.families.grouped import GroupedProblem
+    from jitgemm.families.gemm import GemmProblem
 
     def row(
-        label: str, kernels: Sequence[Kernel], problem: GemmProblem | GroupedProblem | None = None
+        label: str, kernels: Sequence[Kernel], problem: GemmProblem | GroupedProblem | BatchedProblem | None = None
     ) -> tuple[object, ...]:
         counts = [len(kernels), *(sum(kernel.state == state for kernel in kernels) for state in states.values())]
         if problem is None:
             return (label, None, None, None, None, *counts)
         recipe = problem.recipe if problem.layout == "nt" else f"{problem.recipe} {problem.layout}"
-        if isinstance(problem, GroupedProblem):
+        if not isinstance(problem, GemmProblem):
             recipe = f"{problem.groups} groups {problem.kind}, {recipe}"
         return (label, problem.n, problem.k, recipe, problem.d_dtype, *counts)
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from jitgemm.errors import ProblemError
 
 if TYPE_CHECKING:
+    from jitgemm.families.batched import BatchedProblem
     from jitgemm.families.gemm import GemmProblem
     from jitgemm.families.grouped import GroupedProblem
 
@@ -20,19 +21,21 @@ class NamedProblem:
     """A problem without its m, and the layer that asks it (empty where it has no name)."""
 
     layer: str
-    problem: GemmProblem | GroupedProblem
+    problem: GemmProblem | GroupedProblem | BatchedProblem
 
     @property
     def dense(self) -> GemmProblem:
         """The problem, for what knows dense ones only.
 
         Raises:
-            ProblemError: it is a grouped one.
+            ProblemError: it is another, or has an epilogue.
         """
         from jitgemm.families.gemm import GemmProblem
 
         if not isinstance(self.problem, GemmProblem):
             raise ProblemError(f"a problem is {self.problem.to_dict()['kind']}; accepted is gemm")
+        if self.problem.epilogue is not None:
+            raise ProblemError(f"a problem has the epilogue {self.problem.epilogue}; accepted is none")
         return self.problem
 
     @property
@@ -40,7 +43,7 @@ class NamedProblem:
         """Whether there is ``dense``."""
         from jitgemm.families.gemm import GemmProblem
 
-        return isinstance(self.problem, GemmProblem)
+        return isinstance(self.problem, GemmProblem) and self.problem.epilogue is None
 
 
 def from_shapes_file(path: Path) -> list[NamedProblem]:
@@ -111,6 +114,7 @@ def parse(entry: Mapping[str, Any]) -> NamedProblem:
     Raises:
         ProblemError: it is none.
     """
+    from jitgemm.families.batched import SHAPES_FILE_KINDS, BatchedProblem
     from jitgemm.families.gemm import GemmProblem
     from jitgemm.families.grouped import GroupedProblem
 
@@ -123,6 +127,12 @@ def parse(entry: Mapping[str, Any]) -> NamedProblem:
     if not isinstance(layer, str):
         raise ProblemError(f"layer is {layer!r}; accepted is a string")
     values = {name: value for name, value in entry.items() if name != "layer"}
-    grouped = str(values.get("kind", "gemm")).startswith("m_grouped_")
-    problem = GroupedProblem.from_dict(values) if grouped else GemmProblem.from_dict(values)
+    kind = str(values.get("kind", "gemm"))
+    problem: GemmProblem | GroupedProblem | BatchedProblem
+    if kind in SHAPES_FILE_KINDS:
+        problem = BatchedProblem.from_dict(values)
+    elif kind.startswith("m_grouped_"):
+        problem = GroupedProblem.from_dict(values)
+    else:
+        problem = GemmProblem.from_dict(values)
     return NamedProblem(layer, problem.without_m())

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from jitgemm.device import Device
 from jitgemm.families.base import KernelSpec
+from jitgemm.families.batched import BatchedProblem
 from jitgemm.families.gemm import GemmProblem
 from jitgemm.families.grouped import GroupedProblem
-from jitgemm.heuristics import gemm, grouped
+from jitgemm.heuristics import batched, gemm, grouped
 from jitgemm.heuristics.gemm import (
     ANCHORS,
     Candidate,
@@ -19,19 +20,23 @@ from jitgemm.heuristics.gemm import (
 )
 
 
-def enumerate_specs(problem: GemmProblem | GroupedProblem, device: Device) -> tuple[KernelSpec, ...]:
+def enumerate_specs(problem: GemmProblem | GroupedProblem | BatchedProblem, device: Device) -> tuple[KernelSpec, ...]:
     """Every kernel that calls of the problem can need: of any m, with scales in any layout, with or without C."""
     if isinstance(problem, GroupedProblem):
         return grouped.enumerate_specs(problem, device)
+    if isinstance(problem, BatchedProblem):
+        return batched.enumerate_specs(problem, device)
     return gemm.enumerate_specs(problem, device)
 
 
-def explain(problem: GemmProblem | GroupedProblem, device: Device) -> Explanation:
+def explain(problem: GemmProblem | GroupedProblem | BatchedProblem, device: Device) -> Explanation:
     """Predicted cost of every config that a choice is made from, and why others are illegal.
 
     Raises:
         ConfigError: no legal config meets the overrides in force.
     """
+    if isinstance(problem, BatchedProblem):
+        return batched.explain(problem, device)
     return grouped.explain(problem, device) if isinstance(problem, GroupedProblem) else gemm.explain(problem, device)
 
 

@@ -28,9 +28,12 @@ from jitgemm.device import SM90A, Architecture, Device
 from jitgemm.errors import ConfigError
 from jitgemm.families.base import KernelSpec
 from jitgemm.families.gemm import (
+    D_BYTES,
     FAMILY,
     FEW_BOUNDARIES_STEP,
+    GATE_UP_RUN,
     MMA_M,
+    SCALE_GROUP,
     STAGE_ROW_BYTES,
     GemmConfig,
     GemmProblem,
@@ -188,8 +191,24 @@ def corrections(problem: GemmProblem) -> dict[GemmConfig, float]:
     menu: dict[GemmConfig, float] = {}
     for entry in text.split(","):
         config, _, correction = entry.partition("*")
-        menu.setdefault(_fitting(problem, _parse(config, tile_k)), float(correction or 1))
+        for adapted in _for_epilogue(problem, _parse(config, tile_k)):
+            menu.setdefault(_fitting(problem, adapted), float(correction or 1))
+    if problem.gated > 1 or problem.quantizes:
+        for entry in sm90a.EPILOGUE_MENU.split(","):
+            for adapted in _for_epilogue(problem, _parse(entry, tile_k)):
+                menu.setdefault(_fitting(problem, adapted), 1.0)
     return menu
+
+
+def _for_epilogue(problem: GemmProblem, config: GemmConfig) -> list[GemmConfig]:
+    """The config as an epilogue can have it: without split K, and in clusters that make up the columns of a scale."""
+    if problem.gated == 1 and not problem.quantizes:
+        return [config]
+    config = dataclasses.replace(config, split_k=1)
+    if not problem.quantizes:
+        return [config]
+    config = dataclasses.replace(config, cluster_m=1, cluster_n=1)
+    return [dataclasses.replace(config, cluster_n=_shape(problem, config).scale_parts)]
 
 
 @functools.lru_cache(maxsize=256)
@@ -275,6 +294,40 @@ def illegal(problem: GemmProblem, config: GemmConfig, device: Device) -> str | N
 
 @functools.lru_cache(maxsize=65536)
 def _illegal_kernel(problem: GemmProblem, config: GemmConfig, arch: Architecture) -> str | None:
+    return illegal_tile(problem, config, arch) or illegal_epilogue(_shape(problem, config))
+
+
+def illegal_epilogue(shape: KernelShape) -> str | None:
+    """Why a tile can't have the epilogue of its problem, or None."""
+    config, gated = shape.config, shape.problem.gated
+    if shape.problem.epilogue is None:
+        return None
+    alone = shape.chain == 1 or shape.n_side_scales == "row_k"
+    tight = shape.narrows or shape.m_side_scales in ("row", "tensor")
+    if shape.problem.promotes and alone and tight and shape.accumulator_registers > 160:
+        return "sums take more than 160 registers a thread beside an epilogue"
+    if not shape.narrows:
+        return None
+    if config.split_k > 1:
+        return "with split K no CTA has all columns that SwiGLU or a scale of D needs"
+    if shape.gate_up_blocks and 2 * SCALE_GROUP % config.tile_n:
+        return f"tile_n must divide {2 * SCALE_GROUP}, rows of gate and up that share their scales"
+    if config.tile_n % (2 * GATE_UP_RUN) and shape.swiglu:
+        return f"tile_n must be a multiple of {2 * GATE_UP_RUN}, runs of gate and up"
+    whole = shape.d_scale_columns * gated
+    if whole and config.tile_n % whole and (whole % config.tile_n or config.cluster_n != shape.scale_parts):
+        return f"tile_n times cluster_n must make up the {whole} columns of a scale of d"
+    if shape.problem.promotes and shape.math_warpgroups == 3 and shape.accumulator_registers > 112:
+        return "sums take more than 112 registers a thread beside SwiGLU or quantization"
+    if shape.quantizes and gated == 1 and not config.swap_ab and config.tile_n > 192:
+        return "tile_n must be at most 192 where d is quantized without SwiGLU"
+    if shape.store_row_bytes < 16 or config.tile_n // gated * shape.d_bytes < 16:
+        return "rows of d in a tile must have 16 bytes or more"
+    return None
+
+
+def illegal_tile(problem: GemmProblem, config: GemmConfig, arch: Architecture) -> str | None:
+    """Why a tile can't be computed, whatever its epilogue, or None."""
     shape = _shape(problem, config)
     if config.tile_k != 128 // problem.traits.operand_bytes:
         return f"tile_k must be {128 // problem.traits.operand_bytes}: one stage holds 128 bytes of a row"
@@ -355,6 +408,7 @@ class Groups(NamedTuple):
 
     number: int
     alignment: int = 0  # of their first rows where tiles end at multiples of their height, else 0
+    idles: bool = True  # whether warpgroups without rows leave the tensor cores to the others
 
 
 @functools.lru_cache(maxsize=4096)
@@ -383,7 +437,13 @@ def _traits(problem: GemmProblem, config: GemmConfig) -> _Traits:
             waiting = waves * (latency + promotion) + overhead
             exposed = sm90a.PROMOTION_EXPOSED * waves * (latency + promotion)
     tokens, weights = (shape.n_side_rows, shape.mma_m) if config.swap_ab else (shape.mma_m, shape.n_side_rows)
-    boxes = 1 if config.swap_ab else columns * shape.d_bytes // shape.store_row_bytes
+    boxes = 1 if config.swap_ab else columns // problem.gated * shape.d_bytes // shape.store_row_bytes
+    steps = sm90a.EPILOGUE_STEP_CYCLES[problem.epilogue] * columns * waves
+    if shape.quantizes:
+        steps += sm90a.QUANTIZATION_COLUMN_CYCLES * columns * waves
+        steps += sm90a.EXCHANGE_CYCLES if shape.exchange_bytes else 0.0
+        if config.swap_ab:  # every warp reads what all warps found of each token
+            steps += sm90a.EXCHANGE_READ_CYCLES * columns / 8 * shape.scale_parts * (4 * shape.math_warpgroups) ** 2
     store = sm90a.EPILOGUE_BOX_CYCLES * (boxes - 1) + sm90a.EPILOGUE_NARROW_CYCLES * (shape.store_row_bytes == 16)
     reduction, per_part, per_column = sm90a.REDUCTION_US
     reduction += per_part * (config.split_k - 2) + per_column * columns * all_waves
@@ -410,7 +470,8 @@ def _traits(problem: GemmProblem, config: GemmConfig) -> _Traits:
         epilogue=sm90a.EPILOGUE_CYCLES
         + sm90a.EPILOGUE_COLUMN_CYCLES * columns * waves * shape.d_bytes / 2
         + sm90a.EPILOGUE_SLICE_CYCLES * (columns // shape.store_columns - 1)
-        + waves * store,
+        + waves * store
+        + steps,
         multicast=sm90a.MULTICAST_CYCLES if config.cluster_m * config.cluster_n > 1 else 0.0,
         launch=sm90a.LAUNCH_US + (sm90a.CLUSTER_LAUNCH_US if cluster > 1 else 0.0),
         reduction=reduction if config.split_k > 1 else 0.0,
@@ -499,7 +560,7 @@ def _terms(
 
     clock, full_clock = device.clock_hz / 1e6, device.clock_hz_memory_bound / 1e6  # cycles per us
     tensor_bound, throttled_cycles = sm90a.TENSOR_BOUND, sm90a.THROTTLED_CYCLES
-    bytes_of_a_row, bytes_of_b, bytes_of_d_row = k * size, n * k * size, n * (2 if problem.d_dtype == "bf16" else 4)
+    bytes_of_a_row, bytes_of_b, bytes_of_d_row = k * size, n * k * size, n // problem.gated * D_BYTES[problem.d_dtype]
     shared = sm90a.HBM_SHARED
     utilization = sm90a.HBM_UTILIZATION if groups is None else 1.0  # L2 has nothing of all groups' weights
     hbm_rate, hbm_of_sm = device.hbm_bytes_per_s * utilization / 1e6, sm90a.HBM_BYTES_PER_US_AND_SM
@@ -534,7 +595,7 @@ def _terms(
         loaded = where(tiles_m > 1, tokens, least(tokens, m))
         tensor = sharing * mma + exposed
         smem = sharing * (reads + (loaded + weights) * 128) / smem_rate + exposed_smem
-        if groups is not None:  # warpgroups without rows leave the tensor cores to the others
+        if groups is not None and groups.idles:
             computing = -(-m // kernel.warpgroup_rows) / (-(-m // rows) * (rows / kernel.warpgroup_rows))
             tensor = tensor * computing
             # Every block gets full tiles and last ones in turn.

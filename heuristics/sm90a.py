@@ -41,6 +41,10 @@ EPILOGUE_COLUMN_CYCLES = 7.46  # per MMA column of a 64-row wave
 EPILOGUE_SLICE_CYCLES = 1410.0  # per slice of staging after the first
 EPILOGUE_BOX_CYCLES = 38.4  # per box of a wave after the first: rows are stored in boxes of up to 128 bytes ...
 EPILOGUE_NARROW_CYCLES = 490.0  # ... which are slow where they have 16
+EPILOGUE_STEP_CYCLES = {None: 0.0, "linear": 2.0, "swiglu": 10.0}  # per MMA column of a 64-row wave (estimated) ...
+QUANTIZATION_COLUMN_CYCLES = 4.0  # ... and more where D is quantized (estimated) ...
+EXCHANGE_CYCLES = 1000.0  # ... and warps or CTAs exchange magnitudes (estimated)
+EXCHANGE_READ_CYCLES = 2.0  # ... of which a warp reads those of 8 tokens from another at a time
 EPILOGUE_REPEATED = 0.252  # of a tile after the first, whose loads began meanwhile
 
 # -- Memory and clocks.
@@ -77,4 +81,12 @@ BF16_MENU = """
     128x64 s8 k3 *0.97, 128x96 s7 *0.96, 128x112 s6 *0.96, 128x128 s6 *0.96, 128x144 s5, 128x144 s6 c1x2,
     128x160 s5 *1.01, 128x176 s4 *1.04, 128x192 s4 *1.04, 128x192 s5 k4 *1.02, 128x224 s4 c2x1 *1.05,
     128x256 s4 *1.06, 192x160 s4 *1.07, 192x192 s4 *1.05
+"""
+
+# More tiles for SwiGLU and for a quantized D, whose scales cover 128 columns: of few tokens with as many columns as a
+# scale has, in one CTA or two. (Chosen by hand.)
+EPILOGUE_MENU = """
+    8x128 s12 swap, 16x128 s11 swap, 24x128 s10 swap, 32x128 s10 swap, 48x128 s9 swap, 64x128 s8 swap,
+    8x256 s6 swap, 16x256 s6 swap, 24x256 s6 swap, 32x256 s5 swap, 48x256 s5 swap, 64x256 s5 swap,
+    64x128 s8, 128x128 s6, 192x128 s5, 256x128 s4
 """

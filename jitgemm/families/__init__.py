@@ -9,6 +9,7 @@ from jitgemm.families.base import Family, KernelSpec
 __all__ = ["FAMILY_MODULES", "Family", "KernelSpec", "family_of"]
 
 FAMILY_MODULES = {
+    "batched_gemm": "jitgemm.families.batched",
     "gemm": "jitgemm.families.gemm",
     "m_grouped_gemm": "jitgemm.families.grouped",
     "transpose_scales": "jitgemm.families.transpose_scales",

@@ -22,6 +22,9 @@ from jitgemm.families.base import KernelSpec
 SCALE_GROUP = 128
 """Elements of K (and rows of B in a 128x128 block) that share one scale, and between two promotions."""
 
+GATE_UP_RUN = 8
+"""Rows of B that are gate's, and then up's."""
+
 WARPGROUP = 128  # threads
 MMA_M = 64  # rows of one warpgroup-wide MMA
 ROWS_STORED = 16  # of D by one warp at a time: those that it holds of an MMA's rows
@@ -68,6 +71,9 @@ RECIPES: dict[str, Recipe] = {
 }
 LAYOUTS = ("nt", "nn", "tn", "tt")
 D_DTYPES = {"bf16": 2, "fp32": 4}  # bytes
+D_SCALE_COLUMNS = {"e4m3": 128, "e4m3_ue8m0": 32}  # of a quantized D, which epilogues make, that share a scale
+D_BYTES = {**D_DTYPES, **dict.fromkeys(D_SCALE_COLUMNS, 1)}
+EPILOGUES = ("linear", "swiglu")
 
 
 @dataclass(frozen=True)
@@ -81,8 +87,11 @@ class GemmProblem:
         m: rows of D.
         layout: BLAS letters of A and B: ``nt`` is A ``[m, k]`` and B ``[n, k]`` row-major, ``nn`` B ``[k, n]``,
             ``tn`` A ``[k, m]`` and B ``[k, n]``, ``tt`` A ``[k, m]`` and B ``[n, k]``. FP8 has ``nt`` only.
-        d_dtype: ``bf16`` or ``fp32``.
+        d_dtype: ``bf16`` or ``fp32``; with an epilogue also ``e4m3`` (an fp32 scale for 128 columns) and ``e4m3_ue8m0``
+            (packed, one for 32 columns).
         fast_accum: leave FP8 partial sums in the tensor cores' accumulator (row-wise and tensor-wise only).
+        epilogue: what follows the product: ``linear`` (alpha, bias, weights of rows, any of them), or ``swiglu`` as
+            well, which makes one column of D of two of the product; None: nothing.
 
     Raises:
         ProblemError: a field is not of these.
@@ -95,6 +104,7 @@ class GemmProblem:
     layout: str = "nt"
     d_dtype: str = "bf16"
     fast_accum: bool = False
+    epilogue: str | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.recipe, str) or self.recipe not in RECIPES:
@@ -107,9 +117,16 @@ class GemmProblem:
                 raise ProblemError(f"{name} is {value!r}; accepted is an integer from {low} to 2**31 - 1")
         if self.layout not in LAYOUTS:
             raise ProblemError(f"layout is {self.layout!r}; accepted are {', '.join(LAYOUTS)}")
-        if self.d_dtype not in D_DTYPES:
-            raise ProblemError(f"d_dtype is {self.d_dtype!r}; accepted are {', '.join(D_DTYPES)}")
+        if self.d_dtype not in (D_DTYPES if self.epilogue is None else D_BYTES):
+            accepted = ", ".join(D_DTYPES) + (" and, with an epilogue, " if self.epilogue is None else ", ")
+            raise ProblemError(f"d_dtype is {self.d_dtype!r}; accepted are {accepted}{', '.join(D_SCALE_COLUMNS)}")
         recipe = RECIPES[self.recipe]
+        if self.epilogue is not None and self.epilogue not in EPILOGUES:
+            raise ProblemError(f"epilogue is {self.epilogue!r}; accepted are {', '.join(EPILOGUES)} and None")
+        runs = 2 * SCALE_GROUP if recipe.b_scales == "block_k" else 2 * GATE_UP_RUN
+        if self.epilogue == "swiglu" and self.n % runs:
+            why = "; else weights of gate and up have scales of single rows" if runs > 2 * GATE_UP_RUN else ""
+            raise ProblemError(f"n is {self.n}; SwiGLU with {self.recipe} accepts multiples of {runs}{why}")
         if recipe.is_fp8 and self.layout != "nt":
             raise ProblemError(f"layout is {self.layout!r}; FP8 operands must be nt (both K-major)")
         if not isinstance(self.fast_accum, bool):
@@ -139,13 +156,23 @@ class GemmProblem:
         """Whether partial sums are added up in FP32 registers every 128 of K."""
         return self.traits.is_fp8 and not self.fast_accum
 
+    @property
+    def quantizes(self) -> bool:
+        """Whether D is FP8 with scales."""
+        return self.d_dtype in D_SCALE_COLUMNS
+
+    @property
+    def gated(self) -> int:
+        """Columns of the product that make one of D."""
+        return 2 if self.epilogue == "swiglu" else 1
+
     def without_m(self) -> GemmProblem:
         """The same problem for any m."""
         return dataclasses.replace(self, m=None) if self.m is not None else self
 
     def without_sizes(self) -> GemmProblem:
         """What a kernel knows of the problem; equal ones are one object."""
-        return _without_sizes(self.recipe, self.layout, self.d_dtype, self.fast_accum)
+        return _without_sizes(self.recipe, self.layout, self.d_dtype, self.fast_accum, self.epilogue)
 
     def with_m(self, m: int) -> GemmProblem:
         """The same problem for one m."""
@@ -181,8 +208,11 @@ class GemmProblem:
 
 
 @functools.cache
-def _without_sizes(recipe: str, layout: str, d_dtype: str, fast_accum: bool) -> GemmProblem:
-    return GemmProblem(1, 1, recipe, None, layout, d_dtype, fast_accum)
+def _without_sizes(
+    recipe: str, layout: str, d_dtype: str, fast_accum: bool = False, epilogue: str | None = None
+) -> GemmProblem:
+    n = 2 * SCALE_GROUP if epilogue == "swiglu" else 1  # the least that is accepted
+    return GemmProblem(n, 1, recipe, None, layout, d_dtype, fast_accum, epilogue)
 
 
 _SIZE = r"([1-9][0-9]{0,3})"
@@ -340,19 +370,21 @@ class KernelShape:
     @functools.cached_property
     def d_bytes(self) -> int:
         """Bytes of one element of D."""
-        return D_DTYPES[self.problem.d_dtype]
+        return D_BYTES[self.problem.d_dtype]
 
     @functools.cached_property
     def store_columns(self) -> int:
         """MMA columns that are staged at a time on their way to D: as many as the ring leaves room for."""
         columns = self.mma_n
+        if self.narrows:  # whole tiles: a scale must be known before the first of its values is staged
+            return columns
         while columns % 16 == 0 and self.staging_offset + self._staging(columns) > _STAGING_END:
             columns //= 2
         return columns
 
     def _staging(self, columns: int) -> int:
         """Bytes that stage so many columns of all warpgroups' waves, each in whole swizzle repeats."""
-        per_wave = -(-MMA_M * columns * self.d_bytes // SMEM_ALIGNMENT) * SMEM_ALIGNMENT
+        per_wave = -(-MMA_M * columns // self.problem.gated * self.d_bytes // SMEM_ALIGNMENT) * SMEM_ALIGNMENT
         return self.math_warpgroups * self.waves * per_wave
 
     @functools.cached_property
@@ -374,7 +406,53 @@ class KernelShape:
     def smem_bytes(self) -> int:
         """Dynamic shared memory of a block, alignment slack and barriers included."""
         barriers = self.config.stages * 16  # full and empty, 8 bytes each
-        return SMEM_ALIGNMENT + self.staging_offset + self.staging_bytes + barriers
+        return SMEM_ALIGNMENT + self.staging_offset + self.staging_bytes + barriers + self.exchange_bytes
+
+    @functools.cached_property
+    def swiglu(self) -> bool:
+        """Whether columns of the product are gate's and up's."""
+        return self.problem.epilogue == "swiglu"
+
+    @functools.cached_property
+    def quantizes(self) -> bool:
+        """Whether D is FP8 with scales."""
+        return self.problem.quantizes
+
+    @functools.cached_property
+    def narrows(self) -> bool:
+        """Whether D's tile has fewer bytes than one of BF16 as wide as the product's."""
+        return self.swiglu or self.quantizes
+
+    @functools.cached_property
+    def gate_up_blocks(self) -> bool:
+        """Whether gate and up have 128 x 128 scale blocks of their own."""
+        return self.swiglu and self.problem.traits.b_scales == "block_k"
+
+    @functools.cached_property
+    def d_scale_columns(self) -> int:
+        """Columns of D that share a scale; 0 where it has none."""
+        return D_SCALE_COLUMNS.get(self.problem.d_dtype, 0)
+
+    @functools.cached_property
+    def d_scales_ue8m0(self) -> bool:
+        """Whether these scales are packed exponents."""
+        return self.problem.d_dtype == "e4m3_ue8m0"
+
+    @functools.cached_property
+    def scale_parts(self) -> int:
+        """CTAs of a cluster, side by side along n, that make up the columns of a scale of D."""
+        return max(1, self.d_scale_columns * self.problem.gated // self.config.tile_n)
+
+    @functools.cached_property
+    def exchange_bytes(self) -> int:
+        """Shared memory in which magnitudes of rows meet: the template's ``Quantization::BYTES``."""
+        warps = 4 * self.math_warpgroups
+        if not self.quantizes or (not self.config.swap_ab and self.scale_parts == 1):
+            return 0
+        if self.config.swap_ab:
+            planes = self.waves if self.d_scales_ue8m0 else 1
+            return 2 * (planes * self.scale_parts * warps * self.mma_n * 4 + 8) + warps * 4
+        return 2 * (warps * self.waves * 16 * 4 + warps * 8) + warps * 4
 
     @functools.cached_property
     def staging_offset(self) -> int:
@@ -386,9 +464,9 @@ class KernelShape:
     def store_row_bytes(self) -> int:
         """Width of a staged row of D: the box and swizzle of its TMA store."""
         if self.config.swap_ab:
-            return 128
+            return min(128, MMA_M // self.problem.gated * self.d_bytes)
         width = 128
-        while self.store_columns * self.d_bytes % width:
+        while self.store_columns // self.problem.gated * self.d_bytes % width:
             width //= 2
         return width
 
@@ -397,13 +475,15 @@ class KernelShape:
         """128-wide scale blocks that a tile's N-side rows can touch, wherever the tile starts."""
         if self.n_side_scales != "block_k":
             return 1
+        if self.gate_up_blocks:
+            return 2
         largest_offset = SCALE_GROUP - self.column_boundary_step
         return (largest_offset + self.mma_n - 1) // SCALE_GROUP + 1
 
     @functools.cached_property
     def column_boundary_step(self) -> int:
         """Scale blocks begin at a multiple of it from a tile's first column, wherever the tile starts."""
-        return math.gcd(self.mma_n, SCALE_GROUP)
+        return SCALE_GROUP if self.gate_up_blocks else math.gcd(self.mma_n, SCALE_GROUP)
 
     @functools.cached_property
     def chain(self) -> int:
@@ -412,7 +492,7 @@ class KernelShape:
         A chain drains at its end, which costs two warpgroups, out of step by then, more than one. Row-wise and
         tensor-wise scales, which chains of 8 spill beside, keep 4.
         """
-        limit = CHAIN_REGISTERS[self.problem.d_dtype if self.mma_n % 64 == 0 else "fp32"]
+        limit = CHAIN_REGISTERS["bf16" if self.d_bytes <= 2 and self.mma_n % 64 == 0 else "fp32"]
         fits = self.waves == 1 and self.math_warpgroups < 3 and self.mma_n // 2 * 3 <= limit
         if not self.problem.promotes or not fits:
             return 1
@@ -439,6 +519,17 @@ class KernelShape:
         return 2 if small and 2 * (self.smem_bytes + SM90A.smem_reserved) <= SM90A.smem_per_sm else 1
 
 
+def problem_of_spec(spec: KernelSpec) -> GemmProblem:
+    """What a kernel of this family, or of grouped GEMMs, knows of its problem."""
+    constants = dict(spec.constants)
+    epilogue = constants.get("epilogue")
+    return _without_sizes(
+        *(str(constants[name]) for name in ("recipe", "layout", "d_dtype")),
+        fast_accum=bool(constants.get("fast_accum", False)),
+        epilogue=None if epilogue is None else str(epilogue),
+    )
+
+
 kernel_shape = functools.lru_cache(maxsize=4096)(KernelShape)
 """The ``KernelShape`` of a problem without sizes and a config, from a bounded table."""
 
@@ -456,6 +547,7 @@ class Gemm:
             "layout": problem.layout,
             "d_dtype": problem.d_dtype,
             "fast_accum": problem.fast_accum,
+            **({} if problem.epilogue is None else {"epilogue": problem.epilogue}),
             **config.to_dict(),
         }
         return KernelSpec.make(self.name, arch, constants)
@@ -464,15 +556,7 @@ class Gemm:
         """What follows from a spec."""
         constants = dict(spec.constants)
         config = GemmConfig(**{field.name: constants[field.name] for field in dataclasses.fields(GemmConfig)})  # type: ignore[arg-type]
-        problem = GemmProblem(
-            n=1,
-            k=1,
-            recipe=str(constants["recipe"]),
-            layout=str(constants["layout"]),
-            d_dtype=str(constants["d_dtype"]),
-            fast_accum=bool(constants["fast_accum"]),
-        )
-        return KernelShape(problem, config)
+        return KernelShape(problem_of_spec(spec), config)
 
     def kernel_name(self, spec: KernelSpec) -> str:
         """Symbol of the kernel's entry, such as ``jitgemm_fp8_gemm_nt``."""
@@ -514,14 +598,24 @@ class Gemm:
             "chain",
             "unroll",
             "scale_slack",
+            "swiglu",
+            "quantizes",
+            "narrows",
+            "gate_up_blocks",
+            "d_scale_columns",
+            "d_scales_ue8m0",
+            "scale_parts",
+            "exchange_bytes",
         )
         config = shape.config
         return {
             **config.to_dict(),
             **{name: getattr(shape, name) for name in derived},
+            "stack": "",
             "few_boundaries_step": FEW_BOUNDARIES_STEP,
             "fp8": shape.problem.traits.is_fp8,
             "promotes": shape.problem.promotes,
+            "epilogue": shape.problem.epilogue is not None,
             "cluster": config.cluster_m * config.cluster_n * config.split_k,
         }
 
@@ -538,7 +632,8 @@ class Gemm:
         shape = self.shape(spec)
         problem = shape.problem
         fast = " fast_accum" if problem.fast_accum else ""
-        return f"{problem.recipe} {problem.layout} {problem.d_dtype}{fast} {shape.config}"
+        epilogue = f" {problem.epilogue}" if problem.epilogue else ""
+        return f"{problem.recipe} {problem.layout} {problem.d_dtype}{fast}{epilogue} {shape.config}"
 
 
 FAMILY = Gemm()

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from jitgemm.driver import Arguments, Launch, ensure_context, replace_tensor_map_address_function
 from jitgemm.errors import DriverError
-from jitgemm.families.gemm import ROWS_STORED, SCALE_GROUP, GemmConfig, GemmProblem, KernelShape, kernel_shape
+from jitgemm.families.gemm import D_BYTES, ROWS_STORED, SCALE_GROUP, GemmConfig, GemmProblem, KernelShape, kernel_shape
 from jitgemm.kernel import Kernel
 from jitgemm.tensor_map import ALIGNMENT, BYTES, OperandMap
 
@@ -17,6 +17,8 @@ from jitgemm.tensor_map import ALIGNMENT, BYTES, OperandMap
 _MAPS = ("rows", "rows_cut", "columns", "columns_cut", "row_scales", "column_scales", "d")
 _TAIL = struct.Struct("<Qq Qq Qiiii Qiiii iiii IIIIII iii i")
 _TAIL_OFFSET = len(_MAPS) * BYTES
+STEPS_OFFSET = _TAIL_OFFSET + _TAIL.size
+"""Where the parameters of a kernel with an epilogue go on with its ``EpilogueSteps``."""
 _D, _C, _ROW_SCALES, _COLUMN_SCALES = (_TAIL_OFFSET // 8 + word for word in (0, 2, 4, 7))  # words of these pointers
 PARAMS_BYTES = -(-(_TAIL_OFFSET + _TAIL.size) // BYTES) * BYTES
 
@@ -78,11 +80,11 @@ class GemmGeometry:
         if config.swap_ab:
             self._b_maps = _operand(shape, b, shape.m_side_major, shape.mma_m, config.cluster_m)
             self._b_scales_map = _scales(shape.m_side_scales, problem.n, self._k_blocks, b_scales, shape.mma_m)
-            self._b_fields = _scale_fields(shape.m_side_scales, b_scales, problem.n)
+            self._b_fields = scale_fields(shape.m_side_scales, b_scales, problem.n)
         else:
             self._b_maps = _operand(shape, b, shape.n_side_major, shape.mma_n, config.cluster_m)
             self._b_scales_map = _scales(shape.n_side_scales, problem.n, self._k_blocks, b_scales, shape.mma_n)
-            self._b_fields = _scale_fields(shape.n_side_scales, b_scales, problem.n)
+            self._b_fields = scale_fields(shape.n_side_scales, b_scales, problem.n)
         assert problem.m is not None
         self._d_rows_aligned = _rows_aligned(shape, d)
         self._set_m(problem.m, a_scales)
@@ -106,7 +108,7 @@ class GemmGeometry:
         a_maps = _operand(shape, self._a, major, tile_rows, config.cluster_n)
         a_scales_map = _scales(granularity, m, k_blocks, a_scales, tile_rows)
         d_map = _output(shape, self._d) if config.split_k == 1 else None  # split, D is stored without TMA
-        a_fields, b_fields = _scale_fields(granularity, a_scales, m), self._b_fields
+        a_fields, b_fields = scale_fields(granularity, a_scales, m), self._b_fields
         if self._swap:
             self._maps = (*self._b_maps, *a_maps, self._b_scales_map, a_scales_map, d_map)
             row_fields, column_fields = b_fields, a_fields
@@ -128,7 +130,7 @@ class GemmGeometry:
         self.grid = (resident * cluster_size, 1, 1)
         kernel = self._kernel
         self.launch = Launch(kernel.handle, self.grid, kernel.num_threads, kernel.smem_bytes, kernel.device, self._pdl)
-        raster = _raster(clusters_m, clusters_n, raster_group(m, config, self._num_sms))
+        raster = raster_fields(clusters_m, clusters_n, raster_group(m, config, self._num_sms))
         self._tail = (
             *(0, self._d.row_stride, 0, self._c_row_stride, 0, *row_fields, 0, 0, *column_fields, 0),
             *(*raster, m, n, k_blocks),
@@ -195,14 +197,14 @@ def raster_group(m: int, config: GemmConfig, num_sms: int) -> int:
     return min(candidates, key=lambda group: group * height + -(-in_flight // group) * width)
 
 
-def _raster(clusters_m: int, clusters_n: int, group: int) -> tuple[int, ...]:
+def raster_fields(clusters_m: int, clusters_n: int, group: int) -> tuple[int, ...]:
     """The template's ``TileRaster``."""
     last_group = clusters_m % group or group
-    divisors = (_divisor(group * clusters_n), _divisor(group), _divisor(last_group))
+    divisors = (divisor(group * clusters_n), divisor(group), divisor(last_group))
     return (clusters_m, clusters_n, group, last_group, *(number for pair in divisors for number in pair))
 
 
-def _divisor(number: int) -> tuple[int, int]:
+def divisor(number: int) -> tuple[int, int]:
     """The template's ``Divisor``: dividend (below 2^31) times the first, shifted by 31 and the second."""
     shift = (number - 1).bit_length()
     return -(-(1 << (31 + shift)) // number), shift
@@ -236,6 +238,11 @@ def _scales(granularity: str, length: int, k_blocks: int, strides: ScaleStrides,
     return OperandMap("fp32", length, k_blocks, strides.k, tile_rows, 1, 16)
 
 
+def d_map_type(d_dtype: str) -> str:
+    """The type of elements of D, as tensor maps name it."""
+    return "uint8" if D_BYTES[d_dtype] == 1 else d_dtype
+
+
 def _rows_aligned(shape: KernelShape, d: Matrix) -> bool:
     """Whether D's rows start and end on multiples of 16 bytes, if D does."""
     # A store by TMA clips the last columns in such steps: what lies behind others would be overwritten.
@@ -248,10 +255,12 @@ def _output(shape: KernelShape, d: Matrix) -> OperandMap | None:
         return None
     width = shape.store_row_bytes
     height = shape.store_columns if shape.config.swap_ab else ROWS_STORED
-    return OperandMap(shape.problem.d_dtype, d.columns, d.rows, d.row_stride, width // shape.d_bytes, height, width)
+    return OperandMap(
+        d_map_type(shape.problem.d_dtype), d.columns, d.rows, d.row_stride, width // shape.d_bytes, height, width
+    )
 
 
-def _scale_fields(granularity: str, strides: ScaleStrides, length: int) -> tuple[int, int, int]:
+def scale_fields(granularity: str, strides: ScaleStrides, length: int) -> tuple[int, int, int]:
     """Stride along rows, stride along K, and 128-row blocks."""
     if granularity == "tensor":
         return 0, 0, 0

@@ -10,7 +10,8 @@ contiguous [m_total, k]  group of each row, ``[m_total]``; -1 is padding; groups
 psum       [m_total, k]  end of each group, ``[groups]``; each starts at the end before it, rounded up to the alignment
 ========== ============= ===========================================================================================
 
-Tiles, shapes and templates are those of dense GEMM, without clusters and split K.
+Tiles, shapes and templates are those of dense GEMM, without split K, and with clusters only where two CTAs make up the
+columns of one scale of a quantized D; they share no operands.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from typing import Any
 from jitgemm.errors import ProblemError
 from jitgemm.families import gemm
 from jitgemm.families.base import KernelSpec
-from jitgemm.families.gemm import GemmConfig, GemmProblem, KernelShape, kernel_shape
+from jitgemm.families.gemm import GemmConfig, GemmProblem, KernelShape, kernel_shape, problem_of_spec
 
 GROUPINGS = {"masked": "masked", "contiguous": "indexed", "psum": "psum"}
 """Kind -> the template's ``Grouping``."""
@@ -49,8 +50,9 @@ class GroupedProblem:
         kind: ``masked``, ``contiguous`` or ``psum``.
         m: rows of a group that are expected; choices are made for it, results don't depend on it.
         layout: ``nt`` is B ``[groups, n, k]``, ``nn`` B ``[groups, k, n]``; FP8 has ``nt`` only.
-        d_dtype: ``bf16`` or ``fp32``.
+        d_dtype: as of ``GemmProblem``.
         alignment: rows at multiples of which groups start.
+        epilogue: as of ``GemmProblem``.
 
     Raises:
         ProblemError: a field is not of these.
@@ -65,6 +67,7 @@ class GroupedProblem:
     layout: str = "nt"
     d_dtype: str = "bf16"
     alignment: int = 128
+    epilogue: str | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in GROUPINGS:
@@ -82,7 +85,7 @@ class GroupedProblem:
     @functools.cached_property
     def dense(self) -> GemmProblem:
         """The GEMM of one group."""
-        return GemmProblem(self.n, self.k, self.recipe, self.m, self.layout, self.d_dtype)
+        return GemmProblem(self.n, self.k, self.recipe, self.m, self.layout, self.d_dtype, epilogue=self.epilogue)
 
     @property
     def scale_slack(self) -> int:
@@ -160,6 +163,7 @@ class GroupedGemm:
             "layout": problem.layout,
             "d_dtype": problem.d_dtype,
             "scale_slack": problem.scale_slack,
+            **({} if problem.epilogue is None else {"epilogue": problem.epilogue}),
             **config.to_dict(),
         }
         return KernelSpec.make(self.name, arch, constants)
@@ -168,9 +172,7 @@ class GroupedGemm:
         """What follows from a spec."""
         constants = dict(spec.constants)
         config = GemmConfig(**{field.name: constants[field.name] for field in dataclasses.fields(GemmConfig)})  # type: ignore[arg-type]
-        recipe, layout, d_dtype = (str(constants[name]) for name in ("recipe", "layout", "d_dtype"))
-        problem = GemmProblem(1, 1, recipe, None, layout, d_dtype)
-        return kernel_shape(problem, config, int(constants["scale_slack"]))
+        return kernel_shape(problem_of_spec(spec), config, int(constants["scale_slack"]))
 
     def kernel_name(self, spec: KernelSpec) -> str:
         """Symbol of the kernel's entry, such as ``jitgemm_m_grouped_fp8_gemm_nt_masked``."""
@@ -202,7 +204,11 @@ class GroupedGemm:
         shape = self.shape(spec)
         problem = shape.problem
         anywhere = " any-row" if shape.scale_slack else ""
-        return f"m_grouped_{spec['kind']}{anywhere} {problem.recipe} {problem.layout} {problem.d_dtype} {shape.config}"
+        epilogue = f" {problem.epilogue}" if problem.epilogue else ""
+        return (
+            f"m_grouped_{spec['kind']}{anywhere} {problem.recipe} {problem.layout} {problem.d_dtype}{epilogue}"
+            f" {shape.config}"
+        )
 
 
 FAMILY = GroupedGemm()

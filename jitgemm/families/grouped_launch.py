@@ -13,6 +13,7 @@ from typing import NamedTuple
 from jitgemm.driver import Arguments, Launch, ensure_context
 from jitgemm.errors import DriverError, ProblemError
 from jitgemm.families.gemm import ROWS_STORED, SCALE_GROUP, GemmConfig
+from jitgemm.families.gemm_launch import d_map_type
 from jitgemm.families.grouped import GroupedProblem, token_piece, token_tile
 from jitgemm.kernel import Kernel
 from jitgemm.tensor_map import ALIGNMENT, BYTES, OperandMap
@@ -25,6 +26,8 @@ TAIL_OFFSET = len(MAPS) * BYTES
 _D, _ROW_SCALES, _COLUMN_SCALES, _LAYOUT = (
     TAIL_OFFSET // 8 + word for word in (0, 2, 5, 10)
 )  # words of these pointers
+STEPS_OFFSET = TAIL_OFFSET + TAIL.size
+"""Where the parameters of a kernel with an epilogue go on with its ``EpilogueSteps``."""
 PARAMS_BYTES = -(-(TAIL_OFFSET + TAIL.size) // BYTES) * BYTES
 
 _BAND_ROWS = 1024  # of D that are walked before n advances
@@ -100,7 +103,7 @@ class GroupedGeometry:
         if self._d_rows_aligned:
             width = shape.store_row_bytes
             height = shape.store_columns if config.swap_ab else ROWS_STORED
-            d_map = _map(problem.d_dtype, d, width // shape.d_bytes, height, width)
+            d_map = _map(d_map_type(problem.d_dtype), d, width // shape.d_bytes, height, width)
         maps: tuple[OperandMap | None, ...]
         b_fields = (0, 0, 0)
         if b_scales is not None:
@@ -114,9 +117,10 @@ class GroupedGeometry:
         self._maps = maps
         self._zero_padding = problem.kind == "contiguous" or (problem.kind == "psum" and zero_padding)
 
-        tiles_n = -(-problem.n // config.tile_n)
+        cluster = config.cluster_n  # CTAs that make up one tile of the schedule
+        tiles_n = -(-problem.n // (config.tile_n * cluster))
         most = most_tiles(problem, config, a.rows)
-        self.grid = (max(1, min(most, num_sms * shape.blocks_per_sm)), 1, 1)
+        self.grid = (max(1, min(most, num_sms * shape.blocks_per_sm // cluster)) * cluster, 1, 1)
         if tiles_n > 2**21 or most + self.grid[0] >= 2**31:
             raise ProblemError(f"d has {most} tiles at most, {tiles_n} of them along n; accepted is less than 2**31")
         self.launch = Launch(kernel.handle, self.grid, kernel.num_threads, kernel.smem_bytes, kernel.device, pdl)
@@ -185,7 +189,7 @@ def stretch(tile: int, alignment: int) -> tuple[int, int]:
 
 def most_tiles(problem: GroupedProblem, config: GemmConfig, rows: int) -> int:
     """Tiles that there are at most, whatever the layout says; ``rows`` are those of A, masked those of one group."""
-    tile, tiles_n = token_tile(config), -(-problem.n // config.tile_n)
+    tile, tiles_n = token_tile(config), -(-problem.n // (config.tile_n * config.cluster_n))
     if problem.kind == "contiguous":
         return -(-rows // math.gcd(tile, problem.alignment)) * tiles_n
     return problem.groups * -(-rows // tile) * tiles_n  # psum: ends that decrease may give groups the same rows

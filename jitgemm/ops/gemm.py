@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import itertools
 import os
@@ -16,21 +17,22 @@ from jitgemm import settings
 from jitgemm.device import SM90A, Device
 from jitgemm.errors import ProblemError
 from jitgemm.families.gemm import FAMILY, LAYOUTS, RECIPES, SCALE_GROUP, GemmConfig, GemmProblem
-from jitgemm.families.gemm_launch import GemmGeometry, Matrix, ScaleStrides
+from jitgemm.families.gemm_launch import STEPS_OFFSET, GemmGeometry, Matrix, ScaleStrides
 from jitgemm.families.transpose_scales import FAMILY as TRANSPOSE_SCALES
 from jitgemm.heuristics import chooser, prepare
 from jitgemm.kernel import load
 from jitgemm.nvtx import in_range
+from jitgemm.ops.checks import Scaled, check_tensors, extent, pair
 from jitgemm.ops.dispatch import are_plain, dispatch_modes, function_modes, needs_dispatch
+from jitgemm.ops.epilogue import Epilogue, Steps, check_apart, check_steps, pack, steps_of
 from jitgemm.ops.layout import copy_to_mn_major, fp4_note
 from jitgemm.plan import BOUND_LAUNCHES, Sizes, Table, current_device, device_facts, matcher, raw_stream
 from jitgemm.record import record
+from jitgemm.reference import epilogue as epilogue_reference
 from jitgemm.reference import gemm as reference
 from jitgemm.reference.layout import get_tma_aligned_size
 from jitgemm.render import template_digest
 from jitgemm.settings import Settings
-
-Scaled = tuple[Tensor, Tensor]
 
 _D_DTYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 _ALIGNMENT = 16  # bytes: TMA's, of addresses and row strides
@@ -68,6 +70,7 @@ def fp8_gemm_nt(
     disable_ue8m0_cast: bool = False,
     *,
     fast_accum: bool = False,
+    epilogue: Epilogue | None = None,
 ) -> None:
     """``d = a @ b.T (+ c)`` with e4m3 operands and fp32 scales.
 
@@ -92,6 +95,8 @@ def fp8_gemm_nt(
         disable_ue8m0_cast: accepted for the peer's callers; fp32 scales are never cast here.
         fast_accum: keep partial sums in the tensor cores' accumulator, which has fewer bits (row-wise and
             tensor-wise recipes only).
+        epilogue: what else becomes of the product. With it d may be a pair of e4m3 ``[m, n]`` and scales
+            (``empty_quantized``), and has ``n / 2`` columns with SwiGLU; in both cases there is no c.
 
     Raises:
         ProblemError: an argument is not of these; nothing has been launched.
@@ -103,9 +108,12 @@ def fp8_gemm_nt(
             raise ProblemError(f"fast_accum is {fast_accum!r}; accepted is a boolean")
         operation = _OPERATIONS[_recipe_name(recipe, recipe_a, recipe_b), "nt", fast_accum]
     if type(a) is not tuple or type(b) is not tuple or len(a) != 2 or len(b) != 2:
-        a, b = _pair("a", a), _pair("b", b)
+        a, b = pair("a", a), pair("b", b)
     a_data, a_scales = a
     b_data, b_scales = b
+    if epilogue is not None:
+        _launch_with_epilogue(a_data, a_scales, b_data, b_scales, d, c, operation, epilogue)
+        return
     if not _launch_again(a_data, a_scales, b_data, b_scales, d, c, operation):
         _launch(a_data, a_scales, b_data, b_scales, d, c, operation)
 
@@ -120,12 +128,15 @@ def fp8_gemm_nn(
     recipe_b: tuple[int, int] | None = None,
     compiled_dims: str = "",
     disable_ue8m0_cast: bool = False,
+    *,
+    epilogue: Epilogue | None = None,
 ) -> None:
     """``d = a @ b (+ c)``: b ``[k, n]`` with scales ``[ceil(k/128), ceil(n/128)]``; else as ``fp8_gemm_nt``.
 
     The tensor cores read FP8 along K: an operand whose contiguous dimension is another is copied by each call.
     """
-    fp8_gemm_nt(a, _transposed("b", b), d, c, recipe, recipe_a, recipe_b, compiled_dims, disable_ue8m0_cast)
+    given = (recipe, recipe_a, recipe_b, compiled_dims, disable_ue8m0_cast)
+    fp8_gemm_nt(a, _transposed("b", b), d, c, *given, epilogue=epilogue)
 
 
 def fp8_gemm_tn(
@@ -138,10 +149,12 @@ def fp8_gemm_tn(
     recipe_b: tuple[int, int] | None = None,
     compiled_dims: str = "",
     disable_ue8m0_cast: bool = False,
+    *,
+    epilogue: Epilogue | None = None,
 ) -> None:
     """``d = a.T @ b (+ c)``: a ``[k, m]`` with scales ``[ceil(k/128), m]``, b as in ``fp8_gemm_nn``."""
-    a, b = _transposed("a", a), _transposed("b", b)
-    fp8_gemm_nt(a, b, d, c, recipe, recipe_a, recipe_b, compiled_dims, disable_ue8m0_cast)
+    given = (recipe, recipe_a, recipe_b, compiled_dims, disable_ue8m0_cast)
+    fp8_gemm_nt(_transposed("a", a), _transposed("b", b), d, c, *given, epilogue=epilogue)
 
 
 def fp8_gemm_tt(
@@ -154,9 +167,12 @@ def fp8_gemm_tt(
     recipe_b: tuple[int, int] | None = None,
     compiled_dims: str = "",
     disable_ue8m0_cast: bool = False,
+    *,
+    epilogue: Epilogue | None = None,
 ) -> None:
     """``d = a.T @ b.T (+ c)``: a as in ``fp8_gemm_tn``, b as in ``fp8_gemm_nt``."""
-    fp8_gemm_nt(_transposed("a", a), b, d, c, recipe, recipe_a, recipe_b, compiled_dims, disable_ue8m0_cast)
+    given = (recipe, recipe_a, recipe_b, compiled_dims, disable_ue8m0_cast)
+    fp8_gemm_nt(_transposed("a", a), b, d, c, *given, epilogue=epilogue)
 
 
 # The peer's names for operands of either type; here FP8 ones only.
@@ -165,7 +181,7 @@ fp8_fp4_gemm_nt, fp8_fp4_gemm_nn, fp8_fp4_gemm_tn, fp8_fp4_gemm_tt = fp8_gemm_nt
 
 def _transposed(name: str, operand: Any) -> Scaled:
     """An operand that is stored with K first, as ``fp8_gemm_nt`` takes it."""
-    data, scales = _pair(name, operand)
+    data, scales = pair(name, operand)
     for part, tensor in ((name, data), (f"{name}_scales", scales)):
         if not isinstance(tensor, Tensor):
             raise ProblemError(f"{part} is {type(tensor).__name__}; accepted is a torch.Tensor")
@@ -179,7 +195,15 @@ def _transposed(name: str, operand: Any) -> Scaled:
     return data, scales.t()
 
 
-def bf16_gemm_nt(a: Tensor, b: Tensor, d: Tensor, c: Tensor | None = None, compiled_dims: str = "") -> None:
+def bf16_gemm_nt(
+    a: Tensor,
+    b: Tensor,
+    d: Tensor,
+    c: Tensor | None = None,
+    compiled_dims: str = "",
+    *,
+    epilogue: Epilogue | None = None,
+) -> None:
     """``d = a @ b.T (+ c)``: a ``[m, k]``, b ``[n, k]``, both bf16.
 
     Args:
@@ -188,29 +212,66 @@ def bf16_gemm_nt(a: Tensor, b: Tensor, d: Tensor, c: Tensor | None = None, compi
         d: output, bf16 or fp32 ``[m, n]``, n contiguous, any row stride.
         c: added to the product; ``[m, n]`` of d's dtype, may be ``d`` itself.
         compiled_dims: accepted for the peer's callers; sizes are always run-time values here.
+        epilogue: as ``fp8_gemm_nt`` takes it.
 
     Raises:
         ProblemError: an argument is not of these; nothing has been launched.
         CacheMissError: the kernel is not cached, and compiling is forbidden or a CUDA graph is being captured.
     """
+    if epilogue is not None:
+        _launch_with_epilogue(a, None, b, None, d, c, _BF16_NT, epilogue)
+        return
     if not _launch_again(a, None, b, None, d, c, _BF16_NT):
         _launch(a, None, b, None, d, c, _BF16_NT)
 
 
-def bf16_gemm_nn(a: Tensor, b: Tensor, d: Tensor, c: Tensor | None = None, compiled_dims: str = "") -> None:
+def bf16_gemm_nn(
+    a: Tensor,
+    b: Tensor,
+    d: Tensor,
+    c: Tensor | None = None,
+    compiled_dims: str = "",
+    *,
+    epilogue: Epilogue | None = None,
+) -> None:
     """``d = a @ b (+ c)``: a ``[m, k]``, b ``[k, n]``; else as ``bf16_gemm_nt``."""
+    if epilogue is not None:
+        _launch_with_epilogue(a, None, b, None, d, c, _BF16_NN, epilogue)
+        return
     if not _launch_again(a, None, b, None, d, c, _BF16_NN):
         _launch(a, None, b, None, d, c, _BF16_NN)
 
 
-def bf16_gemm_tn(a: Tensor, b: Tensor, d: Tensor, c: Tensor | None = None, compiled_dims: str = "") -> None:
+def bf16_gemm_tn(
+    a: Tensor,
+    b: Tensor,
+    d: Tensor,
+    c: Tensor | None = None,
+    compiled_dims: str = "",
+    *,
+    epilogue: Epilogue | None = None,
+) -> None:
     """``d = a.T @ b (+ c)``: a ``[k, m]``, b ``[k, n]``; else as ``bf16_gemm_nt``."""
+    if epilogue is not None:
+        _launch_with_epilogue(a, None, b, None, d, c, _BF16_TN, epilogue)
+        return
     if not _launch_again(a, None, b, None, d, c, _BF16_TN):
         _launch(a, None, b, None, d, c, _BF16_TN)
 
 
-def bf16_gemm_tt(a: Tensor, b: Tensor, d: Tensor, c: Tensor | None = None, compiled_dims: str = "") -> None:
+def bf16_gemm_tt(
+    a: Tensor,
+    b: Tensor,
+    d: Tensor,
+    c: Tensor | None = None,
+    compiled_dims: str = "",
+    *,
+    epilogue: Epilogue | None = None,
+) -> None:
     """``d = a.T @ b.T (+ c)``: a ``[k, m]``, b ``[n, k]``; else as ``bf16_gemm_nt``."""
+    if epilogue is not None:
+        _launch_with_epilogue(a, None, b, None, d, c, _BF16_TT, epilogue)
+        return
     if not _launch_again(a, None, b, None, d, c, _BF16_TT):
         _launch(a, None, b, None, d, c, _BF16_TT)
 
@@ -233,12 +294,6 @@ def _recipe_name(recipe: object, recipe_a: object, recipe_b: object) -> str:
             return name
     names = ", ".join(name for name, facts in RECIPES.items() if facts.is_fp8)
     raise ProblemError(f"recipe is {recipe!r}; accepted are {names}, (1, 128, 128) and (1, 1, 128)")
-
-
-def _pair(name: str, operand: Any) -> Scaled:
-    if not isinstance(operand, (tuple, list)) or len(operand) != 2:
-        raise ProblemError(f"{name} is {type(operand).__name__}; accepted is a pair (e4m3 tensor, scales)")
-    return operand[0], operand[1]
 
 
 _Recent = tuple[Operation, Settings, int, Callable[..., bool], tuple[int, ...], Callable[[], int], "_GemmPlan"]
@@ -317,6 +372,52 @@ def _launch(
     in_place = c is d
     recipe, layout, fast_accum = operation
     torch.ops.jitgemm.gemm(a, a_scales, b, b_scales, d, None if in_place else c, in_place, recipe, layout, fast_accum)
+
+
+def _launch_with_epilogue(
+    a: Tensor,
+    a_scales: Tensor | None,
+    b: Tensor,
+    b_scales: Tensor | None,
+    d: Any,
+    c: Tensor | None,
+    operation: Operation,
+    epilogue: Epilogue,
+) -> None:
+    steps, d = steps_of(epilogue, d)
+    _check_tensors(a=a, a_scales=a_scales, b=b, b_scales=b_scales, d=d, c=c)
+    if not needs_dispatch(a, a_scales, b, b_scales, d, c, *steps.tensors().values()):
+        _run_with_epilogue(a, a_scales, b, b_scales, d, c, operation, steps)
+        return
+    in_place = c is d
+    torch.ops.jitgemm.gemm_with_epilogue(
+        a, a_scales, b, b_scales, d, None if in_place else c, in_place, *operation, *steps
+    )
+
+
+def _run_with_epilogue(
+    a: Tensor,
+    a_scales: Tensor | None,
+    b: Tensor,
+    b_scales: Tensor | None,
+    d: Tensor,
+    c: Tensor | None,
+    operation: Operation,
+    steps: Steps,
+) -> None:
+    in_force = settings.current()
+    key = (
+        operation, in_force.generation, steps.key(),
+        a.shape, a.stride(), a.dtype, a.device, b.shape, b.stride(), b.dtype, b.device,
+        d.shape, d.stride(), d.dtype, d.device,
+        None if a_scales is None else _scales_key(a_scales),
+        None if b_scales is None else _scales_key(b_scales),
+        None if c is None else (c.shape, c.stride(), c.dtype, c.device),
+    )  # fmt: skip
+    plan = _plans.get(key)
+    if plan is None:
+        plan = _plans.put(key, _make_plan(a, a_scales, b, b_scales, d, c, operation, in_force, steps))
+    plan(a, a_scales, b, b_scales, d, c, steps)
 
 
 _plans: Table[Any, Any] = Table(4096)
@@ -529,6 +630,86 @@ class _ReferencePlan:
         d.copy_(reference.gemm(a, b, c, a_scales=a_scales, b_scales=b_scales, **self._arguments))
 
 
+class _FusedPlan:
+    """A checked problem that has an epilogue, with its kernel and geometry."""
+
+    def __init__(
+        self,
+        extents: _Extents,
+        geometry: GemmGeometry,
+        transposes: tuple[bool, bool],
+        device: int,
+        range_name: str | None,
+    ) -> None:
+        self._extents, self._geometry, self._transposes, self._device = extents, geometry, transposes, device
+        self._range = range_name
+        self._bound: Table[tuple[Any, ...], Callable[[], int]] = Table(BOUND_LAUNCHES)
+
+    def __call__(
+        self,
+        a: Tensor,
+        a_scales: Tensor | None,
+        b: Tensor,
+        b_scales: Tensor | None,
+        d: Tensor,
+        c: Tensor | None,
+        steps: Steps,
+    ) -> None:
+        if current_device() != self._device:
+            with torch.cuda.device(self._device):
+                return self(a, a_scales, b, b_scales, d, c, steps)
+        inputs = {"a": a, "a_scales": a_scales, "b": b, "b_scales": b_scales}
+        given = _addresses(a, a_scales, b, b_scales, d, c)
+        copied_a, copied_b = (
+            copy_to_mn_major(scales) if transpose and scales is not None else scales
+            for scales, transpose in zip((a_scales, b_scales), self._transposes, strict=True)
+        )
+        packed = pack(steps)
+        key = (raw_stream(self._device), *_addresses(a, copied_a, b, copied_b, d, c), packed, *given)
+        run = self._bound.get(key)
+        if run is None:
+            self._extents.check(*given)
+            check_apart(steps, d, inputs)
+            arguments = self._geometry.bind(*key[1:7])
+            ctypes.memmove(arguments.address + STEPS_OFFSET, packed, len(packed))
+            run = self._geometry.launch.prepare(arguments, key[0])
+            self._bound.put(key, run if self._range is None else in_range(self._range, run))
+        status = run()
+        if status:
+            self._geometry.launch.retry(run, status)
+        return None
+
+
+class _FusedReferencePlan:
+    """The same on the CPU: the reference computes."""
+
+    def __init__(self, operation: Operation) -> None:
+        self._operation = operation
+
+    def __call__(
+        self,
+        a: Tensor,
+        a_scales: Tensor | None,
+        b: Tensor,
+        b_scales: Tensor | None,
+        d: Tensor,
+        c: Tensor | None,
+        steps: Steps,
+    ) -> None:
+        check_apart(steps, d, {"a": a, "a_scales": a_scales, "b": b, "b_scales": b_scales})
+        recipe, layout, _ = self._operation
+        epilogue_reference.gemm_into(
+            a if layout[0] == "n" else a.mT,
+            b if layout[1] == "t" else b.mT,
+            d if steps.d_scales is None else (d, steps.d_scales),
+            c,
+            a_scales=a_scales,
+            b_scales=b_scales,
+            recipe=recipe,
+            epilogue=steps.reference(),
+        )
+
+
 class _EmptyPlan:
     """m is 0: nothing to do."""
 
@@ -590,6 +771,7 @@ class _Operands:
         d: Tensor,
         c: Tensor | None,
         operation: Operation,
+        steps: Steps | None = None,
     ) -> None:
         recipe, layout, fast_accum = operation
         _check_tensors(a=a, a_scales=a_scales, b=b, b_scales=b_scales, d=d, c=c)
@@ -600,7 +782,7 @@ class _Operands:
                 raise ProblemError(
                     f"{name} has dtype {tensor.dtype}; recipe {recipe} accepts {operand_dtype}{fp4_note(tensor)}"
                 )
-        if d.dtype not in _D_DTYPES:
+        if steps is None and d.dtype not in _D_DTYPES:
             raise ProblemError(f"d has dtype {d.dtype}; accepted are torch.bfloat16 and torch.float32")
         for name, tensor in (("a", a), ("b", b), ("d", d)) if c is None else (("a", a), ("b", b), ("d", d), ("c", c)):
             if tensor.dim() != 2:
@@ -617,25 +799,30 @@ class _Operands:
                 " they must agree"
             )
         self.a, self.b = a_rows, b_rows
+        self.d_columns = columns = n if steps is None else n // steps.gated
         self.problem = GemmProblem(
             n=n,
             k=k,
             recipe=recipe,
             m=m,
             layout=("n" if a_rows.k_major else "t") + ("t" if b_rows.k_major else "n"),
-            d_dtype=_D_DTYPES[d.dtype],
+            d_dtype=_D_DTYPES[d.dtype] if steps is None else check_steps(steps, d, n, None, False),
             fast_accum=fast_accum,
+            epilogue=None if steps is None else steps.name,
         )
+        if c is not None and (columns != n or self.problem.quantizes):
+            raise ProblemError("c is given with SwiGLU or a quantized d; accepted is None")
         for name, output in (("d", d),) if c is None else (("d", d), ("c", c)):
-            if tuple(output.shape) != (m, n):
-                raise ProblemError(f"{name} has shape {tuple(output.shape)}; a and b make it {(m, n)}")
-            if output.stride(1) != 1 and n > 1:
+            if tuple(output.shape) != (m, columns):
+                gated = " with SwiGLU" if columns != n else ""
+                raise ProblemError(f"{name} has shape {tuple(output.shape)}; a and b make it {(m, columns)}{gated}")
+            if output.stride(1) != 1 and columns > 1:
                 raise ProblemError(f"{name} has strides {output.stride()}; accepted is stride 1 along n")
         if c is not None and c.dtype != d.dtype:
             raise ProblemError(f"c has dtype {c.dtype} and d {d.dtype}; they must agree")
-        if m > 1 and d.stride(0) < n:
-            raise ProblemError(f"d has strides {d.stride()}; its rows of {n} elements overlap")
-        self.d_row_stride = d.stride(0) if m > 1 else max(n, d.stride(0))
+        if m > 1 and d.stride(0) < columns:
+            raise ProblemError(f"d has strides {d.stride()}; its rows of {columns} elements overlap")
+        self.d_row_stride = d.stride(0) if m > 1 else max(columns, d.stride(0))
         self.c_row_stride = 0 if c is None else c.stride(0) if m > 1 else self.d_row_stride
         self.device = d.device
 
@@ -646,13 +833,13 @@ class _Operands:
 
         size, d_size = operand_dtype.itemsize, d.element_size()
         lengths = (
-            _extent(a) * size,
-            _extent(a_scales) * 4,
-            _extent(b) * size,
-            _extent(b_scales) * 4,
-            _extent(c) * d_size,
+            extent(a) * size,
+            extent(a_scales) * 4,
+            extent(b) * size,
+            extent(b_scales) * 4,
+            extent(c) * d_size,
         )
-        self.extents = _Extents(lengths, _extent(d) * d_size, self.c_row_stride == self.d_row_stride)
+        self.extents = _Extents(lengths, extent(d) * d_size, self.c_row_stride == self.d_row_stride)
         self._sizes = size, d_size
 
     def extents_of(self, m: int, a_scales: Tensor | None) -> _Extents:
@@ -662,7 +849,7 @@ class _Operands:
         n, last = self.problem.n, m - 1
         lengths = (
             (last * self.a.matrix().row_stride + self.problem.k) * size,
-            _extent(a_scales) * 4,
+            extent(a_scales) * 4,
             b,
             b_scales,
             c and (last * self.c_row_stride + n) * d_size,
@@ -733,13 +920,8 @@ class _Rows:
 
 
 def _check_tensors(**tensors: object) -> None:
-    for name, tensor in tensors.items():
-        if tensor is None and name in ("a_scales", "b_scales", "c"):
-            continue
-        if not isinstance(tensor, Tensor):
-            raise ProblemError(f"{name} is {type(tensor).__name__}; accepted is a torch.Tensor")
-        if tensor.layout != torch.strided:
-            raise ProblemError(f"{name} has layout {tensor.layout}; accepted is torch.strided")
+    optional = ("a_scales", "b_scales", "c")
+    check_tensors(**{name: tensor for name, tensor in tensors.items() if tensor is not None or name not in optional})
 
 
 def _check_scales(
@@ -754,8 +936,8 @@ def _check_scales(
         raise ProblemError(f"{name} has dtype {scales.dtype}; accepted is torch.float32")
     if scales.device != d.device:
         raise ProblemError(f"{name} is on {scales.device} and d on {d.device}; accepted is one device for all")
-    if _extent(scales) >= 2**31:
-        raise ProblemError(f"{name} spans {_extent(scales)} elements; accepted are less than 2**31")
+    if extent(scales) >= 2**31:
+        raise ProblemError(f"{name} spans {extent(scales)} elements; accepted are less than 2**31")
     shape = tuple(scales.shape)
     if granularity == "tensor":
         if scales.numel() != 1:
@@ -769,18 +951,6 @@ def _check_scales(
     if shape != wanted:
         raise ProblemError(f"{name} has shape {shape}; recipe {recipe} accepts {wanted}")
     return ScaleStrides(scales.stride(0), scales.stride(1))
-
-
-def _extent(tensor: Tensor | None) -> int:
-    """Elements from the first to behind the last."""
-    if tensor is None:
-        return 0
-    extent = 1
-    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
-        if size == 0:
-            return 0
-        extent += (size - 1) * stride
-    return extent
 
 
 def _loads_in_place(strides: ScaleStrides, mn: int, k_blocks: int) -> bool:
@@ -797,8 +967,9 @@ def _make_plan(
     c: Tensor | None,
     operation: Operation,
     in_force: Settings,
+    steps: Steps | None = None,
 ) -> Any:
-    operands = _Operands(a, a_scales, b, b_scales, d, c, operation)
+    operands = _Operands(a, a_scales, b, b_scales, d, c, operation, steps)
     problem = operands.problem
     kind = d.device.type
     if kind == _GPU:
@@ -807,6 +978,8 @@ def _make_plan(
         raise ProblemError(f"d is on {d.device}; accepted are CUDA and CPU tensors")
     if in_force.record is not None:
         record(in_force.record, problem)
+    if kind != _GPU and steps is not None:
+        return _FusedReferencePlan(operation)
     if kind != _GPU:
         return _ReferencePlan(operands.extents, operation.recipe, operation.layout, problem.d_dtype)
     if problem.m == 0:
@@ -825,7 +998,7 @@ def _make_plan(
     ordinal = d.get_device()
     device, num_sms = device_facts(ordinal)
 
-    chosen = None if in_force.autotune else chooser(problem, device, in_force)
+    chosen = None if in_force.autotune and steps is None else chooser(problem, device, in_force)
 
     def choose(m: int) -> GemmConfig:
         if chosen is None:
@@ -840,7 +1013,7 @@ def _make_plan(
             load(FAMILY.spec(problem, config, device.arch.name), ordinal, problem),
             a=operands.a.matrix(),
             b=operands.b.matrix(),
-            d=Matrix(operands.a.mn, problem.n, operands.d_row_stride),
+            d=Matrix(operands.a.mn, operands.d_columns, operands.d_row_stride),
             c_row_stride=operands.c_row_stride,
             a_scales=strides[0],
             b_scales=strides[1],
@@ -864,6 +1037,8 @@ def _make_plan(
     config = choose(problem.m)
     geometry, copied = geometry_of(config), (transposes[0], transposes[1])
     name = range_name(problem.m, config)
+    if steps is not None:
+        return _FusedPlan(operands.extents, geometry, copied, ordinal, name)
     plan = _GemmPlan(operation, in_force, operands.extents, geometry, copied, ordinal, name)
     tensors = [tensor for tensor in (a, a_scales, b, b_scales, d, c) if tensor is not None]
     rows_of_k = operation.layout[0] == "n" and problem.a_major == "k"
@@ -922,6 +1097,42 @@ torch.library.define(
 )
 torch.library.impl("jitgemm::gemm", ("cpu", "cuda"), _gemm_operator)
 torch.library.register_fake("jitgemm::gemm", _gemm_fake)
+
+
+def _gemm_with_epilogue_operator(
+    a: Tensor,
+    a_scales: Tensor | None,
+    b: Tensor,
+    b_scales: Tensor | None,
+    d: Tensor,
+    c: Tensor | None,
+    accumulate: bool,
+    recipe: str,
+    layout: str,
+    fast_accum: bool,
+    *steps: Any,
+) -> None:
+    operation, c = _OPERATIONS[recipe, layout, fast_accum], d if accumulate else c
+    _run_with_epilogue(a, a_scales, b, b_scales, d, c, operation, Steps(*steps))
+
+
+def _gemm_with_epilogue_fake(
+    a: Tensor, a_scales: Tensor | None, b: Tensor, b_scales: Tensor | None, d: Tensor, c: Tensor | None, *_: Any
+) -> None:
+    for name, tensor in (("a", a), ("b", b), ("d", d)) if c is None else (("a", a), ("b", b), ("d", d), ("c", c)):
+        if tensor.dim() != 2:
+            raise ProblemError(f"{name} has {tensor.dim()} dimensions; accepted is 2")
+
+
+torch.library.define(
+    "jitgemm::gemm_with_epilogue",
+    "(Tensor a, Tensor? a_scales, Tensor b, Tensor? b_scales, Tensor(d!) d, Tensor? c, bool accumulate, str recipe,"
+    " str layout, bool fast_accum, Tensor? alpha, float alpha_value, Tensor? bias, bool swiglu, float? limit,"
+    " Tensor? row_weights, Tensor(e!)? d_scales) -> ()",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+torch.library.impl("jitgemm::gemm_with_epilogue", ("cpu", "cuda"), _gemm_with_epilogue_operator)
+torch.library.register_fake("jitgemm::gemm_with_epilogue", _gemm_with_epilogue_fake)
 
 # What every first call of the usual kinds needs is better waited for here, where torch is imported, than there.
 for _operation in (_FP8, _BF16_NT):

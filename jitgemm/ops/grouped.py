@@ -5,6 +5,7 @@ Launches do not depend on how many rows the groups have: nothing waits for the d
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Callable
 from typing import Any
@@ -16,18 +17,18 @@ from jitgemm import settings
 from jitgemm.errors import ProblemError
 from jitgemm.families.gemm import SCALE_GROUP
 from jitgemm.families.grouped import FAMILY, MAX_GROUPS, GroupedProblem
-from jitgemm.families.grouped_launch import GroupedGeometry, Stack
+from jitgemm.families.grouped_launch import STEPS_OFFSET, GroupedGeometry, Stack
 from jitgemm.heuristics.grouped import chooser
 from jitgemm.kernel import load
 from jitgemm.nvtx import in_range
+from jitgemm.ops.checks import Scaled, check_tensors, extent, pair
 from jitgemm.ops.dispatch import needs_dispatch
+from jitgemm.ops.epilogue import Epilogue, Steps, check_apart, check_steps, pack, steps_of
 from jitgemm.ops.layout import copy_to_mn_major, fp4_note
 from jitgemm.plan import BOUND_LAUNCHES, Table, current_device, device_facts, raw_stream
 from jitgemm.record import record
 from jitgemm.reference.layout import get_tma_aligned_size
 from jitgemm.settings import Settings
-
-Scaled = tuple[Tensor, Tensor]
 
 _D_DTYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 _ALIGNMENT = 16  # bytes: TMA's, of addresses and strides
@@ -50,6 +51,8 @@ def m_grouped_fp8_gemm_nt_contiguous(
     use_psum_layout: bool = False,
     ensure_zero_padding: bool = True,
     expected_m_for_psum_layout: int | None = None,
+    *,
+    epilogue: Epilogue | None = None,
 ) -> None:
     """``d[row] = a[row] @ b[group of the row].T`` with e4m3 operands and fp32 scales; groups lie one after another.
 
@@ -70,6 +73,8 @@ def m_grouped_fp8_gemm_nt_contiguous(
         use_psum_layout: what ``grouped_layout`` is.
         ensure_zero_padding: in the psum layout, whether d's rows of no group become zeros, or are left alone.
         expected_m_for_psum_layout: rows of a group to choose a kernel for; by default m over the groups.
+        epilogue: what else becomes of the product. With it d may be a pair of e4m3 ``[m, n]`` and scales
+            (``empty_quantized``), and has ``n / 2`` columns with SwiGLU.
 
     Raises:
         ProblemError: an argument is not of these; nothing has been launched.
@@ -77,8 +82,19 @@ def m_grouped_fp8_gemm_nt_contiguous(
     """
     _check_recipe(recipe, recipe_a, recipe_b)
     kind = _contiguous(use_psum_layout)
-    (a_data, a_scales), (b_data, b_scales) = _pair("a", a), _pair("b", b)
-    _call(a_data, a_scales, b_data, b_scales, d, grouped_layout, kind, expected_m_for_psum_layout, ensure_zero_padding)
+    (a_data, a_scales), (b_data, b_scales) = pair("a", a), pair("b", b)
+    _call(
+        a_data,
+        a_scales,
+        b_data,
+        b_scales,
+        d,
+        grouped_layout,
+        kind,
+        expected_m_for_psum_layout,
+        ensure_zero_padding,
+        epilogue,
+    )
 
 
 def m_grouped_fp8_gemm_nn_contiguous(
@@ -93,13 +109,15 @@ def m_grouped_fp8_gemm_nn_contiguous(
     disable_ue8m0_cast: bool = False,
     use_psum_layout: bool = False,
     ensure_zero_padding: bool = True,
+    *,
+    epilogue: Epilogue | None = None,
 ) -> None:
     """``d[row] = a[row] @ b[group of the row]``: b ``[groups, k, n]``, scales ``[groups, ceil(k/128), ceil(n/128)]``.
 
     K is the contiguous dimension of b all the same, as the tensor cores want it; else as the ``nt`` function.
     """
-    b_data, b_scales = _pair("b", b)
-    _check_tensors(b=b_data, b_scales=b_scales)
+    b_data, b_scales = pair("b", b)
+    check_tensors(b=b_data, b_scales=b_scales)
     for name, tensor in (("b", b_data), ("b_scales", b_scales)):
         if tensor.dim() != 3:
             raise ProblemError(f"{name} has {tensor.dim()} dimensions; accepted is 3")
@@ -109,6 +127,7 @@ def m_grouped_fp8_gemm_nn_contiguous(
         d,
         grouped_layout,
         *(recipe, recipe_a, recipe_b, compiled_dims, disable_ue8m0_cast, use_psum_layout, ensure_zero_padding),
+        epilogue=epilogue,
     )
 
 
@@ -123,6 +142,8 @@ def m_grouped_fp8_gemm_nt_masked(
     recipe_b: tuple[int, int] | None = None,
     compiled_dims: str = "nk",
     disable_ue8m0_cast: bool = False,
+    *,
+    epilogue: Epilogue | None = None,
 ) -> None:
     """``d[group, row] = a[group, row] @ b[group].T`` for the first ``masked_m[group]`` rows of each group.
 
@@ -133,6 +154,7 @@ def m_grouped_fp8_gemm_nt_masked(
         d: output, bf16 or fp32 ``[groups, max_m, n]``, n contiguous; other rows are left alone.
         masked_m: int32 ``[groups]``, read on the device; what is negative counts as 0, what exceeds max_m as max_m.
         expected_m: rows of a group to choose a kernel for; results don't depend on it.
+        epilogue: as ``m_grouped_fp8_gemm_nt_contiguous`` takes it.
         recipe: what one scale covers, ``"fp8_1x128_128x128"`` or the peer's ``(1, 128, 128)``.
         recipe_a: the peer's way to give a's part of the recipe, ``(1, 128)``.
         recipe_b: and b's, ``(128, 128)``.
@@ -144,9 +166,9 @@ def m_grouped_fp8_gemm_nt_masked(
         CacheMissError: the kernel is not cached, and compiling is forbidden or a CUDA graph is being captured.
     """
     _check_recipe(recipe, recipe_a, recipe_b)
-    (a_data, a_scales), (b_data, b_scales) = _pair("a", a), _pair("b", b)
+    (a_data, a_scales), (b_data, b_scales) = pair("a", a), pair("b", b)
     _check_expected("expected_m", expected_m)
-    _call(a_data, a_scales, b_data, b_scales, d, masked_m, "masked", expected_m, False)
+    _call(a_data, a_scales, b_data, b_scales, d, masked_m, "masked", expected_m, False, epilogue)
 
 
 # Other names of the peer: for operands of either type, of which FP8 ones only are accepted here, and older ones.
@@ -164,6 +186,8 @@ def m_grouped_bf16_gemm_nt_contiguous(
     use_psum_layout: bool = False,
     ensure_zero_padding: bool = True,
     expected_m_for_psum_layout: int | None = None,
+    *,
+    epilogue: Epilogue | None = None,
 ) -> None:
     """``d[row] = a[row] @ b[group of the row].T``: a ``[m, k]``, b ``[groups, n, k]``, both bf16.
 
@@ -171,7 +195,7 @@ def m_grouped_bf16_gemm_nt_contiguous(
     """
     _call(
         *(a, None, b, None, d, grouped_layout),
-        *(_contiguous(use_psum_layout), expected_m_for_psum_layout, ensure_zero_padding),
+        *(_contiguous(use_psum_layout), expected_m_for_psum_layout, ensure_zero_padding, epilogue),
     )
 
 
@@ -183,25 +207,35 @@ def m_grouped_bf16_gemm_nn_contiguous(
     compiled_dims: str = "nk",
     use_psum_layout: bool = False,
     ensure_zero_padding: bool = True,
+    *,
+    epilogue: Epilogue | None = None,
 ) -> None:
     """``d[row] = a[row] @ b[group of the row]``: b ``[groups, k, n]``; else as the ``nt`` function."""
-    _check_tensors(b=b)
+    check_tensors(b=b)
     if b.dim() != 3:
         raise ProblemError(f"b has {b.dim()} dimensions; accepted is 3")
     m_grouped_bf16_gemm_nt_contiguous(
-        a, b.transpose(1, 2), d, grouped_layout, compiled_dims, use_psum_layout, ensure_zero_padding
+        *(a, b.transpose(1, 2), d, grouped_layout, compiled_dims, use_psum_layout, ensure_zero_padding),
+        epilogue=epilogue,
     )
 
 
 def m_grouped_bf16_gemm_nt_masked(
-    a: Tensor, b: Tensor, d: Tensor, masked_m: Tensor, expected_m: int, compiled_dims: str = "nk"
+    a: Tensor,
+    b: Tensor,
+    d: Tensor,
+    masked_m: Tensor,
+    expected_m: int,
+    compiled_dims: str = "nk",
+    *,
+    epilogue: Epilogue | None = None,
 ) -> None:
     """``d[group, row] = a[group, row] @ b[group].T`` for the first ``masked_m[group]`` rows of each group, in bf16.
 
     As ``m_grouped_fp8_gemm_nt_masked``; either dimension of b may be the contiguous one.
     """
     _check_expected("expected_m", expected_m)
-    _call(a, None, b, None, d, masked_m, "masked", expected_m, False)
+    _call(a, None, b, None, d, masked_m, "masked", expected_m, False, epilogue)
 
 
 bf16_m_grouped_gemm_nt_masked = m_grouped_bf16_gemm_nt_masked
@@ -229,20 +263,6 @@ def _check_expected(name: str, expected_m: object) -> None:
         raise ProblemError(f"{name} is {expected_m!r}; accepted is an integer from 0 to 2**31 - 1")
 
 
-def _pair(name: str, operand: Any) -> Scaled:
-    if not isinstance(operand, (tuple, list)) or len(operand) != 2:
-        raise ProblemError(f"{name} is {type(operand).__name__}; accepted is a pair (e4m3 tensor, scales)")
-    return operand[0], operand[1]
-
-
-def _check_tensors(**tensors: object) -> None:
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor):
-            raise ProblemError(f"{name} is {type(tensor).__name__}; accepted is a torch.Tensor")
-        if tensor.layout != torch.strided:
-            raise ProblemError(f"{name} has layout {tensor.layout}; accepted is torch.strided")
-
-
 def _call(
     a: Tensor,
     a_scales: Tensor | None,
@@ -253,17 +273,26 @@ def _call(
     kind: str,
     expected_m: int | None,
     zero_padding: bool,
+    epilogue: Epilogue | None = None,
 ) -> None:
+    steps = None
+    if epilogue is not None:
+        steps, d = steps_of(epilogue, d)
     if expected_m is not None and kind != "masked":
         _check_expected("expected_m_for_psum_layout", expected_m)
     if not isinstance(zero_padding, bool):
         raise ProblemError(f"ensure_zero_padding is {zero_padding!r}; accepted is a boolean")
-    if needs_dispatch(a, a_scales, b, b_scales, d, layout):
+    of_steps = () if steps is None else steps.tensors().values()
+    if needs_dispatch(a, a_scales, b, b_scales, d, layout, *of_steps):
         named: dict[str, object] = {"a": a, "b": b, "d": d, _layout_name(kind): layout}
-        _check_tensors(**named, **({} if a_scales is None else {"a_scales": a_scales, "b_scales": b_scales}))
-        torch.ops.jitgemm.m_grouped_gemm(a, a_scales, b, b_scales, d, layout, kind, expected_m, zero_padding)
+        check_tensors(**named, **({} if a_scales is None else {"a_scales": a_scales, "b_scales": b_scales}))
+        arguments = (a, a_scales, b, b_scales, d, layout, kind, expected_m, zero_padding)
+        if steps is None:
+            torch.ops.jitgemm.m_grouped_gemm(*arguments)
+        else:
+            torch.ops.jitgemm.m_grouped_gemm_with_epilogue(*arguments, *steps)
         return
-    _run(a, a_scales, b, b_scales, d, layout, kind, expected_m, zero_padding)
+    _run(a, a_scales, b, b_scales, d, layout, kind, expected_m, zero_padding, steps)
 
 
 _plans: Table[Any, Any] = Table(4096)
@@ -280,12 +309,13 @@ def _run(
     kind: str,
     expected_m: int | None,
     zero_padding: bool,
+    steps: Steps | None = None,
 ) -> None:
     """Find or make the plan of a call and launch it; CPU tensors go to the reference."""
     in_force = settings.current()
     try:
         key = (
-            kind, expected_m, zero_padding, in_force.generation,
+            kind, expected_m, zero_padding, in_force.generation, None if steps is None else steps.key(),
             a.shape, a.stride(), a.dtype, a.device, b.shape, b.stride(), b.dtype, b.device,
             d.shape, d.stride(), d.dtype, d.device, layout.shape, layout.stride(), layout.dtype, layout.device,
             None if a_scales is None else (a_scales.shape, a_scales.stride(), a_scales.dtype, a_scales.device,
@@ -294,14 +324,14 @@ def _run(
         )  # fmt: skip
     except AttributeError:
         named: dict[str, object] = {"a": a, "b": b, "d": d, _layout_name(kind): layout}
-        _check_tensors(**named, **({} if a_scales is None else {"a_scales": a_scales, "b_scales": b_scales}))
+        check_tensors(**named, **({} if a_scales is None else {"a_scales": a_scales, "b_scales": b_scales}))
         raise
     plan = _plans.get(key)
     if plan is None:
-        operands = _Operands(a, a_scales, b, b_scales, d, layout, kind, expected_m, in_force.mk_alignment)
+        operands = _Operands(a, a_scales, b, b_scales, d, layout, kind, expected_m, in_force.mk_alignment, steps)
         made = _make_plan(operands, a_scales, in_force, zero_padding)
         plan = _plans.put(key, _CheckedPlan(operands, made) if in_force.debug else made)
-    plan(a, a_scales, b, b_scales, d, layout)
+    plan(a, a_scales, b, b_scales, d, layout, steps)
 
 
 def _layout_name(kind: str) -> str:
@@ -326,6 +356,7 @@ class _Operands:
         kind: str,
         expected_m: int | None,
         alignment: int,
+        steps: Steps | None = None,
     ) -> None:
         name = _layout_name(kind)
         named: dict[str, Any] = {"a": a, "b": b, "d": d, name: layout}
@@ -333,9 +364,10 @@ class _Operands:
         if a_scales is not None or b_scales is not None:
             named |= {"a_scales": a_scales, "b_scales": b_scales}
             recipe = _FP8
-        _check_tensors(**named)
+        check_tensors(**named)
         dtype = torch.float8_e4m3fn if recipe == _FP8 else torch.bfloat16
-        dtypes = {"a": (dtype,), "b": (dtype,), "d": tuple(_D_DTYPES), name: (torch.int32,)}
+        d_dtypes = tuple(_D_DTYPES) if steps is None else (d.dtype,)  # with an epilogue: checked with its tensors
+        dtypes = {"a": (dtype,), "b": (dtype,), "d": d_dtypes, name: (torch.int32,)}
         masked = kind == "masked"
         ranks = {"a": 2 + masked, "b": 3, "d": 2 + masked, name: 1, "a_scales": 2 + masked, "b_scales": 3}
         for key, tensor in named.items():
@@ -356,10 +388,10 @@ class _Operands:
             raise ProblemError(f"b has shape {tuple(b.shape)}; accepted is 1 to {MAX_GROUPS} groups, n >= 1 and k >= 1")
         if rows >= _MAX_ROWS:
             raise ProblemError(f"a has shape {tuple(a.shape)}; accepted are less than {_MAX_ROWS} rows")
-        stacked = (groups,) * masked
+        stacked, columns = (groups,) * masked, n if steps is None else n // steps.gated
         shapes = {
             "a": (*stacked, rows, k),
-            "d": (*stacked, rows, n),
+            "d": (*stacked, rows, columns),
             name: (rows,) if kind == "contiguous" else (groups,),
             "a_scales": (*stacked, rows, k_blocks),
             "b_scales": (groups, -(-n // SCALE_GROUP), k_blocks),
@@ -372,13 +404,13 @@ class _Operands:
                 )
         if not layout.is_contiguous():
             raise ProblemError(f"{name} has strides {layout.stride()}; accepted is a contiguous tensor")
-        if d.stride(-1) != 1 and n > 1:
+        if d.stride(-1) != 1 and columns > 1:
             raise ProblemError(f"d has strides {d.stride()}; accepted is stride 1 along n")
-        if (rows > 1 and d.stride(-2) < n) or (masked and groups > 1 and d.stride(0) < _extent(d[0])):
-            raise ProblemError(f"d has strides {d.stride()}; its rows of {n} elements overlap")
+        if (rows > 1 and d.stride(-2) < columns) or (masked and groups > 1 and d.stride(0) < extent(d[0])):
+            raise ProblemError(f"d has strides {d.stride()}; its rows of {columns} elements overlap")
         for key in ("a_scales", "b_scales"):
-            if key in named and _extent(named[key]) >= 2**31:
-                raise ProblemError(f"{key} spans {_extent(named[key])} elements; accepted are less than 2**31")
+            if key in named and extent(named[key]) >= 2**31:
+                raise ProblemError(f"{key} spans {extent(named[key])} elements; accepted are less than 2**31")
         k_major = b.stride(2) == 1 or k == 1
         expected = -(-rows // groups) if expected_m is None else expected_m
         self.problem = GroupedProblem(
@@ -389,12 +421,13 @@ class _Operands:
             kind=kind,
             m=max(1, min(expected, rows)),
             layout="nt" if k_major or recipe == _FP8 else "nn",
-            d_dtype=_D_DTYPES[d.dtype],
+            d_dtype=_D_DTYPES[d.dtype] if steps is None else check_steps(steps, d, n, groups, masked),
             alignment=alignment,
+            epilogue=None if steps is None else steps.name,
         )
         self.rows, self.masked, self.device = rows, masked, d.device
         self._tensors = {key: (tuple(t.shape), t.stride(), t.element_size()) for key, t in named.items()}
-        self.lengths = {key: _extent(t) * t.element_size() for key, t in named.items()}
+        self.lengths = {key: extent(t) * t.element_size() for key, t in named.items()}
         self.layout_name = name
 
     def stack(self, name: str) -> Stack:
@@ -455,13 +488,6 @@ class _Operands:
         return Stack(shape[1], shape[2], strides[1], shape[0], strides[0]), strides[2]
 
 
-def _extent(tensor: Tensor) -> int:
-    """Elements from the first to behind the last."""
-    if 0 in tensor.shape:
-        return 0
-    return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-
-
 class _GroupedPlan:
     """A checked problem with its kernel and geometry."""
 
@@ -475,27 +501,38 @@ class _GroupedPlan:
     ) -> None:
         self._operands, self._geometry, self._copies_scales, self._device = operands, geometry, copies_scales, device
         self._range_name = range_name
-        self._bound: Table[tuple[int, ...], Callable[[], int]] = Table(BOUND_LAUNCHES)
+        self._bound: Table[tuple[Any, ...], Callable[[], int]] = Table(BOUND_LAUNCHES)
 
     def __call__(
-        self, a: Tensor, a_scales: Tensor | None, b: Tensor, b_scales: Tensor | None, d: Tensor, layout: Tensor
+        self,
+        a: Tensor,
+        a_scales: Tensor | None,
+        b: Tensor,
+        b_scales: Tensor | None,
+        d: Tensor,
+        layout: Tensor,
+        steps: Steps | None,
     ) -> None:
         if current_device() != self._device:
             with torch.cuda.device(self._device):
-                return self(a, a_scales, b, b_scales, d, layout)
+                return self(a, a_scales, b, b_scales, d, layout, steps)
         if self._copies_scales and a_scales is not None:
             _check_addresses(self._operands, a, a_scales, b, b_scales, d, layout)
             a_scales = copy_to_mn_major(a_scales)
-        addresses = (raw_stream(self._device), *_addresses(a, a_scales, b, b_scales, d, layout))
-        run = self._bound.get(addresses)
+        packed = None if steps is None else pack(steps)
+        key = (raw_stream(self._device), *_addresses(a, a_scales, b, b_scales, d, layout), packed)
+        run = self._bound.get(key)
         if run is None:
             if not self._copies_scales:
                 _check_addresses(self._operands, a, a_scales, b, b_scales, d, layout)
-            arguments = self._geometry.bind(*addresses[1:])
-            run = self._geometry.launch.prepare(arguments, addresses[0])
+            arguments = self._geometry.bind(*key[1:7])
+            if steps is not None and packed is not None:
+                _check_steps_apart(self._operands, steps, a, a_scales, b, b_scales, d, layout)
+                ctypes.memmove(arguments.address + STEPS_OFFSET, packed, len(packed))
+            run = self._geometry.launch.prepare(arguments, key[0])
             if self._range_name is not None:
                 run = in_range(self._range_name, run)
-            self._bound.put(addresses, run)
+            self._bound.put(key, run)
         status = run()
         if status:
             self._geometry.launch.retry(run, status)
@@ -509,17 +546,33 @@ class _ReferencePlan:
         self._operands, self._zero_padding = operands, zero_padding
 
     def __call__(
-        self, a: Tensor, a_scales: Tensor | None, b: Tensor, b_scales: Tensor | None, d: Tensor, layout: Tensor
+        self,
+        a: Tensor,
+        a_scales: Tensor | None,
+        b: Tensor,
+        b_scales: Tensor | None,
+        d: Tensor,
+        layout: Tensor,
+        steps: Steps | None,
     ) -> None:
         from jitgemm.reference import grouped as reference
+        from jitgemm.reference.epilogue import PLAIN, Output
 
         _check_overlap(self._operands, a, a_scales, b, b_scales, d, layout)
         problem = self._operands.problem
+        epilogue = PLAIN
+        output: Output = d
+        if steps is not None:
+            _check_steps_apart(self._operands, steps, a, a_scales, b, b_scales, d, layout)
+            epilogue, output = steps.reference(), d if steps.d_scales is None else (d, steps.d_scales)
         if problem.kind == "masked":
-            reference.m_grouped_masked(a, b, d, layout, a_scales=a_scales, b_scales=b_scales, recipe=problem.recipe)
+            reference.m_grouped_masked(
+                a, b, output, layout, a_scales=a_scales, b_scales=b_scales, recipe=problem.recipe, epilogue=epilogue
+            )
         else:
             reference.m_grouped_contiguous(
-                *(a, b, d, layout),
+                *(a, b, output, layout),
+                epilogue=epilogue,
                 a_scales=a_scales,
                 b_scales=b_scales,
                 recipe=problem.recipe,
@@ -536,12 +589,19 @@ class _CheckedPlan:
         self._operands, self._plan = operands, plan
 
     def __call__(
-        self, a: Tensor, a_scales: Tensor | None, b: Tensor, b_scales: Tensor | None, d: Tensor, layout: Tensor
+        self,
+        a: Tensor,
+        a_scales: Tensor | None,
+        b: Tensor,
+        b_scales: Tensor | None,
+        d: Tensor,
+        layout: Tensor,
+        steps: Steps | None,
     ) -> None:
         # What a captured call will find in the layout isn't known yet.
         if not (layout.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
             self._check(layout)
-        self._plan(a, a_scales, b, b_scales, d, layout)
+        self._plan(a, a_scales, b, b_scales, d, layout, steps)
 
     def _check(self, layout: Tensor) -> None:
         from jitgemm.reference import grouped as reference
@@ -605,6 +665,17 @@ def _check_overlap(operands: _Operands, *tensors: Any) -> None:
         address = tensor.data_ptr()
         if address < end and start < address + operands.lengths[name]:
             raise ProblemError(f"d overlaps {name}; accepted is an output apart from the inputs")
+
+
+def _check_steps_apart(operands: _Operands, steps: Steps, *tensors: Any) -> None:
+    """Check that both outputs lie apart from all inputs, an epilogue's too.
+
+    Raises:
+        ProblemError: one overlaps another.
+    """
+    a, a_scales, b, b_scales, d, layout = tensors
+    inputs = {"a": a, "a_scales": a_scales, "b": b, "b_scales": b_scales, operands.layout_name: layout}
+    check_apart(steps, d, inputs)
 
 
 def _make_plan(operands: _Operands, a_scales: Tensor | None, in_force: Settings, zero_padding: bool) -> Any:
@@ -686,3 +757,33 @@ torch.library.define(
 )
 torch.library.impl("jitgemm::m_grouped_gemm", ("cpu", "cuda"), _grouped_operator)
 torch.library.register_fake("jitgemm::m_grouped_gemm", _grouped_fake)
+
+
+def _grouped_with_epilogue_operator(
+    a: Tensor,
+    a_scales: Tensor | None,
+    b: Tensor,
+    b_scales: Tensor | None,
+    d: Tensor,
+    layout: Tensor,
+    kind: str,
+    expected_m: int | None,
+    zero_padding: bool,
+    *steps: Any,
+) -> None:
+    _run(a, a_scales, b, b_scales, d, layout, kind, expected_m, zero_padding, Steps(*steps))
+
+
+def _grouped_with_epilogue_fake(*arguments: Any) -> None:
+    _grouped_fake(*arguments[:9])
+
+
+torch.library.define(
+    "jitgemm::m_grouped_gemm_with_epilogue",
+    "(Tensor a, Tensor? a_scales, Tensor b, Tensor? b_scales, Tensor(d!) d, Tensor layout, str kind, int? expected_m,"
+    " bool zero_padding, Tensor? alpha, float alpha_value, Tensor? bias, bool swiglu, float? limit,"
+    " Tensor? row_weights, Tensor(e!)? d_scales) -> ()",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+torch.library.impl("jitgemm::m_grouped_gemm_with_epilogue", ("cpu", "cuda"), _grouped_with_epilogue_operator)
+torch.library.register_fake("jitgemm::m_grouped_gemm_with_epilogue", _grouped_with_epilogue_fake)

@@ -22,7 +22,7 @@ def einsum(expr: str, a: Tensor, b: Tensor, d: Tensor, c: Tensor | None = None) 
     Raises:
         ProblemError: another expression, or shapes that don't fit it.
     """
-    _check(expr, EXPRESSIONS, a, b, d, c)
+    check(expr, EXPRESSIONS, a, b, d, c)
     if expr == "bmk,bnk->mn":
         _sum_over_batch(a, b, d, c)
         return
@@ -50,7 +50,7 @@ def fp8_einsum(
         ProblemError: another expression or recipe, or shapes that don't fit it.
     """
     (a_data, a_scales), (b_data, b_scales) = a, b
-    _check(expr, FP8_EXPRESSIONS, a_data, b_data, d, c)
+    check(expr, FP8_EXPRESSIONS, a_data, b_data, d, c)
     accepted = ("fp8_1x128_1x128",) if expr.endswith("hdr") else ("fp8_1x128_128x128", "fp8_1x128_1x128")
     if recipe not in accepted:
         raise ProblemError(f"recipe is {recipe!r}; {expr} accepts {', '.join(accepted)}")
@@ -117,7 +117,12 @@ def _of_head(
     return a[:, head], b_head, d[:, head], None if c is None else c[:, head]
 
 
-def _check(expr: str, accepted: tuple[str, ...], a: Tensor, b: Tensor, d: Tensor, c: Tensor | None) -> None:
+def check(expr: str, accepted: tuple[str, ...], a: Tensor, b: Tensor, d: Tensor, c: Tensor | None) -> None:
+    """Check that an expression is one of ``accepted``, and that the tensors fit it.
+
+    Raises:
+        ProblemError: it is not, or they don't.
+    """
     if expr not in accepted:
         raise ProblemError(f"expr is {expr!r}; accepted is {', '.join(accepted)}")
     inputs, output = expr.split("->")

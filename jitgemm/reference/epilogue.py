@@ -21,7 +21,8 @@ _ROWS_AT_A_TIME = 4096
 class Epilogue(NamedTuple):
     """What becomes of ``A @ B^T``: ``alpha *``, ``+ C``, ``+ bias``, SwiGLU, then rounding or quantization."""
 
-    alpha: float = 1.0
+    alpha: float | Tensor = 1.0
+    """A number, or a tensor of one, or with groups of B [groups]."""
     bias: Tensor | None = None
     """[n]; with groups of B also [groups, n]."""
     swiglu: bool = False
@@ -37,8 +38,9 @@ class Epilogue(NamedTuple):
 
     def of_group(self, group: int) -> Epilogue:
         """The part that concerns one of the groups of B."""
-        bias, weights = self.bias, self.row_weights
+        bias, weights, alpha = self.bias, self.row_weights, self.alpha
         return self._replace(
+            alpha=alpha[group] if isinstance(alpha, Tensor) and alpha.numel() > 1 else alpha,
             bias=bias[group] if bias is not None and bias.dim() == 2 else bias,
             row_weights=weights[group] if weights is not None and weights.dim() == 2 else weights,
         )
@@ -134,7 +136,9 @@ def swiglu(gate: Tensor, up: Tensor, limit: float | None = None) -> Tensor:
 
 
 def _finish(x: Tensor, c: Tensor | None, rows: Tensor, epilogue: Epilogue) -> Tensor:
-    if epilogue.alpha != 1.0:
+    if isinstance(epilogue.alpha, Tensor):
+        x = x * epilogue.alpha.to(torch.float64).reshape(())
+    elif epilogue.alpha != 1.0:
         x = x * epilogue.alpha
     if c is not None:
         x = x + c

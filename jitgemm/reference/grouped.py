@@ -48,7 +48,7 @@ def m_grouped_contiguous(
         use_psum_layout: what ``grouped_layout`` is.
         alignment: multiple of which groups start at; 1 for any.
         zero_padding: whether the psum layout's rows of D that belong to no group become zeros, or are left alone;
-            with an index they always become zeros.
+            with an index they always become zeros. Scales of a quantized D are left alone.
         epilogue: what follows the product.
 
     Raises:
@@ -257,8 +257,8 @@ def _each_group(
         padding = torch.ones(a.shape[0], dtype=torch.bool, device=a.device)
         for rows in rows_of_groups:
             padding[rows] = False
-        for part in (d,) if isinstance(d, Tensor) else d:
-            (part.view(torch.uint8) if part.element_size() == 1 else part)[padding] = 0
+        values = d if isinstance(d, Tensor) else d[0]
+        (values.view(torch.uint8) if values.element_size() == 1 else values)[padding] = 0
 
 
 def _part_of_k(x: Tensor, extent: int, start: int, k: int, layout: str) -> Tensor:

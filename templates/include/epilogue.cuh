@@ -118,12 +118,18 @@ __device__ __forceinline__ void add_matrix(float* values, const PlainMatrix& c, 
   }
 }
 
+struct NoHoles {
+  static constexpr bool EXIST = false;
+};
+
 // Copies staged values to D without the copy engine, UNIT bytes at a time: where that is an element's size, to any base and row
 // stride. Each warp copies the 16 rows that it staged, or where transposed a warpgroup all of its tile. Of the staged columns only
-// every SPLIT-th group of 8, from group `first`, is this CTA's to store.
-template <class Element, int UNIT, bool TRANSPOSED, int COLUMNS, int ROW_BYTES, int SPLIT>
-__device__ __forceinline__ void store_staged(uint32_t staging, const PlainMatrix& d, int row0, int column0, int m, int n, int first) {
-  constexpr int HEIGHT = TRANSPOSED ? COLUMNS : 16, WIDTH = (TRANSPOSED ? 64 : COLUMNS) * sizeof(Element) / UNIT;  // in D's coordinates
+// every SPLIT-th group of 8, from group `first`, is this CTA's to store. ROWS: of the MMA's that a warpgroup staged. Columns of D's
+// holes come on top of the product's.
+template <class Element, int UNIT, bool TRANSPOSED, int COLUMNS, int ROW_BYTES, int SPLIT, int ROWS = 64, class Holes = NoHoles>
+__device__ __forceinline__ void store_staged(uint32_t staging, const PlainMatrix& d, int row0, int column0, int m, int n, int first,
+                                             const Holes& holes = {}) {
+  constexpr int HEIGHT = TRANSPOSED ? COLUMNS : 16, WIDTH = (TRANSPOSED ? ROWS : COLUMNS) * sizeof(Element) / UNIT;  // in D's coordinates
   constexpr int SLAB = (TRANSPOSED ? COLUMNS : 64) * ROW_BYTES, THREADS = TRANSPOSED ? WARPGROUP : WARP;
   const int d_row0 = TRANSPOSED ? column0 : row0, d_column0 = TRANSPOSED ? row0 : column0;
   const int staged_row0 = TRANSPOSED ? 0 : threadIdx.x / WARP % 4 * 16;
@@ -134,7 +140,10 @@ __device__ __forceinline__ void store_staged(uint32_t staging, const PlainMatrix
     if (d_row0 + row >= m || d_column0 + column >= n || (SPLIT > 1 && group % SPLIT != first)) continue;
     const uint32_t address = staging + byte / ROW_BYTES * SLAB + swizzled<ROW_BYTES>(row, byte % ROW_BYTES / 16) + byte % 16;
     Element* out = static_cast<Element*>(d.pointer) + (d_row0 + row) * d.row_stride + d_column0 + column;
-    if constexpr (UNIT == 2) {
+    if constexpr (Holes::EXIST) out += holes.before(d_column0 + column);
+    if constexpr (UNIT == 1) {
+      asm volatile("{\n .reg .b32 v;\n ld.shared.u8 v, [%0];\n st.global.u8 [%1], v;\n}" ::"r"(address), "l"(out) : "memory");
+    } else if constexpr (UNIT == 2) {
       asm volatile("{\n .reg .b16 v;\n ld.shared.b16 v, [%0];\n st.global.b16 [%1], v;\n}" ::"r"(address), "l"(out) : "memory");
     } else if constexpr (UNIT == 4) {
       asm volatile("{\n .reg .b32 v;\n ld.shared.b32 v, [%0];\n st.global.b32 [%1], v;\n}" ::"r"(address), "l"(out) : "memory");

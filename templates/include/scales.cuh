@@ -13,38 +13,51 @@ struct ScaleMatrix {
   int32_t padding;
 };
 
-// Scales of one 128-row block along K, a warp's worth at a time: lane i holds that of the i-th k-block of `current`.
+// Scales of one 128-row block along K, or of two that follow each other, a warp's worth at a time: lane i holds that of the i-th
+// k-block of `current`, and of two blocks the upper half of the warp those of the second.
+template <int BLOCKS>
 struct BlockScales {
+  static constexpr int CHUNK = WARP / BLOCKS;  // k-blocks held
   const float* pointer;  // null outside the matrix
   int32_t stride_k;
   float current, ahead;
 
   __device__ __forceinline__ void begin(const ScaleMatrix& scales, int block) {
+    if constexpr (BLOCKS > 1) block += threadIdx.x % WARP / CHUNK;
     pointer = block < scales.blocks ? scales.pointer + block * scales.stride_mn : nullptr;
     stride_k = scales.stride_k;
   }
   __device__ __forceinline__ void fetch(int first, int end) {
-    const int mine = first + threadIdx.x % WARP;
+    const int mine = first + threadIdx.x % CHUNK;
     ahead = pointer && mine < end ? pointer[mine * stride_k] : 0.f;
   }
   __device__ __forceinline__ void turn() { current = ahead; }
-  __device__ __forceinline__ float at(int index) const { return __shfl_sync(0xffffffff, current, index); }
+  // Of the k-block that is number `index`, modulo CHUNK, from the first.
+  __device__ __forceinline__ float at(int index, int block = 0) const {
+    return __shfl_sync(0xffffffff, current, BLOCKS > 1 ? index % CHUNK + block * CHUNK : index);
+  }
 };
 
 // The same of one group's matrix, in fewer registers: where the matrix depends on the tile, a pointer takes two of each thread.
+template <int BLOCKS>
 struct GroupBlockScales {
+  static constexpr int CHUNK = WARP / BLOCKS;
   int32_t first;  // the block's first scale, in elements from the first group's; negative outside the matrix
   float current, ahead;
 
   __device__ __forceinline__ void begin(const ScaleMatrix& scales, int block, int group_offset) {
+    if constexpr (BLOCKS > 1) block += threadIdx.x % WARP / CHUNK;
     first = block < scales.blocks ? group_offset + block * scales.stride_mn : -1;
   }
   __device__ __forceinline__ void fetch(const ScaleMatrix& scales, int first_k, int end) {
-    const int mine = first_k + threadIdx.x % WARP;
+    const int mine = first_k + threadIdx.x % CHUNK;
     ahead = first >= 0 && mine < end ? scales.pointer[first + mine * scales.stride_k] : 0.f;
   }
   __device__ __forceinline__ void turn() { current = ahead; }
-  __device__ __forceinline__ float at(int index) const { return __shfl_sync(0xffffffff, current, index); }
+  // Of the k-block that is number `index`, modulo CHUNK, from the first.
+  __device__ __forceinline__ float at(int index, int block = 0) const {
+    return __shfl_sync(0xffffffff, current, BLOCKS > 1 ? index % CHUNK + block * CHUNK : index);
+  }
 };
 
 // The scale of row `index`, or of the whole operand (stride 0). Volatile: loads of many columns at once would spill.
@@ -52,4 +65,19 @@ __device__ __forceinline__ float outer_scale(const ScaleMatrix& scales, int inde
   float value = 0.f;
   if (index < end) asm volatile("ld.global.f32 %0, [%1];" : "=f"(value) : "l"(scales.pointer + index * scales.stride_mn));
   return value;
+}
+
+// Multiplies a fragment of COLUMNS columns by the scales of its rows and columns: this thread's rows are row and row + 8.
+template <int COLUMNS>
+__device__ __forceinline__ void multiply_by_outer_scales(float* values, const ScaleMatrix& rows, const ScaleMatrix& columns, int row, int column0,
+                                                         int lane, int rows_end, int columns_end) {
+  const float upper_scale = outer_scale(rows, row, rows_end);
+  const float lower_scale = outer_scale(rows, row + 8, rows_end);
+#pragma unroll
+  for (int j = 0; j < COLUMNS / 8; ++j) {
+    const int column = column0 + 8 * j + lane % 4 * 2;
+    const float left = outer_scale(columns, column, columns_end), right = outer_scale(columns, column + 1, columns_end);
+    float* v = values + 4 * j;
+    v[0] *= upper_scale * left, v[1] *= upper_scale * right, v[2] *= lower_scale * left, v[3] *= lower_scale * right;
+  }
 }

@@ -37,6 +37,15 @@ __device__ __forceinline__ void tma_load_2d_multicast(uint32_t destination, cons
       : "memory");
 }
 
+__device__ __forceinline__ void tma_load_3d_multicast(uint32_t destination, const TensorMap& map, int x, int y, int z, uint32_t barrier,
+                                                      uint16_t cta_mask) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%2, %3, %4}], [%5], %6;" ::"r"(
+          destination),
+      "l"(&map), "r"(x), "r"(y), "r"(z), "r"(barrier), "h"(cta_mask)
+      : "memory");
+}
+
 // Stores a box; parts outside the tensor are clipped.
 __device__ __forceinline__ void tma_store_2d(uint32_t source, const TensorMap& map, int x, int y) {
   asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];" ::"l"(&map), "r"(x), "r"(y), "r"(source)
@@ -45,6 +54,13 @@ __device__ __forceinline__ void tma_store_2d(uint32_t source, const TensorMap& m
 
 __device__ __forceinline__ void tma_store_3d(uint32_t source, const TensorMap& map, int x, int y, int z) {
   asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%0, {%1, %2, %3}], [%4];" ::"l"(&map), "r"(x), "r"(y), "r"(z), "r"(source)
+               : "memory");
+}
+
+// Adds a box to what is there, in the tensor's type.
+__device__ __forceinline__ void tma_add_3d(uint32_t source, const TensorMap& map, int x, int y, int z) {
+  asm volatile("cp.reduce.async.bulk.tensor.3d.global.shared::cta.add.tile.bulk_group [%0, {%1, %2, %3}], [%4];" ::"l"(&map), "r"(x), "r"(y), "r"(z),
+               "r"(source)
                : "memory");
 }
 

@@ -153,6 +153,14 @@ def test_explain(jitgemm: Jitgemm) -> None:
     assert not jitgemm.cache.exists()
 
 
+def test_explain_of_several_gemms(jitgemm: Jitgemm) -> None:
+    for kind, recipe in (("masked", "fp8_1x128_128x128"), ("batched", "bf16"), ("k_grouped", "fp8_1x128_1x128")):
+        sizes = ("--m", 64, "--n", 1024, "--k", 4096, "--groups", 8)
+        text = jitgemm("explain", *sizes, "--recipe", recipe, "--kind", kind, "--top", 3).stdout
+        assert text.startswith(f"8 groups, {kind}, 64 x 1024 x 4096, {recipe} nt")
+        assert "<- winner" in text
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

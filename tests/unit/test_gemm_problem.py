@@ -106,7 +106,7 @@ def test_empty_m_is_a_problem() -> None:
         ({"fast_accum": True}, "fast_accum is True; recipe bf16 does not allow it"),
         ({"recipe": "fp8_1x128_128x128", "fast_accum": True}, "recipe fp8_1x128_128x128 does not allow it"),
         ({"kind": "grouped"}, "kind is 'grouped'; accepted is gemm"),
-        ({"transposed": 1}, "unknown field 'transposed'; known are d_dtype, fast_accum"),
+        ({"transposed": 1}, "unknown field 'transposed'; known are d_dtype, epilogue, fast_accum"),
     ],
 )
 def test_bad_fields(change: dict[str, Any], message: str) -> None:

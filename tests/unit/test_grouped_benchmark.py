@@ -5,9 +5,10 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 import jitgemm
-from benchmarks import grouped
+from benchmarks import batched, grouped
 from benchmarks.grouped import COLUMNS, Inputs, Shape, floor_us, make_row, parse, shapes_of, summary
 
 
@@ -92,3 +93,48 @@ def test_rows_and_summary() -> None:
     text = summary(rows)
     assert "masked fp8_1x128_128x128, m 1 to 64" in text
     assert "1.250" in text
+
+
+@pytest.mark.parametrize(
+    ("shape", "worst"),
+    [
+        (batched.Shape("k_grouped", "fp8", 24, 40, 384, 2), (1, 3, 5)),
+        (batched.Shape("k_grouped", "bf16", 24, 40, 384, 2), (1, 3, 5)),
+        (batched.Shape("einsum", "fp8", 5, 40, 256, 3, "bhr,hdr->bhd"), (3, 2, 5)),
+        (batched.Shape("einsum", "bf16", 5, 40, 256, 3, "bhr,hdr->bhd"), (3, 2, 5)),
+        (batched.Shape("einsum", "bf16", 5, 40, 64, 3, "bhd,hdr->bhr"), (3, 0, 5)),
+        (batched.Shape("einsum", "bf16", 8, 40, 64, 3, "bmk,bnk->mn"), (3, 5)),
+    ],
+)
+def test_operands_of_batches_and_of_groups_along_k(
+    monkeypatch: pytest.MonkeyPatch, shape: batched.Shape, worst: tuple[int, ...]
+) -> None:
+    monkeypatch.setattr(batched, "lengths_of", lambda groups: [128, 256])
+    inputs = batched.Inputs(shape, device="cpu")
+    d = inputs.output()
+    inputs.call_of(jitgemm, d)()
+    grouped.check(inputs, "jitgemm", d)
+    d[worst] += 1000
+    with pytest.raises(ArithmeticError, match="wrong result"):
+        grouped.check(inputs, "jitgemm", d)
+
+
+def test_torch_is_a_peer_of_einsum_in_bf16() -> None:
+    shape = batched.Shape("einsum", "bf16", 5, 40, 256, 3, "bhr,hdr->bhd")
+    inputs = batched.Inputs(shape, device="cpu")
+    d = inputs.output()
+    inputs.call_of(torch, d)()
+    grouped.check(inputs, "torch", d)
+    row = make_row(shape, "config", {"jitgemm": 20.0, "deepgemm": 25.0, "torch": 24.0}, {}, 30)
+    assert (row["best_peer"], row["best_peer_us"], row["ratio"]) == ("torch", 24.0, 1.2)
+    assert "einsum bf16, m up to 128" in summary([row])
+
+
+def test_shapes_of_batches_and_of_groups_along_k() -> None:
+    shapes = shapes_of(parse(["--cases", "k_grouped", "einsum", "--recipes", "fp8", "bf16"]))
+    assert len(shapes) == 12 + 5 + 29
+    for shape in shapes:
+        assert floor_us(shape) > 4.8
+        assert grouped.needed(shape, "h200")
+    assert batched.lengths_of(4) == batched.lengths_of(4)
+    assert all(k % 128 == 0 for k in batched.lengths_of(16))
