@@ -49,6 +49,6 @@ def test_limits(kind: str, d_dtype: str) -> None:
         assert "at most 160" in str(reason("168x128x128 s4 swap"))
     assert reason("128x128x128 s4 swap") is None
     assert reason("256x128x128 s4") is None
-    assert reason("128x64x128 s4 c2x1") == "grouped kernels have no clusters and no split K"
+    assert "clusters" in str(reason("128x64x128 s4 c2x1"))
     legal = [config for config in candidates(problem) if illegal(problem, config, H200) is None]
     assert len(legal) > 20
