@@ -208,7 +208,7 @@ class FusedInputs:
         """One kernel of ours, or two."""
         inputs, m = self._masked, self.shape.m
         a, layout = (inputs.a, inputs.a_scales), inputs.layout
-        run = library.m_grouped_fp8_gemm_nt_masked
+        run = library.fp8_m_grouped_gemm_nt_masked
         if library is jitgemm:
             b, epilogue = self._layer.interleaved, jitgemm.Epilogue(swiglu=True)
             return lambda: run(a, b, d, layout, m, epilogue=epilogue)
