@@ -594,9 +594,13 @@ def _terms(
         # One stage of the CTAs of one SM, cycles.
         loaded = where(tiles_m > 1, tokens, least(tokens, m))
         tensor = sharing * mma + exposed
-        if groups is not None and groups.idles:
-            tensor = tensor * -(-m // kernel.warpgroup_rows) / (-(-m // rows) * (rows / kernel.warpgroup_rows))
         smem = sharing * (reads + (loaded + weights) * 128) / smem_rate + exposed_smem
+        if groups is not None and groups.idles:
+            computing = -(-m // kernel.warpgroup_rows) / (-(-m // rows) * (rows / kernel.warpgroup_rows))
+            tensor = tensor * computing
+            # Every block gets full tiles and last ones in turn.
+            loaded, read = least(tokens, m / tiles_m), sharing * reads / smem_rate + exposed_smem
+            smem = where(tiles_m > 1, read * computing, read) + sharing * (loaded + weights) * 128 / smem_rate
         asked = sharing * (loaded / token_sharing + weights_asked) * 128
         ingress = asked * most(1 / of_one, sms / num_sms / of_all) + unique / unique_rate
         stage = (tensor**norm + smem**norm + serial**norm + ingress**norm + latency**norm) ** (1 / norm)

@@ -23,11 +23,11 @@ from jitgemm.settings import Settings
 # for which tokens are loaded half as often as for 64.
 _TOKEN_TILES = (
     *((8, 128), (16, 128), (24, 128), (48, 64), (48, 128)),
-    *((64, 64), (64, 128), (80, 128), (96, 128)),
+    *((64, 64), (64, 128), (80, 128), (96, 128), (160, 128)),
 )
 
-_MOST_TOKENS = 96  # of FP8, on the MMA's N side
-_SUMS_OF_THREE = 120  # registers a thread that sums may take where three warpgroups promote
+_MOST_TOKENS = 160  # of FP8, on the MMA's N side
+_SUMS_OF_THREE = 128  # registers a thread that sums may take where three warpgroups promote
 
 
 def choose_config(problem: GroupedProblem, device: Device) -> GemmConfig:

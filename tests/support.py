@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.util
 import json
 import logging
 import os
+import re
+import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -123,3 +127,24 @@ def warnings_of(logger: logging.Logger) -> Any:
         yield texts
     finally:
         logger.removeHandler(handler)
+
+
+def _find_nvdisasm() -> str | None:
+    nvidia = importlib.util.find_spec("nvidia")
+    for root in (nvidia.submodule_search_locations or ()) if nvidia else ():
+        for path in sorted(Path(root).glob("*/bin/nvdisasm")):
+            return str(path)
+    return shutil.which("nvdisasm")
+
+
+NVDISASM = _find_nvdisasm()
+"""The disassembler of the ``nvidia-cuda-nvdisasm`` wheel, or one on the path."""
+
+
+def opcodes(image: bytes, folder: Path) -> list[str]:
+    """The instructions of a cubin, without their modifiers."""
+    assert NVDISASM is not None
+    path = folder / "kernel.cubin"
+    path.write_bytes(image)
+    text = subprocess.run([NVDISASM, "-c", str(path)], check=True, capture_output=True, text=True).stdout
+    return re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+ )?([A-Z][A-Z0-9]*)", text, re.MULTILINE)

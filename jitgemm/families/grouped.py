@@ -32,7 +32,7 @@ GROUPINGS = {"masked": "masked", "contiguous": "indexed", "psum": "psum"}
 
 GROUPED_RECIPES = ("fp8_1x128_128x128", "bf16")
 MAX_GROUPS = 65536
-QUEUE_BYTES = 176  # of shared memory: the template's TILE_QUEUE_BYTES
+QUEUE_BYTES = 128  # of shared memory: the template's TILE_QUEUE_BYTES
 _SCALES_UNIT = 4  # fp32 scales in 16 bytes, at multiples of which TMA copies start
 MAX_BOX = 256  # elements of one dimension that one TMA copy takes
 MAX_PIECES = 5  # in which a tile of A is loaded where its group ends in it

@@ -1,6 +1,6 @@
 // Tiles of groups whose rows only the device knows.
 //
-// One order goes through the tiles of all groups, and each block takes every gridDim.x-th. The producer's first warp looks
+// One order goes through the tiles of all groups, and each block takes one of every gridDim.x. The producer's first warp looks
 // them up: a window of 32 entries, one a lane, with running sums of their tiles. An entry is a group or, where every row
 // carries the index of its group, a stretch of rows. What it finds goes to the math warpgroups through a small queue.
 #pragma once
@@ -36,6 +36,10 @@ __device__ __forceinline__ int quotient(int dividend, int divisor) {
   const int estimate = int(float(dividend) * reciprocal), rest = dividend - estimate * divisor;
   return rest < 0 ? estimate - 1 : rest >= divisor ? estimate + 1 : estimate;
 }
+
+// The tile that a block takes of each round of as many as there are blocks. Not always the one at the same place: where the tiles along
+// m of a group divide that number, some blocks would get nothing but full tiles, and others groups' last ones, which take less time.
+__device__ __forceinline__ int tile_of_round(int round, uint32_t block, uint32_t blocks) { return int(round * blocks + (block + round) % blocks); }
 
 // Whole warps call it together. TILE: rows of A in a tile, WIDTH: columns of D.
 template <Grouping GROUPING, int TILE, int WIDTH>
@@ -152,22 +156,20 @@ class GroupSchedule {
   }
 };
 
-// -- The queue from the producer to the math warpgroups: slots of one tile each, with full and empty barriers. Which tile a reader
-// is at stands in shared memory too, for the math warpgroups have no register to spare.
+// -- The queue from the producer to the math warpgroups: slots of one tile each, with full and empty barriers.
 
-constexpr int TILE_SLOTS = 4, TILE_BYTES = 16, MOST_READERS = 12;
-constexpr int TILE_QUEUE_BYTES = TILE_SLOTS * (TILE_BYTES + 2 * 8) + MOST_READERS * 4;
+constexpr int TILE_SLOTS = 4, TILE_BYTES = 16;
+constexpr int TILE_QUEUE_BYTES = TILE_SLOTS * (TILE_BYTES + 2 * 8);
 
 struct TileQueue {
   uint32_t base;  // shared address, aligned to 16
 
-  // By one thread, before any other uses the queue. Readers are warps 0 to `readers` - 1.
+  // By one thread, before any other uses the queue. Readers are warps.
   __device__ __forceinline__ void init(int readers) const {
     for (uint32_t slot = 0; slot < TILE_SLOTS; ++slot) {
       barrier_init(full(slot), 1);
       barrier_init(empty(slot), readers);
     }
-    for (int reader = 0; reader < readers; ++reader) asm volatile("st.shared.b32 [%0], %1;" ::"r"(at(reader)), "r"(0) : "memory");
   }
 
   // By one thread: the tile with this number, counted from 0.
@@ -178,11 +180,11 @@ struct TileQueue {
     barrier_arrive(full(number));
   }
 
-  // By whole warps of the readers: the tile that is next to be passed, or one behind it. The same in all lanes, which the
-  // compiler is to know: branches around MMAs depend on it.
-  __device__ __forceinline__ GroupTile look(uint32_t behind = 0) const {
-    const uint32_t number = load_number() + behind;
-    barrier_wait(full(number), number / TILE_SLOTS % 2);
+  // By whole warps of the readers, before they look at a tile.
+  __device__ __forceinline__ void wait(uint32_t number) const { barrier_wait(full(number), number / TILE_SLOTS % 2); }
+
+  // By whole warps of the readers. The same in all lanes, which the compiler is to know: branches around MMAs depend on it.
+  __device__ __forceinline__ GroupTile look(uint32_t number) const {
     GroupTile tile;
     asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(tile.row), "=r"(tile.rows_left), "=r"(tile.group), "=r"(tile.column)
@@ -193,24 +195,13 @@ struct TileQueue {
   }
 
   // By whole warps of the readers: done with the tile.
-  __device__ __forceinline__ void pass() const {
-    const uint32_t number = load_number();
+  __device__ __forceinline__ void pass(uint32_t number) const {
     __syncwarp();
-    if (threadIdx.x % WARP == 0) {
-      barrier_arrive(empty(number));
-      asm volatile("st.shared.b32 [%0], %1;" ::"r"(at(threadIdx.x / WARP)), "r"(number + 1) : "memory");
-    }
-    __syncwarp();
+    if (threadIdx.x % WARP == 0) barrier_arrive(empty(number));
   }
 
  private:
   __device__ __forceinline__ uint32_t place(uint32_t number) const { return base + number % TILE_SLOTS * TILE_BYTES; }
   __device__ __forceinline__ uint32_t full(uint32_t number) const { return base + TILE_SLOTS * TILE_BYTES + number % TILE_SLOTS * 8; }
   __device__ __forceinline__ uint32_t empty(uint32_t number) const { return full(number) + TILE_SLOTS * 8; }
-  __device__ __forceinline__ uint32_t at(int reader) const { return base + TILE_SLOTS * (TILE_BYTES + 2 * 8) + reader * 4; }
-  __device__ __forceinline__ uint32_t load_number() const {
-    uint32_t number;
-    asm volatile("ld.shared.b32 %0, [%1];" : "=r"(number) : "r"(at(threadIdx.x / WARP)) : "memory");
-    return number;
-  }
 };

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
+import collections
 import random
 import re
-import shutil
 import struct
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from support import NVDISASM, opcodes
 
 from jitgemm import builder, settings
 from jitgemm.cache_tools.models import from_preset
@@ -183,36 +182,12 @@ def test_the_source_names_its_kernel_once_and_is_ascii() -> None:
 # -- Machine code.
 
 
-def find_nvdisasm() -> str | None:
-    """The disassembler of the ``nvidia-cuda-nvdisasm`` wheel, or one on the path."""
-    nvidia = importlib.util.find_spec("nvidia")
-    for root in (nvidia.submodule_search_locations or ()) if nvidia else ():
-        for path in sorted(Path(root).glob("*/bin/nvdisasm")):
-            return str(path)
-    return shutil.which("nvdisasm")
-
-
-NVDISASM = find_nvdisasm()
-
-
-def opcodes(image: bytes, folder: Path) -> dict[str, int]:
-    """How often each instruction, without its modifiers, is in a cubin."""
-    assert NVDISASM is not None
-    path = folder / "kernel.cubin"
-    path.write_bytes(image)
-    text = subprocess.run([NVDISASM, "-c", str(path)], check=True, capture_output=True, text=True).stdout
-    counts: dict[str, int] = {}
-    for name in re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+ )?([A-Z][A-Z0-9]*)", text, re.MULTILINE):
-        counts[name] = counts.get(name, 0) + 1
-    return counts
-
-
 @pytest.mark.skipif(NVDISASM is None, reason="nvdisasm is not installed (nvidia-cuda-nvdisasm)")
 @pytest.mark.parametrize("kind", KINDS, ids=kind_name)
 def test_machine_code(build: Build, tmp_path: Path, kind: tuple[str, str, bool]) -> None:
     for problem, config in representative(kind, "bf16")[::2]:
         shape = KernelShape(problem, config)
-        counts = opcodes(build(problem, config).image, tmp_path)
+        counts = collections.Counter(opcodes(build(problem, config).image, tmp_path))
         what = f"{problem} {config}: {counts}"
         mma, other = ("QGMMA", "HGMMA") if problem.traits.is_fp8 else ("HGMMA", "QGMMA")
         # One stage of one wave is 4 MMAs; chains and unrolled loops repeat whole stages.

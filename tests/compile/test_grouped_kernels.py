@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+from support import NVDISASM, opcodes
 
 from jitgemm import builder, settings
 from jitgemm.compiler import CubinMetadata
@@ -49,20 +51,40 @@ def faults(problem: GroupedProblem, config: GemmConfig) -> list[str]:
 @pytest.mark.parametrize(("recipe", "layout"), KINDS)
 def test_the_largest_kernels_of_every_kind_fit(cache: None, kind: str, recipe: str, layout: str) -> None:
     problem = GroupedProblem(4096, 4096, recipe, 8, kind, None, layout)
-    legal = [c for c in candidates(problem) if illegal(problem, c, H200) is None]
-
-    def sums(config: GemmConfig) -> int:
-        return problem.shape(config).accumulator_registers
-
-    shapes: dict[tuple[int, bool], list[GemmConfig]] = {}
-    for config in legal:
-        shapes.setdefault((config.tile_n if config.swap_ab else config.tile_m, config.swap_ab), []).append(config)
-    largest = sorted((max(configs, key=lambda c: (sums(c), c)) for configs in shapes.values()), key=sums)
+    largest = largest_of(problem)
     chosen = largest if kind == "masked" else largest[-2:]  # the kinds differ in the producer alone
     found = []
     for config in sorted(chosen):
         found += faults(problem, config)
     assert not found, "\n".join(found)
+
+
+def largest_of(problem: GroupedProblem) -> list[GemmConfig]:
+    """Of every height of the MMA's M side, the kernel with the most sums; those last that have most."""
+
+    def sums(config: GemmConfig) -> int:
+        return problem.shape(config).accumulator_registers
+
+    shapes: dict[tuple[int, bool], list[GemmConfig]] = {}
+    for config in candidates(problem):
+        if illegal(problem, config, H200) is None:
+            shapes.setdefault((config.tile_n if config.swap_ab else config.tile_m, config.swap_ab), []).append(config)
+    return sorted((max(configs, key=lambda c: (sums(c), c)) for configs in shapes.values()), key=sums)
+
+
+@pytest.mark.skipif(NVDISASM is None, reason="nvdisasm is not installed (nvidia-cuda-nvdisasm)")
+@pytest.mark.parametrize(("recipe", "layout"), KINDS)
+def test_main_loops_take_descriptors_from_uniform_registers(
+    cache: None, tmp_path: Path, recipe: str, layout: str
+) -> None:
+    """ptxas knows branches around MMAs to be uniform: else each MMA waits for moves, and sums lack the registers."""
+    problem = GroupedProblem(4096, 4096, recipe, 8, "masked", None, layout)
+    for config in largest_of(problem):
+        built = builder.build(FAMILY.spec(problem, config, SM90A.name))
+        found = opcodes(built.cubin.image, tmp_path)
+        mmas = [index for index, name in enumerate(found) if name in ("QGMMA", "HGMMA")]
+        moves = found[mmas[0] : mmas[-1]].count("R2UR")
+        assert moves < len(mmas) / 4, f"{config}: {moves} moves beside {len(mmas)} MMAs"
 
 
 @pytest.mark.parametrize("d_dtype", ["bf16", "fp32"])

@@ -20,7 +20,7 @@ from jitgemm.families.grouped_launch import band, stretch
 COMPILER = shutil.which("g++")
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="g++ is not installed")
 
-TILES, WIDTH = (8, 48, 64, 128, 192), 64
+TILES, WIDTH = (8, 48, 64, 128, 160, 192), 64
 KINDS = {"masked": 0, "psum": 1, "contiguous": 2}
 
 _SHIM = """
@@ -82,13 +82,14 @@ static void finish() {
 }
 template <Grouping GROUPING, int TILE>
 static void lane_of_block() {
-  const int block = blocks;
   GroupSchedule<GROUPING, TILE, %(width)d> schedule(*given);
   GroupTile tile;
-  for (int index = block & 0xffff; schedule.find(index, tile); index += block >> 16)
+  const int block = blocks & 0xffff, grid = blocks >> 16;
+  for (int round = 0; schedule.find(tile_of_round(round, block, grid), tile); ++round)
     if (threadIdx.x == 0 && found < limit) {
       int* row = out[found++];
-      row[0] = index, row[1] = tile.row, row[2] = tile.rows_left, row[3] = tile.group, row[4] = tile.column;
+      row[0] = tile_of_round(round, block, grid), row[1] = tile.row, row[2] = tile.rows_left;
+      row[3] = tile.group, row[4] = tile.column;
     }
   finish();
 }
@@ -166,24 +167,46 @@ Tile = tuple[int, int, int, int, int]  # index, row, rows left, group, column
 
 
 def find_tiles(
-    library: ctypes.CDLL, kind: str, tile: int, values: Sequence[int], groups: int, m: int, n: int, alignment: int
+    library: ctypes.CDLL,
+    kind: str,
+    tile: int,
+    values: Sequence[int],
+    groups: int,
+    m: int,
+    n: int,
+    alignment: int,
 ) -> list[Tile]:
     """The tiles of all blocks of a small grid."""
+    return [one for tiles in tiles_of_blocks(library, kind, tile, values, groups, m, n, alignment, 5) for one in tiles]
+
+
+def tiles_of_blocks(
+    library: ctypes.CDLL,
+    kind: str,
+    tile: int,
+    values: Sequence[int],
+    groups: int,
+    m: int,
+    n: int,
+    alignment: int,
+    grid: int,
+) -> list[list[Tile]]:
+    """The tiles of each block, in its order."""
     # Guard words around the layout: what reads them finds groups that are not there.
     stored = (ctypes.c_int32 * (len(values) + 2))(0x7EADBEEF, *values, 0x7EADBEEF)
     pointer = ctypes.cast(ctypes.addressof(stored) + 4, ctypes.POINTER(ctypes.c_int32))
     positions, step = stretch(tile, alignment)
     layout = Layout(pointer, groups, m, alignment, -(-n // WIDTH), band(tile), positions, step)
-    found: list[Tile] = []
-    grid, capacity = 5, 1 << 16
+    found: list[list[Tile]] = []
+    capacity = 1 << 16
     buffer = (ctypes.c_int32 * 5 * capacity)()
     for block in range(grid):
         count = library.find_tiles(KINDS[kind], tile, ctypes.byref(layout), block, grid, buffer, capacity)
         assert count < capacity
         mine = [tuple(buffer[i]) for i in range(count)]
-        assert all(index % grid == block for index, *_ in mine)
-        found += mine  # type: ignore[arg-type]
-    indices = sorted(index for index, *_ in found)
+        assert [index // grid for index, *_ in mine] == list(range(count))  # one of each round
+        found.append(mine)  # type: ignore[arg-type]
+    indices = sorted(index for tiles in found for index, *_ in tiles)
     assert indices == list(range(len(indices)))
     return found
 
@@ -286,6 +309,14 @@ def test_tall_groups_are_walked_in_bands(library: ctypes.CDLL) -> None:
     order = [(row // 128, column // WIDTH) for _, row, _, _, column in found]
     assert order[:9] == [(m, 0) for m in range(8)] + [(0, 1)]
     assert len(order) == len(set(order)) == 32 * 5
+
+
+@pytest.mark.parametrize("grid", [6, 12, 132])
+def test_every_block_gets_full_tiles_and_last_ones(library: ctypes.CDLL, grid: int) -> None:
+    tiles = tiles_of_blocks(library, "masked", 128, [320] * 22, 22, 640, 64 * 32, 128, grid)
+    last = [sum(left < 128 for _, _, left, *_ in mine) for mine in tiles]
+    assert sum(last) == 22 * 32
+    assert max(last) - min(last) <= 2  # 3 tiles along m: without a turn, one block in 3 would get all of them
 
 
 def test_quotients_are_exact_where_the_reciprocal_is_not(library: ctypes.CDLL) -> None:
