@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from jitgemm.cache import KernelCache
     from jitgemm.families.gemm import GemmProblem
+    from jitgemm.families.grouped import GroupedProblem
 
 HIT, FETCHED, BUILT, FAILED, MISSING = "hit", "fetched", "built", "failed", "missing"
 
@@ -169,11 +170,17 @@ def print_report(report: Report) -> None:
     if missing:
         states["missing"] = MISSING
 
-    def row(label: str, kernels: Sequence[Kernel], problem: GemmProblem | None = None) -> tuple[object, ...]:
+    from jitgemm.families.grouped import GroupedProblem
+
+    def row(
+        label: str, kernels: Sequence[Kernel], problem: GemmProblem | GroupedProblem | None = None
+    ) -> tuple[object, ...]:
         counts = [len(kernels), *(sum(kernel.state == state for kernel in kernels) for state in states.values())]
         if problem is None:
             return (label, None, None, None, None, *counts)
         recipe = problem.recipe if problem.layout == "nt" else f"{problem.recipe} {problem.layout}"
+        if isinstance(problem, GroupedProblem):
+            recipe = f"{problem.groups} groups {problem.kind}, {recipe}"
         return (label, problem.n, problem.k, recipe, problem.d_dtype, *counts)
 
     print_table(

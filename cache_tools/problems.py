@@ -12,6 +12,7 @@ from jitgemm.errors import ProblemError
 
 if TYPE_CHECKING:
     from jitgemm.families.gemm import GemmProblem
+    from jitgemm.families.grouped import GroupedProblem
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,27 @@ class NamedProblem:
     """A problem without its m, and the layer that asks it (empty where it has no name)."""
 
     layer: str
-    problem: GemmProblem
+    problem: GemmProblem | GroupedProblem
+
+    @property
+    def dense(self) -> GemmProblem:
+        """The problem, for what knows dense ones only.
+
+        Raises:
+            ProblemError: it is a grouped one.
+        """
+        from jitgemm.families.gemm import GemmProblem
+
+        if not isinstance(self.problem, GemmProblem):
+            raise ProblemError(f"a problem is {self.problem.to_dict()['kind']}; accepted is gemm")
+        return self.problem
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether there is ``dense``."""
+        from jitgemm.families.gemm import GemmProblem
+
+        return isinstance(self.problem, GemmProblem)
 
 
 def from_shapes_file(path: Path) -> list[NamedProblem]:
@@ -91,6 +112,7 @@ def parse(entry: Mapping[str, Any]) -> NamedProblem:
         ProblemError: it is none.
     """
     from jitgemm.families.gemm import GemmProblem
+    from jitgemm.families.grouped import GroupedProblem
 
     if not isinstance(entry, Mapping):
         raise ProblemError(f"a problem is {type(entry).__name__}; accepted is a dictionary, a line of a shapes file")
@@ -100,5 +122,7 @@ def parse(entry: Mapping[str, Any]) -> NamedProblem:
     layer = entry.get("layer", "")
     if not isinstance(layer, str):
         raise ProblemError(f"layer is {layer!r}; accepted is a string")
-    problem = GemmProblem.from_dict({name: value for name, value in entry.items() if name != "layer"})
+    values = {name: value for name, value in entry.items() if name != "layer"}
+    grouped = str(values.get("kind", "gemm")).startswith("m_grouped_")
+    problem = GroupedProblem.from_dict(values) if grouped else GemmProblem.from_dict(values)
     return NamedProblem(layer, problem.without_m())

@@ -24,6 +24,7 @@ from jitgemm.resources import compile_jobs
 
 if TYPE_CHECKING:
     from jitgemm.families.gemm import GemmProblem
+    from jitgemm.families.grouped import GroupedProblem
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Prewarmed:
 
 
 def prewarm(
-    problems: str | os.PathLike[str] | Iterable[GemmProblem | Mapping[str, Any]],
+    problems: str | os.PathLike[str] | Iterable[GemmProblem | GroupedProblem | Mapping[str, Any]],
     *,
     devices: Sequence[str] | None = None,
     jobs: int | None = None,
@@ -85,13 +86,16 @@ def prewarm(
     return Prewarmed(len(specs), compiled, time.perf_counter() - start)
 
 
-def _problems(given: str | os.PathLike[str] | Iterable[GemmProblem | Mapping[str, Any]]) -> list[GemmProblem]:
+def _problems(
+    given: str | os.PathLike[str] | Iterable[GemmProblem | GroupedProblem | Mapping[str, Any]],
+) -> list[GemmProblem | GroupedProblem]:
     from jitgemm.cache_tools.problems import from_shapes_file, parse
     from jitgemm.families.gemm import GemmProblem
+    from jitgemm.families.grouped import GroupedProblem
 
     if isinstance(given, (str, os.PathLike)):
         return [named.problem for named in from_shapes_file(Path(given))]
-    return [one.without_m() if isinstance(one, GemmProblem) else parse(one).problem for one in given]
+    return [one.without_m() if isinstance(one, (GemmProblem, GroupedProblem)) else parse(one).problem for one in given]
 
 
 def _devices(names: Sequence[str] | None) -> list[Device]:
@@ -108,7 +112,7 @@ def _devices(names: Sequence[str] | None) -> list[Device]:
     return [PRESETS[name] for name in names]
 
 
-def _specs(problems: Iterable[GemmProblem], devices: Sequence[Device]) -> list[KernelSpec]:
+def _specs(problems: Iterable[GemmProblem | GroupedProblem], devices: Sequence[Device]) -> list[KernelSpec]:
     from jitgemm.heuristics import enumerate_specs
 
     found = (spec for problem in problems for device in devices for spec in enumerate_specs(problem, device))
