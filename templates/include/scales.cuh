@@ -53,3 +53,8 @@ __device__ __forceinline__ float outer_scale(const ScaleMatrix& scales, int inde
   if (index < end) asm volatile("ld.global.f32 %0, [%1];" : "=f"(value) : "l"(scales.pointer + index * scales.stride_mn));
   return value;
 }
+
+// The number that a row's sums are multiplied by, of a matrix of these that starts `first` numbers behind the first; 0 behind its rows.
+__device__ __forceinline__ float row_unit(const ScaleMatrix& units, int first, int row, int rows) {
+  return row < rows ? units.pointer[first + row * units.stride_mn] : 0.f;
+}
