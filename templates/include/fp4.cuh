@@ -39,6 +39,12 @@ __device__ __forceinline__ void load_shared_words(uint32_t address, uint32_t (&w
   asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(words[0]), "=r"(words[1]) : "r"(address));
 }
 
+__device__ __forceinline__ uint32_t load_shared_byte(uint32_t address) {
+  uint32_t value;
+  asm volatile("ld.shared.u8 %0, [%1];" : "=r"(value) : "r"(address));
+  return value;
+}
+
 // Where this thread's exponents are in a packed tile: of its upper row's four groups and then of its lower row's.
 __device__ __forceinline__ uint32_t packed_exponents(uint32_t tile) {
   return tile + PACKED_CODES_BYTES + threadIdx.x % WARPGROUP / 4 * 8;
@@ -73,9 +79,7 @@ __device__ __forceinline__ UnscaledStep expand_step(uint32_t tile, int step) {
 #pragma unroll
   for (int row = 0; row < 2; ++row) expand_codes(words[row], UNSCALED, out.fragments[row], out.fragments[row + 2]);
   const auto scale = [&](int row) {
-    uint32_t exponent;
-    asm volatile("ld.shared.u8 %0, [%1];" : "=r"(exponent) : "r"(packed_exponents(tile) + row * 4 + step));
-    return __uint_as_float((exponent + 127 - UNSCALED) << 23);
+    return __uint_as_float((load_shared_byte(packed_exponents(tile) + row * 4 + step) + (127 - UNSCALED)) << 23);
   };
   out.upper = scale(0), out.lower = scale(1);
   return out;
