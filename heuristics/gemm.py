@@ -31,6 +31,7 @@ from jitgemm.families.gemm import (
     FAMILY,
     FEW_BOUNDARIES_STEP,
     MMA_M,
+    PACKED_BYTES,
     STAGE_ROW_BYTES,
     GemmConfig,
     GemmProblem,
@@ -183,7 +184,7 @@ def _menu(problem: GemmProblem) -> tuple[GemmConfig, ...]:
 @functools.lru_cache(maxsize=256)
 def corrections(problem: GemmProblem) -> dict[GemmConfig, float]:
     """The menu, and what predictions for its configs are multiplied by."""
-    text = sm90a.FP8_MENU if problem.promotes else sm90a.BF16_MENU
+    text = sm90a.FP4_MENU if problem.traits.fp4_b else sm90a.FP8_MENU if problem.promotes else sm90a.BF16_MENU
     tile_k = STAGE_ROW_BYTES // problem.traits.operand_bytes
     menu: dict[GemmConfig, float] = {}
     for entry in text.split(","):
@@ -265,6 +266,8 @@ def stage_choices(problem: GemmProblem, config: GemmConfig) -> list[int]:
 
 # -- Limits.
 
+_MOST_FP4_TOKENS = 128  # in a tile, on the MMA's N side
+
 
 def illegal(problem: GemmProblem, config: GemmConfig, device: Device) -> str | None:
     """Why a config can't be built or would not run, or None."""
@@ -276,6 +279,15 @@ def illegal(problem: GemmProblem, config: GemmConfig, device: Device) -> str | N
 @functools.lru_cache(maxsize=65536)
 def _illegal_kernel(problem: GemmProblem, config: GemmConfig, arch: Architecture) -> str | None:
     shape = _shape(problem, config)
+    if problem.traits.fp4_b:
+        if not config.swap_ab:
+            return "swap_ab must be on: FP4 weights take the MMA's M side"
+        if config.tile_n not in (64, 128):
+            return "tile_n must be 64 or 128: a warpgroup expands the FP4 weights of 64 rows"
+        if config.tile_m > _MOST_FP4_TOKENS:
+            return f"tile_m must be at most {_MOST_FP4_TOKENS} beside FP4 weights"
+        if config.cluster_m * config.cluster_n > 1:
+            return "FP4 weights have no multicast clusters"
     if config.tile_k != 128 // problem.traits.operand_bytes:
         return f"tile_k must be {128 // problem.traits.operand_bytes}: one stage holds 128 bytes of a row"
     if shape.mma_m not in (64, 128, 192, 256):
@@ -340,6 +352,7 @@ class _Traits(NamedTuple):
     tokens: int  # rows of A in a stage ...
     token_sharing: int  # ... and CTAs that share them
     weights: int  # rows of B in a stage ...
+    weight_bytes: float  # ... bytes of each ...
     weight_sharing: int  # ... and CTAs that share them
     epilogue: float  # cycles
     multicast: float  # cycles of a stage
@@ -363,7 +376,7 @@ def _traits(problem: GemmProblem, config: GemmConfig) -> _Traits:
     columns, waves = shape.mma_n, shape.waves
     all_waves = shape.math_warpgroups * waves
     fixed, divisor = sm90a.MMA_OPERAND_CYCLES
-    mma = sm90a.MMAS_PER_STAGE * max(columns / 2, fixed + columns / divisor)
+    mma = sm90a.MMAS_PER_STAGE * max(columns / 2, sm90a.RS_MMA_CYCLES if shape.fp4 else fixed + columns / divisor)
     overhead, latency = sm90a.STAGE_OVERHEAD_CYCLES, sm90a.MMA_LATENCY_CYCLES
     hidden = exposed = 0.0
     if not problem.promotes:
@@ -383,6 +396,15 @@ def _traits(problem: GemmProblem, config: GemmConfig) -> _Traits:
             waiting = waves * (latency + promotion) + overhead
             exposed = sm90a.PROMOTION_EXPOSED * waves * (latency + promotion)
     tokens, weights = (shape.n_side_rows, shape.mma_m) if config.swap_ab else (shape.mma_m, shape.n_side_rows)
+    reads: float = all_waves * sm90a.MMAS_PER_STAGE * (MMA_M + columns) * 32
+    tensor, weight_bytes = all_waves * mma, STAGE_ROW_BYTES
+    if shape.fp4:
+        weight_bytes = PACKED_BYTES / MMA_M
+        reads = all_waves * (PACKED_BYTES + sm90a.MMAS_PER_STAGE * columns * 32)
+        # Expansion runs beside the warpgroup's own MMAs, but all warpgroups' is issued by the same four schedulers.
+        hidden += sm90a.EXPANSION_CYCLES
+        waiting += 0.0 if shape.chain > 1 else sm90a.EXPANSION_CYCLES
+        tensor = max(tensor, all_waves * (sm90a.EXPANSION_CYCLES + columns / 2 * sm90a.PROMOTION_CYCLES))
     boxes = 1 if config.swap_ab else columns * shape.d_bytes // shape.store_row_bytes
     store = sm90a.EPILOGUE_BOX_CYCLES * (boxes - 1) + sm90a.EPILOGUE_NARROW_CYCLES * (shape.store_row_bytes == 16)
     reduction, per_part, per_column = sm90a.REDUCTION_US
@@ -397,15 +419,16 @@ def _traits(problem: GemmProblem, config: GemmConfig) -> _Traits:
         fill=sm90a.CLUSTER_FILL.get(cluster, 1.0),
         blocks_per_sm=shape.blocks_per_sm,
         stages=config.stages,
-        tensor=all_waves * mma,
+        tensor=tensor,
         wave=waves * mma,
         promotion=hidden,
         waiting=waiting,
         exposed=exposed,
-        reads=all_waves * sm90a.MMAS_PER_STAGE * (MMA_M + columns) * 32,
+        reads=reads,
         tokens=tokens,
         token_sharing=config.cluster_n,
         weights=weights,
+        weight_bytes=weight_bytes,
         weight_sharing=config.cluster_m,
         epilogue=sm90a.EPILOGUE_CYCLES
         + sm90a.EPILOGUE_COLUMN_CYCLES * columns * waves * shape.d_bytes / 2
@@ -495,11 +518,16 @@ def _terms(
     unique_rate, norm, main_norm = sm90a.UNIQUE_BYTES_PER_CYCLE, sm90a.STAGE_NORM, sm90a.MAIN_NORM
     smem_rate, exposed_smem = sm90a.SMEM_BYTES_PER_CYCLE, sm90a.PROMOTION_EXPOSED_SMEM * exposed
     tokens, token_sharing, weights = kernel.tokens, kernel.token_sharing, kernel.weights
+    weight_bytes = kernel.weight_bytes
     weights_asked = weights / kernel.weight_sharing
 
     clock, full_clock = device.clock_hz / 1e6, device.clock_hz_memory_bound / 1e6  # cycles per us
     tensor_bound, throttled_cycles = sm90a.TENSOR_BOUND, sm90a.THROTTLED_CYCLES
-    bytes_of_a_row, bytes_of_b, bytes_of_d_row = k * size, n * k * size, n * (2 if problem.d_dtype == "bf16" else 4)
+    bytes_of_a_row, bytes_of_b, bytes_of_d_row = (
+        k * size,
+        n * k * size * weight_bytes / 128,
+        n * (2 if problem.d_dtype == "bf16" else 4),
+    )
     shared = sm90a.HBM_SHARED
     utilization = sm90a.HBM_UTILIZATION if groups is None else 1.0  # L2 has nothing of all groups' weights
     hbm_rate, hbm_of_sm = device.hbm_bytes_per_s * utilization / 1e6, sm90a.HBM_BYTES_PER_US_AND_SM
@@ -527,7 +555,7 @@ def _terms(
         tall = least(tiles_m, most(1, nearest(sqrt(at_once * columns / rows))))
         wide = least(tiles_n, ceil(at_once / tall))
         tall = least(tiles_m, ceil(at_once / wide))
-        unique = (least(m, tall * rows) + least(n, wide * columns)) * split_k / sms * 128
+        unique = (least(m, tall * rows) * 128 + least(n, wide * columns) * weight_bytes) * split_k / sms
         if groups is not None:
             unique = unique * groups_at_once
         # One stage of the CTAs of one SM, cycles.
@@ -535,8 +563,8 @@ def _terms(
         tensor = sharing * mma + exposed
         if groups is not None:  # warpgroups without rows leave the tensor cores to the others
             tensor = tensor * -(-m // kernel.warpgroup_rows) / (-(-m // rows) * (rows / kernel.warpgroup_rows))
-        smem = sharing * (reads + (loaded + weights) * 128) / smem_rate + exposed_smem
-        asked = sharing * (loaded / token_sharing + weights_asked) * 128
+        smem = sharing * (reads + loaded * 128 + weights * weight_bytes) / smem_rate + exposed_smem
+        asked = sharing * (loaded / token_sharing * 128 + weights_asked * weight_bytes)
         ingress = asked * most(1 / of_one, sms / num_sms / of_all) + unique / unique_rate
         stage = (tensor**norm + smem**norm + serial**norm + ingress**norm + latency**norm) ** (1 / norm)
         stage = stage + kernel.multicast

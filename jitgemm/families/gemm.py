@@ -75,6 +75,13 @@ FP4 = "fp8_1x128_fp4_1x32"
 """e4m3 A with scales of 1 x 128, MXFP4 B: the recipe whose B is not a plain matrix."""
 
 _ALL_RECIPES = {**RECIPES, FP4: Recipe(FP4, 1, "row_k", "row", fp4_b=True)}
+
+
+def recipe_traits(name: str) -> Recipe:
+    """The facts of a recipe in ``RECIPES``, or of ``FP4``."""
+    return _ALL_RECIPES[name]
+
+
 LAYOUTS = ("nt", "nn", "tn", "tt")
 D_DTYPES = {"bf16": 2, "fp32": 4}  # bytes
 

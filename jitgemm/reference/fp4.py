@@ -66,7 +66,7 @@ def exponents_to_float(exponents: Tensor, dtype: torch.dtype = torch.float32) ->
 
 
 def dequantize_fp4(packed: Tensor, exponents: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
-    """``[..., rows, k]`` of codes ``[..., rows, k / 2]`` and exponents ``[..., rows, ceil(k / 32)]``; exact in float64."""
+    """Values ``[..., rows, k]`` of codes ``[..., rows, k / 2]`` and exponents; float64 holds them exactly."""
     codes = unpack_nibbles(packed)
     values = torch.tensor((*E2M1_VALUES, *(-value for value in E2M1_VALUES)), dtype=dtype, device=packed.device)
     scales = exponents_to_float(exponents, dtype).repeat_interleave(GROUP, -1)[..., : codes.shape[-1]]
@@ -184,7 +184,8 @@ def _codes(data: Tensor) -> Tensor:
     """Reverse ``_words``: ``[..., tile, 64, block, 128]``."""
     lead, tiles, blocks = data.shape[:-3], data.shape[-3], data.shape[-2]
     shifts = torch.arange(0, 32, 8, device=data.device, dtype=torch.int32)
-    word = (data.reshape(*lead, tiles, blocks, 2, 4, 8, 4, 2, 2, 4).to(torch.int32) << shifts).sum(-1, dtype=torch.int32)
+    stored = data.reshape(*lead, tiles, blocks, 2, 4, 8, 4, 2, 2, 4).to(torch.int32)
+    word = (stored << shifts).sum(-1, dtype=torch.int32)
     word = _moved(word, (0, 3, 7, 4, 1, 2, 6, 5))[..., None]  # tile, w, h, g, block, pair, MMA, q, and i
     i = torch.arange(4, device=data.device, dtype=torch.int32)
     low = (word >> 4 * i & 7) + (word >> 8 * i + 7 << 3 & 8)
