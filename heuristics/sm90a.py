@@ -76,7 +76,7 @@ FP4_MENU = """
     16x128 s12 k4 swap, 24x128 s12 swap, 24x128 s12 k2 swap, 24x128 s12 k4 swap, 32x64 s12 swap, 32x64 s12 k2 swap,
     32x64 s12 k4 swap, 32x128 s12 swap, 32x128 s12 k2 swap, 32x128 s12 k4 swap, 48x128 s12 swap, 48x128 s12 k4 swap,
     64x64 s12 swap, 64x64 s12 k2 swap, 64x128 s12 swap, 64x128 s12 k2 swap, 64x128 s12 k4 swap, 80x128 s10 swap,
-    96x128 s9 swap, 128x128 s8 swap, 128x128 s8 k2 swap
+    96x128 s9 swap, 128x128 s8 swap
 """
 BF16_MENU = """
     8x64 s8 swap, 8x64 s12 swap *1.01, 8x64 s12 k2 swap *1.02, 8x64 s12 k4 swap *1.01, 16x64 s10 swap,

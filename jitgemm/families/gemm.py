@@ -34,6 +34,7 @@ CHAIN_REGISTERS = {
     "bf16": 192,
     "fp32": 176,
 }  # that sums and two partial sums may take for MMAs to overlap with promotion
+FP4_CHAIN_REGISTERS = {"bf16": 176, "fp32": 168}  # the same with expanded weights
 FEW_BOUNDARIES_STEP = (
     32  # tile columns that are multiples of it meet scale blocks at 4 places at most; 8 cost more than selects
 )
@@ -435,6 +436,8 @@ class KernelShape:
         scales, which chains of 8 spill beside, keep 4.
         """
         limit = CHAIN_REGISTERS[self.problem.d_dtype if self.mma_n % 64 == 0 else "fp32"]
+        if self.fp4:
+            limit = FP4_CHAIN_REGISTERS[self.problem.d_dtype]
         registers = self.mma_n // 2 * 3 + self._fragment_registers
         fits = self.waves == 1 and self.math_warpgroups < 3 and registers <= limit
         if not self.problem.promotes or not fits:

@@ -98,7 +98,8 @@ def pack(packed: Tensor, exponents: Tensor) -> tuple[Tensor, Tensor]:
     tile_folds = folds.view(*lead, tiles, -1).all(-1).repeat_interleave(MMA_M, -1)
     units = _power_of_two(offset.squeeze(-1).to(torch.int64) - (_BIAS - _UNSCALED)).float()
     units = units.masked_fill((scales == _NAN).any(-1), float("nan"))
-    units = torch.where(tile_folds, units.abs(), -units.abs())[..., :rows]
+    bits = units.view(torch.int32)
+    units = torch.where(tile_folds, bits & 0x7FFFFFFF, bits | -0x80000000).view(torch.float32)[..., :rows]  # NaN too
 
     words = _words(codes.view(*lead, tiles, MMA_M, blocks, _BLOCK))
     # From tile, w, h, g, block, j to tile, block, w, g, h, j.
