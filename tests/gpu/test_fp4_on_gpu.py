@@ -1,6 +1,4 @@
-"""GEMMs with FP4 weights on a GPU: bit for bit where sums have one term, else against float64; poison where nothing must be
-read or written.
-"""
+"""GEMMs with FP4 weights on a GPU: bit for bit where sums have one term, else against float64."""
 
 from __future__ import annotations
 
