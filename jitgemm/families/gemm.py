@@ -58,7 +58,7 @@ class Recipe:
 
     @property
     def is_fp8(self) -> bool:
-        """Whether the tensor cores multiply e4m3."""
+        """Whether the tensor cores multiply FP8."""
         return self.operand_bytes == 1
 
 
@@ -311,7 +311,7 @@ class KernelShape:
 
     @functools.cached_property
     def fp4(self) -> bool:
-        """Whether the M-side operand is FP4, which becomes e4m3 in registers."""
+        """Whether the M-side operand is FP4, which becomes e5m2 in registers."""
         return self.problem.traits.fp4_b
 
     @functools.cached_property

@@ -42,7 +42,7 @@ def prepare_fp4_weights(weights: Tensor, scales: Tensor) -> PreparedWeights:
     """MXFP4 weights in the layout that the kernels take; ``restore_fp4_weights`` reverses it.
 
     Layout and formats: OCP Microscaling Formats 1.0, as checkpoints store them. All values are kept, but for groups
-    whose scales are more than 2^248 below the largest of their row, which become zero. A NaN scale makes its row NaN.
+    whose scales are more than 2^241 below the largest of their row, which become zero. A NaN scale makes its row NaN.
 
     Args:
         weights: int8, uint8 or float4_e2m1fn_x2 ``[n, k/2]`` or ``[groups, n, k/2]``: E2M1, two to a byte, the even

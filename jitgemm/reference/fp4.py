@@ -13,8 +13,8 @@ of columns 32 j + 4 q + i in their low three bits, nibbles 4 to 7 those of 32 j 
 of the former, bit 8 i + 3 that of the latter. Exponents of a row's four groups follow each other, at
 4096 + 8 (8 w + g) + 4 h.
 
-An exponent is stored as r = e - c, where c, one for each row, puts the row's largest at 127. ``units`` holds 2^(c - 6)
-for each row: a row's values are units * code * 2^(r - 121). E4M3 holds code * 2^(r - 121) exactly for r from 116 to 127
+An exponent is stored as r = e - c, where c, one for each row, puts the row's largest at 127. ``units`` holds 2^(c - 13)
+for each row: a row's values are units * code * 2^(r - 114). E5M2 holds code * 2^(r - 114) exactly for r from 101 to 127
 (docs/fp4.md): where all exponents in 64 rows are of these, kernels multiply such numbers; else the units of all the 64
 are negative, and kernels scale sums over 32. Groups whose codes are all zero count for neither.
 """
@@ -37,9 +37,9 @@ _GROUPS = _BLOCK // GROUP
 _CODES_BYTES = MMA_M * _BLOCK // 2
 _BIAS = 127  # of UE8M0
 _NAN = 255  # in UE8M0
-_UNSCALED = 121  # exponent of a packed group whose codes stand for themselves
-_LARGEST, _SMALLEST = 127, 116  # exponents whose groups E4M3 holds
-_LIMIT = 248  # largest exponent of a packed group: 2^(248 - 121) is the largest power of two in FP32
+_UNSCALED = 114  # exponent of a packed group whose codes stand for themselves
+_LARGEST, _SMALLEST = 127, 101  # exponents whose groups E5M2 holds
+_LIMIT = 241  # largest exponent of a packed group: 2^(241 - 114) is the largest power of two in FP32
 
 
 def ue8m0_to_exponents(scales: Tensor) -> Tensor:
@@ -76,7 +76,7 @@ def dequantize_fp4(packed: Tensor, exponents: Tensor, dtype: torch.dtype = torch
 def pack(packed: Tensor, exponents: Tensor) -> tuple[Tensor, Tensor]:
     """``data`` and ``units`` of codes ``[..., rows, k / 2]`` and exponents ``[..., rows, ceil(k / 32)]``, as uint8.
 
-    A row with a NaN scale gets NaN units. Groups whose exponents are more than 248 below the row's largest are lost.
+    A row with a NaN scale gets NaN units. Groups whose exponents are more than 241 below the row's largest are lost.
     """
     lead, rows, k = packed.shape[:-2], packed.shape[-2], 2 * packed.shape[-1]
     tiles, blocks = ceil_div(rows, MMA_M), ceil_div(k, _BLOCK)

@@ -1,7 +1,7 @@
-// FP4 weights (OCP MX: E2M1 codes, one power of two per 32 of K) as E4M3 fragments of the MMA's A operand, which stay in registers.
+// FP4 weights (OCP MX: E2M1 codes, one power of two per 32 of K) as E5M2 fragments of the MMA's A operand, which stay in registers.
 // docs/fp4.md derives what is used here; jitgemm/reference/fp4.py packs it.
 //
-// E4M3 holds every E2M1 value times 2^s exactly for -5 <= s <= 6, and its byte then is that for s = 0 plus 8 s, zero's excepted.
+// E5M2 holds every E2M1 value times 2^s exactly for -13 <= s <= 13, and its byte then is that for s = 0 plus 4 s, zero's excepted.
 // So the eight magnitudes times a group's scale are two words, from which a byte permute looks four codes up at a time.
 #pragma once
 #include "common.cuh"
@@ -13,7 +13,7 @@ constexpr int PACKED_BYTES = PACKED_CODES_BYTES + PACKED_EXPONENTS_BYTES;
 constexpr int PACKED_BOX_ROWS = PACKED_BYTES / 256;    // the same as TMA copies it: in rows of 256 bytes
 constexpr int PACKED_VECTOR_BYTES = WARPGROUP * 16;    // a thread's codes of two MMAs
 
-constexpr uint32_t UNSCALED = 121;  // exponent for which a code expands to its own value
+constexpr uint32_t UNSCALED = 114;  // exponent for which a code expands to its own value
 
 // Bytes of {high, low}, each chosen by the low 3 bits of a nibble.
 __device__ __forceinline__ uint32_t permute_bytes(uint32_t low, uint32_t high, uint32_t nibbles) {
@@ -25,8 +25,8 @@ __device__ __forceinline__ uint32_t permute_bytes(uint32_t low, uint32_t high, u
 // 8 codes to 8 bytes. The low 3 bits of nibbles 0-3 are the magnitudes of `low`, those of 4-7 of `high`; signs are where a byte of
 // `low` has its own, and 4 bits below for `high`.
 __device__ __forceinline__ void expand_codes(uint32_t codes, uint32_t exponent, uint32_t& low, uint32_t& high) {
-  const uint32_t small = exponent * 0x08080800u + (0x3c383000u - UNSCALED * 0x08080800u);  // 1.5, 1, 0.5, 0
-  const uint32_t large = exponent * 0x08080808u + (0x4c484440u - UNSCALED * 0x08080808u);  // 6, 4, 3, 2
+  const uint32_t small = exponent * 0x04040400u + (0x3e3c3800u - UNSCALED * 0x04040400u);  // 1.5, 1, 0.5, 0
+  const uint32_t large = exponent * 0x04040404u + (0x46444240u - UNSCALED * 0x04040404u);  // 6, 4, 3, 2
   const uint32_t magnitudes = codes & 0x77777777u;
   low = permute_bytes(small, large, magnitudes) | (codes & 0x80808080u);
   high = permute_bytes(small, large, magnitudes >> 16) | (codes << 4 & 0x80808080u);

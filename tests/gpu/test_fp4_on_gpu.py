@@ -26,7 +26,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 DEVICE = torch.device("cuda", 0)
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-NEAR, FAR = (110, 121), (100, 130)
+NEAR, FAR = (96, 122), (90, 130)
 """Exponents of scales that are expanded with the codes, and of scales that are not."""
 
 
@@ -69,7 +69,7 @@ def run(config: GemmConfig | None, *arguments: Any, **more: Any) -> None:
         jitgemm.fp8_fp4_gemm_nt(*arguments, **more)
 
 
-@pytest.mark.parametrize("window", [NEAR, FAR, (0, 11), (243, 254)], ids=str)
+@pytest.mark.parametrize("window", [NEAR, FAR, (0, 26), (228, 254)], ids=str)
 @pytest.mark.parametrize("config", ["8x64x128 s12 swap", "16x128x128 s12 swap", "128x128x128 s8 swap"])
 def test_rows_of_the_identity_pick_weights_bit_for_bit(config: str, window: tuple[int, int]) -> None:
     """Every element of D is one weight, wherever it is: a wrong place, code or scale shows."""
