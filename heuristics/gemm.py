@@ -397,7 +397,8 @@ def _traits(problem: GemmProblem, config: GemmConfig) -> _Traits:
             exposed = sm90a.PROMOTION_EXPOSED * waves * (latency + promotion)
     tokens, weights = (shape.n_side_rows, shape.mma_m) if config.swap_ab else (shape.mma_m, shape.n_side_rows)
     reads: float = all_waves * sm90a.MMAS_PER_STAGE * (MMA_M + columns) * 32
-    tensor, weight_bytes = all_waves * mma, STAGE_ROW_BYTES
+    tensor: float = all_waves * mma
+    weight_bytes: float = STAGE_ROW_BYTES
     if shape.fp4:
         weight_bytes = PACKED_BYTES / MMA_M
         reads = all_waves * (PACKED_BYTES + sm90a.MMAS_PER_STAGE * columns * 32)

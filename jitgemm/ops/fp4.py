@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from jitgemm.errors import ProblemError
+from jitgemm.families.gemm import PACKED_BYTES
 from jitgemm.ops.dispatch import needs_dispatch
 from jitgemm.reference import fp4 as reference
 from jitgemm.reference.quantize import ceil_div
@@ -102,7 +103,7 @@ def pack(packed: Tensor, exponents: Tensor) -> tuple[Tensor, Tensor]:
 def pack_fake(packed: Tensor, exponents: Tensor) -> tuple[Tensor, Tensor]:
     """Tensors as ``pack`` returns them."""
     *lead, n, half = packed.shape
-    width = ceil_div(2 * half, 128) * reference.PACKED_BYTES
+    width = ceil_div(2 * half, 128) * PACKED_BYTES
     return (
         packed.new_empty((*lead, ceil_div(n, 64), width), dtype=torch.uint8),
         packed.new_empty((*lead, n), dtype=torch.float32),
@@ -154,7 +155,7 @@ def check_prepared(prepared: PreparedWeights) -> None:
 
 def packed_shape(units: torch.Size, k: int) -> tuple[int, ...]:
     """The shape of ``data``."""
-    return (*units[:-1], ceil_div(units[-1], 64), ceil_div(k, 128) * reference.PACKED_BYTES)
+    return (*units[:-1], ceil_div(units[-1], 64), ceil_div(k, 128) * PACKED_BYTES)
 
 
 def _check(weights: object, scales: object) -> None:

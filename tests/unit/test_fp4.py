@@ -72,7 +72,7 @@ def test_fp8_holds_every_code_and_bytes_move_with_the_scale(bits: int, bias: int
             moves.append(s)
     assert moves == list(range(s_min, s_max + 1))
     if bits == 2:
-        assert (fp4._SMALLEST - fp4._UNSCALED, fp4._LARGEST - fp4._UNSCALED) == (s_min, s_max)
+        assert (s_min, s_max) == (fp4._SMALLEST - fp4._UNSCALED, fp4._LARGEST - fp4._UNSCALED)
 
 
 @pytest.mark.parametrize("shape", [(64, 128), (100, 160), (1, 32), (3, 130, 416), (2, 64, 2)])
