@@ -442,7 +442,8 @@ class KernelShape:
         fits = self.waves == 1 and self.math_warpgroups < 3 and registers <= limit
         if not self.problem.promotes or not fits:
             return 1
-        return 8 if self.math_warpgroups == 2 and self.problem.traits.b_scales in ("block_k", "row_k") else 4
+        long = self.fp4 or self.problem.traits.b_scales in ("block_k", "row_k")
+        return 8 if self.math_warpgroups == 2 and long else 4
 
     @functools.cached_property
     def unroll(self) -> int:

@@ -1,4 +1,4 @@
-"""What kernels with FP4 weights do beside others, once each, for the tools that watch memory. Not collected by pytest. ::
+"""What kernels with FP4 weights do beside others, once each, for tools that watch memory. Not collected by pytest. ::
 
     compute-sanitizer --tool memcheck --report-api-errors no --error-exitcode 1 python tests/gpu/sanitize_fp4.py
     compute-sanitizer --tool racecheck --error-exitcode 1 python tests/gpu/sanitize_fp4.py
