@@ -911,7 +911,7 @@ def _make_plan(
     ordinal = d.get_device()
     device, num_sms = device_facts(ordinal)
 
-    chosen = None if in_force.autotune and operation.recipe != FP4 else chooser(problem, device, in_force)
+    chosen = None if in_force.autotune else chooser(problem, device, in_force)
 
     def choose(m: int) -> GemmConfig:
         if chosen is None:

@@ -24,6 +24,7 @@ from jitgemm.heuristics import enumerate_specs, gemm, grouped
 from jitgemm.ops.fp4 import PreparedWeights
 from jitgemm.reference import fp4
 from jitgemm.reference.gemm import check_close, round_to_bf16
+from jitgemm.tuning import Workload
 
 dense_gpu = test_launches.gpu
 grouped_gpu = test_grouped_launches.gpu
@@ -282,6 +283,13 @@ def test_every_shape_gets_a_legal_config() -> None:
             many = GroupedProblem(n, k, FP4, 8, "masked", m)
             chosen = grouped.choose_config(many, H200)
             assert grouped.illegal(many, chosen, H200) is None and chosen.swap_ab
+
+
+def test_tuning_has_operands() -> None:
+    problem = GemmProblem(72, 160, FP4, 5)
+    work = Workload(problem, "cpu")
+    work.call(gemm.choose_config(problem, H200))()
+    assert bool(work.d.isfinite().all()) and bool((work.d != 0).any())
 
 
 def test_configs_that_the_kernels_have_not() -> None:
