@@ -33,6 +33,7 @@ from jitgemm.families.gemm import (
     FEW_BOUNDARIES_STEP,
     GATE_UP_RUN,
     MMA_M,
+    PACKED_BYTES,
     SCALE_GROUP,
     STAGE_ROW_BYTES,
     GemmConfig,
@@ -186,7 +187,7 @@ def _menu(problem: GemmProblem) -> tuple[GemmConfig, ...]:
 @functools.lru_cache(maxsize=256)
 def corrections(problem: GemmProblem) -> dict[GemmConfig, float]:
     """The menu, and what predictions for its configs are multiplied by."""
-    text = sm90a.FP8_MENU if problem.promotes else sm90a.BF16_MENU
+    text = sm90a.FP4_MENU if problem.traits.fp4_b else sm90a.FP8_MENU if problem.promotes else sm90a.BF16_MENU
     tile_k = STAGE_ROW_BYTES // problem.traits.operand_bytes
     menu: dict[GemmConfig, float] = {}
     for entry in text.split(","):
@@ -284,6 +285,8 @@ def stage_choices(problem: GemmProblem, config: GemmConfig) -> list[int]:
 
 # -- Limits.
 
+_MOST_FP4_TOKENS = 128  # in a tile, on the MMA's N side
+
 
 def illegal(problem: GemmProblem, config: GemmConfig, device: Device) -> str | None:
     """Why a config can't be built or would not run, or None."""
@@ -329,6 +332,15 @@ def illegal_epilogue(shape: KernelShape) -> str | None:
 def illegal_tile(problem: GemmProblem, config: GemmConfig, arch: Architecture) -> str | None:
     """Why a tile can't be computed, whatever its epilogue, or None."""
     shape = _shape(problem, config)
+    if problem.traits.fp4_b:
+        if not config.swap_ab:
+            return "swap_ab must be on: FP4 weights take the MMA's M side"
+        if config.tile_n not in (64, 128):
+            return "tile_n must be 64 or 128: a warpgroup expands the FP4 weights of 64 rows"
+        if config.tile_m > _MOST_FP4_TOKENS:
+            return f"tile_m must be at most {_MOST_FP4_TOKENS} beside FP4 weights"
+        if config.cluster_m > 1 or config.cluster_n not in (1, shape.scale_parts):
+            return "FP4 weights have clusters only where they make up the columns of a scale of d"
     if config.tile_k != 128 // problem.traits.operand_bytes:
         return f"tile_k must be {128 // problem.traits.operand_bytes}: one stage holds 128 bytes of a row"
     if shape.mma_m not in (64, 128, 192, 256):
@@ -393,6 +405,7 @@ class _Traits(NamedTuple):
     tokens: int  # rows of A in a stage ...
     token_sharing: int  # ... and CTAs that share them
     weights: int  # rows of B in a stage ...
+    weight_bytes: float  # ... bytes of each ...
     weight_sharing: int  # ... and CTAs that share them
     epilogue: float  # cycles
     multicast: float  # cycles of a stage
@@ -417,7 +430,7 @@ def _traits(problem: GemmProblem, config: GemmConfig) -> _Traits:
     columns, waves = shape.mma_n, shape.waves
     all_waves = shape.math_warpgroups * waves
     fixed, divisor = sm90a.MMA_OPERAND_CYCLES
-    mma = sm90a.MMAS_PER_STAGE * max(columns / 2, fixed + columns / divisor)
+    mma = sm90a.MMAS_PER_STAGE * max(columns / 2, sm90a.RS_MMA_CYCLES if shape.fp4 else fixed + columns / divisor)
     overhead, latency = sm90a.STAGE_OVERHEAD_CYCLES, sm90a.MMA_LATENCY_CYCLES
     hidden = exposed = 0.0
     if not problem.promotes:
@@ -437,6 +450,16 @@ def _traits(problem: GemmProblem, config: GemmConfig) -> _Traits:
             waiting = waves * (latency + promotion) + overhead
             exposed = sm90a.PROMOTION_EXPOSED * waves * (latency + promotion)
     tokens, weights = (shape.n_side_rows, shape.mma_m) if config.swap_ab else (shape.mma_m, shape.n_side_rows)
+    reads: float = all_waves * sm90a.MMAS_PER_STAGE * (MMA_M + columns) * 32
+    tensor: float = all_waves * mma
+    weight_bytes: float = STAGE_ROW_BYTES
+    if shape.fp4:
+        weight_bytes = PACKED_BYTES / MMA_M
+        reads = all_waves * (PACKED_BYTES + sm90a.MMAS_PER_STAGE * columns * 32)
+        # Expansion runs beside the warpgroup's own MMAs, but all warpgroups' is issued by the same four schedulers.
+        hidden += sm90a.EXPANSION_CYCLES
+        waiting += 0.0 if shape.chain > 1 else sm90a.EXPANSION_CYCLES
+        tensor = max(tensor, all_waves * (sm90a.EXPANSION_CYCLES + columns / 2 * sm90a.PROMOTION_CYCLES))
     boxes = 1 if config.swap_ab else columns // problem.gated * shape.d_bytes // shape.store_row_bytes
     steps = sm90a.EPILOGUE_STEP_CYCLES[problem.epilogue] * columns * waves
     if shape.quantizes:
@@ -457,15 +480,16 @@ def _traits(problem: GemmProblem, config: GemmConfig) -> _Traits:
         fill=sm90a.CLUSTER_FILL.get(cluster, 1.0),
         blocks_per_sm=shape.blocks_per_sm,
         stages=config.stages,
-        tensor=all_waves * mma,
+        tensor=tensor,
         wave=waves * mma,
         promotion=hidden,
         waiting=waiting,
         exposed=exposed,
-        reads=all_waves * sm90a.MMAS_PER_STAGE * (MMA_M + columns) * 32,
+        reads=reads,
         tokens=tokens,
         token_sharing=config.cluster_n,
         weights=weights,
+        weight_bytes=weight_bytes,
         weight_sharing=config.cluster_m,
         epilogue=sm90a.EPILOGUE_CYCLES
         + sm90a.EPILOGUE_COLUMN_CYCLES * columns * waves * shape.d_bytes / 2
@@ -556,11 +580,13 @@ def _terms(
     unique_rate, norm, main_norm = sm90a.UNIQUE_BYTES_PER_CYCLE, sm90a.STAGE_NORM, sm90a.MAIN_NORM
     smem_rate, exposed_smem = sm90a.SMEM_BYTES_PER_CYCLE, sm90a.PROMOTION_EXPOSED_SMEM * exposed
     tokens, token_sharing, weights = kernel.tokens, kernel.token_sharing, kernel.weights
+    weight_bytes = kernel.weight_bytes
     weights_asked = weights / kernel.weight_sharing
 
     clock, full_clock = device.clock_hz / 1e6, device.clock_hz_memory_bound / 1e6  # cycles per us
     tensor_bound, throttled_cycles = sm90a.TENSOR_BOUND, sm90a.THROTTLED_CYCLES
-    bytes_of_a_row, bytes_of_b, bytes_of_d_row = k * size, n * k * size, n // problem.gated * D_BYTES[problem.d_dtype]
+    bytes_of_a_row, bytes_of_b = k * size, n * k * size * weight_bytes / 128
+    bytes_of_d_row = n // problem.gated * D_BYTES[problem.d_dtype]
     shared = sm90a.HBM_SHARED
     utilization = sm90a.HBM_UTILIZATION if groups is None else 1.0  # L2 has nothing of all groups' weights
     hbm_rate, hbm_of_sm = device.hbm_bytes_per_s * utilization / 1e6, sm90a.HBM_BYTES_PER_US_AND_SM
@@ -588,20 +614,21 @@ def _terms(
         tall = least(tiles_m, most(1, nearest(sqrt(at_once * columns / rows))))
         wide = least(tiles_n, ceil(at_once / tall))
         tall = least(tiles_m, ceil(at_once / wide))
-        unique = (least(m, tall * rows) + least(n, wide * columns)) * split_k / sms * 128
+        unique = (least(m, tall * rows) * 128 + least(n, wide * columns) * weight_bytes) * split_k / sms
         if groups is not None:
             unique = unique * groups_at_once
         # One stage of the CTAs of one SM, cycles.
         loaded = where(tiles_m > 1, tokens, least(tokens, m))
         tensor = sharing * mma + exposed
-        smem = sharing * (reads + (loaded + weights) * 128) / smem_rate + exposed_smem
+        weights_loaded = weights * weight_bytes
+        smem = sharing * (reads + loaded * 128 + weights_loaded) / smem_rate + exposed_smem
         if groups is not None and groups.idles:
             computing = -(-m // kernel.warpgroup_rows) / (-(-m // rows) * (rows / kernel.warpgroup_rows))
             tensor = tensor * computing
             # Every block gets full tiles and last ones in turn.
             loaded, read = least(tokens, m / tiles_m), sharing * reads / smem_rate + exposed_smem
-            smem = where(tiles_m > 1, read * computing, read) + sharing * (loaded + weights) * 128 / smem_rate
-        asked = sharing * (loaded / token_sharing + weights_asked) * 128
+            smem = where(tiles_m > 1, read * computing, read) + sharing * (loaded * 128 + weights_loaded) / smem_rate
+        asked = sharing * (loaded / token_sharing * 128 + weights_asked * weight_bytes)
         ingress = asked * most(1 / of_one, sms / num_sms / of_all) + unique / unique_rate
         stage = (tensor**norm + smem**norm + serial**norm + ingress**norm + latency**norm) ** (1 / norm)
         stage = stage + kernel.multicast

@@ -134,7 +134,7 @@ def illegal(problem: GroupedProblem, config: GemmConfig, device: Device) -> str 
         return f"tile_m must be at most {MAX_BOX - problem.scale_slack} where FP8 groups start at any row"
     if shape.math_warpgroups == 3 and problem.dense.promotes and shape.accumulator_registers > _SUMS_OF_THREE:
         return f"sums take more than {_SUMS_OF_THREE} registers a thread beside a group's tile"
-    if config.swap_ab and problem.dense.promotes and tile > _MOST_TOKENS:
+    if config.swap_ab and problem.dense.promotes and not shape.fp4 and tile > _MOST_TOKENS:
         return f"tile_m must be at most {_MOST_TOKENS} beside a group's tile where operands are swapped"
     alone = dataclasses.replace(config, cluster_n=1)  # CTAs of a cluster share no operands
     reason = gemm.illegal_epilogue(shape) or gemm.illegal_tile(problem.dense.without_sizes(), alone, device.arch)

@@ -17,6 +17,8 @@ RELAUNCH_US = 2.0  # of a tile after the first where blocks don't persist, as wi
 # -- One stage, 128 bytes of K. MMAs of 64 x N take max(N / 2, 16 + N / 4) cycles (measured to the cycle).
 MMAS_PER_STAGE = 4
 MMA_OPERAND_CYCLES = (16, 4)
+RS_MMA_CYCLES = 13  # at least, of an MMA whose A is in registers (measured)
+EXPANSION_CYCLES = 115.0  # of one warpgroup: 64 x 128 FP4 weights to registers (counted: 112 of the ALU)
 MMA_LATENCY_CYCLES = 58  # from the last MMA of a wave to its result
 PROMOTION_CYCLES = 1.14  # per promoted register (fitted) ...
 PROMOTION_BRANCH_CYCLES = 1.63  # ... more where columns meet scale blocks at a few places (fitted) ...
@@ -70,6 +72,15 @@ FP8_MENU = """
     128x80 s7 *0.93, 128x80 s8 k2 *0.93, 128x128 s5 *0.98, 128x128 s6 *0.94, 128x160 s5 k2 *1.01, 128x192 s4 *0.97,
     192x64 s6 *0.99, 192x96 s5 *1.04, 192x128 s4 *1.03, 192x128 s5 *0.96, 256x64 s5 *0.87,
     256x128 s4 *0.93
+"""
+# Of FP4 weights: predicted, not yet measured.
+FP4_MENU = """
+    8x64 s12 swap, 8x64 s12 k2 swap, 8x64 s12 k4 swap, 8x64 s12 k8 swap, 16x64 s12 swap, 16x64 s12 k2 swap,
+    16x64 s12 k4 swap, 8x128 s12 swap, 8x128 s12 k2 swap, 8x128 s12 k4 swap, 16x128 s12 swap, 16x128 s12 k2 swap,
+    16x128 s12 k4 swap, 24x128 s12 swap, 24x128 s12 k2 swap, 24x128 s12 k4 swap, 32x64 s12 swap, 32x64 s12 k2 swap,
+    32x64 s12 k4 swap, 32x128 s12 swap, 32x128 s12 k2 swap, 32x128 s12 k4 swap, 48x128 s12 swap, 48x128 s12 k4 swap,
+    64x64 s12 swap, 64x64 s12 k2 swap, 64x128 s12 swap, 64x128 s12 k2 swap, 64x128 s12 k4 swap, 80x128 s10 swap,
+    96x128 s9 swap, 128x128 s8 swap
 """
 BF16_MENU = """
     8x64 s8 swap, 8x64 s12 swap *1.01, 8x64 s12 k2 swap *1.02, 8x64 s12 k4 swap *1.01, 16x64 s10 swap,

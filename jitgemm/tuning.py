@@ -31,6 +31,7 @@ from jitgemm.heuristics.gemm import ANCHORS, MAX_KERNELS, predict, rank_candidat
 from jitgemm.heuristics.pruning import assign
 from jitgemm.heuristics.tuned import Entry, Run
 from jitgemm.ops import gemm as ops
+from jitgemm.ops.fp4 import PreparedWeights, prepare_fp4_weights
 from jitgemm.plan import device_facts
 from jitgemm.reference.layout import get_tma_aligned_size
 from jitgemm.render import template_digest
@@ -241,7 +242,7 @@ def tune(
     Args:
         n: columns of D.
         k: length of the contraction.
-        recipe: ``"bf16"`` or one of ``fp8_gemm_nt``.
+        recipe: ``"bf16"``, one of ``fp8_gemm_nt``, or ``"fp8_1x128_fp4_1x32"`` for MXFP4 weights.
         m: rows of D, one value or several; default: all m. What is measured are the anchors that serve them.
         layout: ``"nt"``, ``"nn"``, ``"tn"`` or ``"tt"``; FP8: ``"nt"``.
         d_dtype: ``"bf16"`` or ``"fp32"``.
@@ -334,9 +335,13 @@ class Workload:
         self._random = torch.Generator(device).manual_seed(seed)
         traits, m = problem.traits, problem.m
         self._a = self._operand(m, problem.k, problem.a_major == "k")
-        self._b = self._operand(problem.n, problem.k, problem.b_major == "k")
         self._a_scales = self._scales(traits.a_scales, m)
-        self._b_scales = self._scales(traits.b_scales, problem.n)
+        self._b_scales: Tensor | None
+        if traits.fp4_b:
+            self._b, self._b_scales = self._fp4_operand(problem.n, problem.k)
+        else:
+            self._b = self._operand(problem.n, problem.k, problem.b_major == "k")
+            self._b_scales = self._scales(traits.b_scales, problem.n)
         self.d = torch.empty((m, problem.n), dtype=_D_DTYPES[problem.d_dtype], device=device)
 
     def call(self, config: GemmConfig) -> Call:
@@ -347,7 +352,14 @@ class Workload:
         """
         forced = {**_PLAIN, "config": str(config)}
         problem, d = self._problem, self.d
-        if self._a_scales is None or self._b_scales is None:
+        if problem.traits.fp4_b:
+            assert self._a_scales is not None and self._b_scales is not None
+            scaled_a, prepared = (self._a, self._a_scales), PreparedWeights(self._b, self._b_scales, problem.k)
+
+            def call() -> None:
+                with settings.override(**forced):
+                    ops.fp8_fp4_gemm_nt(scaled_a, prepared, d)
+        elif self._a_scales is None or self._b_scales is None:
             a, b = self._a, self._b
             function = getattr(ops, f"bf16_gemm_{problem.layout}")
 
@@ -370,6 +382,14 @@ class Workload:
         width = get_tma_aligned_size(columns, size)  # TMA wants rows that start a multiple of 16 bytes apart
         values = torch.randn((rows, width), dtype=torch.bfloat16, device=self._random.device, generator=self._random)
         return (values if size == 2 else values.to(torch.float8_e4m3fn))[:, :columns]
+
+    def _fp4_operand(self, n: int, k: int) -> tuple[Tensor, Tensor]:
+        """Packed weights, all of whose scales are expanded with them."""
+        size = (n, -(-k // 2))
+        codes = torch.randint(-128, 128, size, dtype=torch.int8, device=self._random.device, generator=self._random)
+        exponents = torch.full((n, -(-k // 32)), 120, dtype=torch.uint8, device=codes.device)
+        prepared = prepare_fp4_weights(codes, exponents)
+        return prepared.data, prepared.units
 
     def _scales(self, granularity: str, mn: int) -> Tensor | None:
         groups = -(-self._problem.k // SCALE_GROUP)

@@ -30,10 +30,14 @@ MMA_M = 64  # rows of one warpgroup-wide MMA
 ROWS_STORED = 16  # of D by one warp at a time: those that it holds of an MMA's rows
 STAGE_ROW_BYTES = 128  # bytes of K of one operand row in one stage: the widest TMA swizzle
 SMEM_ALIGNMENT = 1024  # bytes: repeat of the 128-byte swizzle
+PACKED_BYTES = 64 * 128 // 2 + 64 * 4  # of 64 x 128 FP4 weights with their exponents
+PACKED_ROW_BYTES = 256  # of the rows in which TMA copies them
+FRAGMENT_REGISTERS = 16  # that hold a thread's part of 64 x 128 weights, expanded
 CHAIN_REGISTERS = {
     "bf16": 192,
     "fp32": 176,
 }  # that sums and two partial sums may take for MMAs to overlap with promotion
+FP4_CHAIN_REGISTERS = {"bf16": 176, "fp32": 168}  # the same with expanded weights
 FEW_BOUNDARIES_STEP = (
     32  # tile columns that are multiples of it meet scale blocks at 4 places at most; 8 cost more than selects
 )
@@ -45,17 +49,19 @@ class Recipe:
     """How operands are stored and scaled.
 
     ``a_scales`` and ``b_scales`` say what one scale covers: ``none``, ``row_k`` (one row x 128 of K),
-    ``block_k`` (128 rows x 128 of K), ``row`` or ``tensor``.
+    ``block_k`` (128 rows x 128 of K), ``row`` or ``tensor``. ``fp4_b``: B is packed E2M1, its scales with it but for
+    one number a row (``jitgemm.reference.fp4``).
     """
 
     name: str
     operand_bytes: int
     a_scales: str
     b_scales: str
+    fp4_b: bool = False
 
     @property
     def is_fp8(self) -> bool:
-        """Whether the operands are e4m3."""
+        """Whether the tensor cores multiply FP8."""
         return self.operand_bytes == 1
 
 
@@ -69,6 +75,17 @@ RECIPES: dict[str, Recipe] = {
         Recipe("bf16", 2, "none", "none"),
     )
 }
+FP4 = "fp8_1x128_fp4_1x32"
+"""e4m3 A with scales of 1 x 128, MXFP4 B: the recipe whose B is not a plain matrix."""
+
+_ALL_RECIPES = {**RECIPES, FP4: Recipe(FP4, 1, "row_k", "row", fp4_b=True)}
+
+
+def recipe_traits(name: str) -> Recipe:
+    """The facts of a recipe in ``RECIPES``, or of ``FP4``."""
+    return _ALL_RECIPES[name]
+
+
 LAYOUTS = ("nt", "nn", "tn", "tt")
 D_DTYPES = {"bf16": 2, "fp32": 4}  # bytes
 D_SCALE_COLUMNS = {"e4m3": 128, "e4m3_ue8m0": 32}  # of a quantized D, which epilogues make, that share a scale
@@ -83,7 +100,7 @@ class GemmProblem:
     Args:
         n: columns of D.
         k: length of the contraction.
-        recipe: a name in ``RECIPES``.
+        recipe: a name in ``RECIPES``, or ``FP4``.
         m: rows of D.
         layout: BLAS letters of A and B: ``nt`` is A ``[m, k]`` and B ``[n, k]`` row-major, ``nn`` B ``[k, n]``,
             ``tn`` A ``[k, m]`` and B ``[k, n]``, ``tt`` A ``[k, m]`` and B ``[n, k]``. FP8 has ``nt`` only.
@@ -107,8 +124,8 @@ class GemmProblem:
     epilogue: str | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.recipe, str) or self.recipe not in RECIPES:
-            raise ProblemError(f"recipe is {self.recipe!r}; accepted are {', '.join(RECIPES)}")
+        if not isinstance(self.recipe, str) or self.recipe not in _ALL_RECIPES:
+            raise ProblemError(f"recipe is {self.recipe!r}; accepted are {', '.join(_ALL_RECIPES)}")
         for name, low in (("n", 1), ("k", 1), ("m", 0)):
             value = getattr(self, name)
             if name == "m" and value is None:
@@ -120,7 +137,7 @@ class GemmProblem:
         if self.d_dtype not in (D_DTYPES if self.epilogue is None else D_BYTES):
             accepted = ", ".join(D_DTYPES) + (" and, with an epilogue, " if self.epilogue is None else ", ")
             raise ProblemError(f"d_dtype is {self.d_dtype!r}; accepted are {accepted}{', '.join(D_SCALE_COLUMNS)}")
-        recipe = RECIPES[self.recipe]
+        recipe = _ALL_RECIPES[self.recipe]
         if self.epilogue is not None and self.epilogue not in EPILOGUES:
             raise ProblemError(f"epilogue is {self.epilogue!r}; accepted are {', '.join(EPILOGUES)} and None")
         runs = 2 * SCALE_GROUP if recipe.b_scales == "block_k" else 2 * GATE_UP_RUN
@@ -139,7 +156,7 @@ class GemmProblem:
     @property
     def traits(self) -> Recipe:
         """The recipe's facts."""
-        return RECIPES[self.recipe]
+        return _ALL_RECIPES[self.recipe]
 
     @property
     def a_major(self) -> str:
@@ -323,6 +340,11 @@ class KernelShape:
         return traits.a_scales if self.config.swap_ab else traits.b_scales
 
     @functools.cached_property
+    def fp4(self) -> bool:
+        """Whether the M-side operand is FP4, which becomes e5m2 in registers."""
+        return self.problem.traits.fp4_b
+
+    @functools.cached_property
     def math_warpgroups(self) -> int:
         """Warpgroups that issue MMAs: one for each 64 rows, but two for 256."""
         return 3 if self.mma_m == 192 else min(2, self.mma_m // MMA_M)
@@ -340,7 +362,7 @@ class KernelShape:
     @functools.cached_property
     def m_side_bytes(self) -> int:
         """Bytes of the M-side operand in one stage."""
-        return self.mma_m * STAGE_ROW_BYTES
+        return self.mma_m // MMA_M * PACKED_BYTES if self.fp4 else self.mma_m * STAGE_ROW_BYTES
 
     @functools.cached_property
     def n_side_rows(self) -> int:
@@ -457,7 +479,8 @@ class KernelShape:
     @functools.cached_property
     def staging_offset(self) -> int:
         """Offset of the staging area: after the ring, on a swizzle repeat."""
-        ring = max(self.config.stages * self.stage_bytes, self.partial_bytes)
+        rows = -(-self.config.stages * self.m_side_bytes // SMEM_ALIGNMENT) * SMEM_ALIGNMENT
+        ring = max(rows + self.config.stages * (self.n_side_bytes + self.scale_bytes), self.partial_bytes)
         return -(-ring // SMEM_ALIGNMENT) * SMEM_ALIGNMENT
 
     @functools.cached_property
@@ -492,11 +515,16 @@ class KernelShape:
         A chain drains at its end, which costs two warpgroups, out of step by then, more than one. Row-wise and
         tensor-wise scales, which chains of 8 spill beside, keep 4.
         """
-        limit = CHAIN_REGISTERS["bf16" if self.d_bytes <= 2 and self.mma_n % 64 == 0 else "fp32"]
-        fits = self.waves == 1 and self.math_warpgroups < 3 and self.mma_n // 2 * 3 <= limit
+        d_type = "bf16" if self.d_bytes <= 2 else "fp32"
+        limit = CHAIN_REGISTERS[d_type if self.mma_n % 64 == 0 else "fp32"]
+        if self.fp4:
+            limit = FP4_CHAIN_REGISTERS[d_type]
+        registers = self.mma_n // 2 * 3 + self._fragment_registers
+        fits = self.waves == 1 and self.math_warpgroups < 3 and registers <= limit
         if not self.problem.promotes or not fits:
             return 1
-        return 8 if self.math_warpgroups == 2 and self.problem.traits.b_scales in ("block_k", "row_k") else 4
+        long = self.fp4 or self.problem.traits.b_scales in ("block_k", "row_k")
+        return 8 if self.math_warpgroups == 2 and long else 4
 
     @functools.cached_property
     def unroll(self) -> int:
@@ -509,8 +537,16 @@ class KernelShape:
 
     @functools.cached_property
     def accumulator_registers(self) -> int:
-        """Registers per thread that hold sums: all waves', and one wave's partial sum where it is promoted."""
-        return self.mma_n // 2 * (self.waves + (min(2, self.chain) if self.problem.promotes else 0))
+        """Registers per thread that hold sums: all waves', and one wave's partial sum where it is promoted.
+
+        With them those of expanded weights.
+        """
+        sums = self.mma_n // 2 * (self.waves + (min(2, self.chain) if self.problem.promotes else 0))
+        return sums + self._fragment_registers
+
+    @property
+    def _fragment_registers(self) -> int:
+        return 2 * FRAGMENT_REGISTERS if self.fp4 else 0  # a k-block's, and the next one's
 
     @functools.cached_property
     def blocks_per_sm(self) -> int:
@@ -528,6 +564,12 @@ def problem_of_spec(spec: KernelSpec) -> GemmProblem:
         fast_accum=bool(constants.get("fast_accum", False)),
         epilogue=None if epilogue is None else str(epilogue),
     )
+
+
+def operands_name(problem: GemmProblem) -> str:
+    """What names of functions and kernels call the operands' types."""
+    traits = problem.traits
+    return "fp8_fp4" if traits.fp4_b else "fp8" if traits.is_fp8 else "bf16"
 
 
 kernel_shape = functools.lru_cache(maxsize=4096)(KernelShape)
@@ -561,7 +603,7 @@ class Gemm:
     def kernel_name(self, spec: KernelSpec) -> str:
         """Symbol of the kernel's entry, such as ``jitgemm_fp8_gemm_nt``."""
         shape = self.shape(spec)
-        return f"jitgemm_{'fp8' if shape.problem.traits.is_fp8 else 'bf16'}_gemm_{shape.problem.layout}"
+        return f"jitgemm_{operands_name(shape.problem)}_gemm_{shape.problem.layout}"
 
     def render_context(self, spec: KernelSpec) -> dict[str, object]:
         """Values that the template names."""
@@ -606,6 +648,7 @@ class Gemm:
             "d_scales_ue8m0",
             "scale_parts",
             "exchange_bytes",
+            "fp4",
         )
         config = shape.config
         return {

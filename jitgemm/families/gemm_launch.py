@@ -8,7 +8,18 @@ from typing import NamedTuple
 
 from jitgemm.driver import Arguments, Launch, ensure_context, replace_tensor_map_address_function
 from jitgemm.errors import DriverError
-from jitgemm.families.gemm import D_BYTES, ROWS_STORED, SCALE_GROUP, GemmConfig, GemmProblem, KernelShape, kernel_shape
+from jitgemm.families.gemm import (
+    D_BYTES,
+    MMA_M,
+    PACKED_BYTES,
+    PACKED_ROW_BYTES,
+    ROWS_STORED,
+    SCALE_GROUP,
+    GemmConfig,
+    GemmProblem,
+    KernelShape,
+    kernel_shape,
+)
 from jitgemm.kernel import Kernel
 from jitgemm.tensor_map import ALIGNMENT, BYTES, OperandMap
 
@@ -46,7 +57,7 @@ class GemmGeometry:
         config: tiles and cluster.
         kernel: the loaded kernel of both.
         a: A as stored: ``[m, k]``, or ``[k, m]`` where MN-major.
-        b: B as stored: ``[n, k]``, or ``[k, n]`` where MN-major.
+        b: B as stored: ``[n, k]``, or ``[k, n]`` where MN-major; not used where B is FP4, which is packed.
         d: D.
         c_row_stride: row stride of C.
         a_scales: strides of A's scales, as the kernel takes them.
@@ -75,9 +86,14 @@ class GemmGeometry:
         self._swap = config.swap_ab
         self._k_blocks = -(-problem.k // config.tile_k)
         self._a, self._d, self._c_row_stride = a, d, c_row_stride
+        self._b_maps: tuple[OperandMap, OperandMap | None]
 
         # The MMA's M side takes A, or B where they are swapped.
-        if config.swap_ab:
+        if shape.fp4:
+            self._b_maps = packed_map(problem.n, self._k_blocks), None
+            self._b_scales_map = None
+            self._b_fields = scale_fields(shape.m_side_scales, b_scales, problem.n)
+        elif config.swap_ab:
             self._b_maps = _operand(shape, b, shape.m_side_major, shape.mma_m, config.cluster_m)
             self._b_scales_map = _scales(shape.m_side_scales, problem.n, self._k_blocks, b_scales, shape.mma_m)
             self._b_fields = scale_fields(shape.m_side_scales, b_scales, problem.n)
@@ -229,6 +245,14 @@ def _operand(
     left = matrix.rows % tile_rows
     part = left if shared_by == 1 else -(-left // (8 * shared_by)) * 8  # whole swizzle atoms of 8 rows
     return mapped(tile_k, tile_rows // shared_by), mapped(tile_k, part) if left else None
+
+
+def packed_map(n: int, k_blocks: int, groups: int = 1) -> OperandMap:
+    """The map of FP4 weights, of which a box takes 64 x 128; one matrix, or one for each group."""
+    rows = PACKED_BYTES // PACKED_ROW_BYTES
+    height = -(-n // MMA_M) * k_blocks * rows
+    width = PACKED_ROW_BYTES
+    return OperandMap("uint8", width, height, width, width, rows, 16, groups, height * width)
 
 
 def _scales(granularity: str, length: int, k_blocks: int, strides: ScaleStrides, tile_rows: int) -> OperandMap | None:

@@ -25,12 +25,20 @@ from typing import Any
 from jitgemm.errors import ProblemError
 from jitgemm.families import gemm
 from jitgemm.families.base import KernelSpec
-from jitgemm.families.gemm import GemmConfig, GemmProblem, KernelShape, kernel_shape, problem_of_spec
+from jitgemm.families.gemm import (
+    FP4,
+    GemmConfig,
+    GemmProblem,
+    KernelShape,
+    kernel_shape,
+    operands_name,
+    problem_of_spec,
+)
 
 GROUPINGS = {"masked": "masked", "contiguous": "indexed", "psum": "psum"}
 """Kind -> the template's ``Grouping``."""
 
-GROUPED_RECIPES = ("fp8_1x128_128x128", "bf16")
+GROUPED_RECIPES = ("fp8_1x128_128x128", "bf16", FP4)
 MAX_GROUPS = 65536
 QUEUE_BYTES = 128  # of shared memory: the template's TILE_QUEUE_BYTES
 _SCALES_UNIT = 4  # fp32 scales in 16 bytes, at multiples of which TMA copies start
@@ -177,7 +185,7 @@ class GroupedGemm:
     def kernel_name(self, spec: KernelSpec) -> str:
         """Symbol of the kernel's entry, such as ``jitgemm_m_grouped_fp8_gemm_nt_masked``."""
         problem = self.shape(spec).problem
-        return f"jitgemm_m_grouped_{'fp8' if problem.traits.is_fp8 else 'bf16'}_gemm_{problem.layout}_{spec['kind']}"
+        return f"jitgemm_m_grouped_{operands_name(problem)}_gemm_{problem.layout}_{spec['kind']}"
 
     def render_context(self, spec: KernelSpec) -> dict[str, object]:
         """Values that the template names."""

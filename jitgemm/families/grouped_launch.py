@@ -13,7 +13,7 @@ from typing import NamedTuple
 from jitgemm.driver import Arguments, Launch, ensure_context
 from jitgemm.errors import DriverError, ProblemError
 from jitgemm.families.gemm import ROWS_STORED, SCALE_GROUP, GemmConfig
-from jitgemm.families.gemm_launch import d_map_type
+from jitgemm.families.gemm_launch import d_map_type, packed_map
 from jitgemm.families.grouped import GroupedProblem, token_piece, token_tile
 from jitgemm.kernel import Kernel
 from jitgemm.tensor_map import ALIGNMENT, BYTES, OperandMap
@@ -53,10 +53,10 @@ class GroupedGeometry:
         config: tiles.
         kernel: the loaded kernel of both.
         a: A as stored, ``[m, k]``, or one such for each group.
-        b: B as stored, ``[n, k]`` or ``[k, n]`` for each group.
+        b: B as stored, ``[n, k]`` or ``[k, n]`` for each group; not used where B is FP4, which is packed.
         d: D, as A.
         a_scales: of A, MN-major: k-blocks as rows.
-        b_scales: of B, blocks of rows as rows; any column stride.
+        b_scales: of B, blocks of rows as rows; any column stride. Of FP4, rows of one number each.
         b_scales_k_stride: that stride.
         num_sms: multiprocessors to use.
         zero_padding: write zeros to rows of no group; in the psum layout, for others are always written.
@@ -92,7 +92,9 @@ class GroupedGeometry:
 
         tokens = (operand(a, tile_k, token_rows), operand(a, tile_k, token_piece(config)))
         weights: tuple[OperandMap, OperandMap | None]
-        if problem.dense.b_major == "mn":  # in slabs of 64, of which the kernel asks for those that exist
+        if shape.fp4:
+            weights = packed_map(problem.n, -(-problem.k // tile_k), problem.groups), None
+        elif problem.dense.b_major == "mn":  # in slabs of 64, of which the kernel asks for those that exist
             weights = operand(b, 64, tile_k), None
         else:
             left = problem.n % weight_rows
@@ -106,7 +108,9 @@ class GroupedGeometry:
             d_map = _map(d_map_type(problem.d_dtype), d, width // shape.d_bytes, height, width)
         maps: tuple[OperandMap | None, ...]
         b_fields = (0, 0, 0)
-        if b_scales is not None:
+        if b_scales is not None and shape.fp4:
+            b_fields = (b_scales.row_stride, 0, 0)
+        elif b_scales is not None:
             b_fields = (b_scales.row_stride, b_scales_k_stride, -(-problem.n // SCALE_GROUP))
         if config.swap_ab:
             maps = (*weights, *tokens, None, scales_map, d_map)

@@ -7,7 +7,7 @@ import functools
 import itertools
 import os
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from torch.compiler import is_dynamo_compiling
 from jitgemm import settings
 from jitgemm.device import SM90A, Device
 from jitgemm.errors import ProblemError
-from jitgemm.families.gemm import FAMILY, LAYOUTS, RECIPES, SCALE_GROUP, GemmConfig, GemmProblem
+from jitgemm.families.gemm import FAMILY, FP4, LAYOUTS, RECIPES, SCALE_GROUP, GemmConfig, GemmProblem, recipe_traits
 from jitgemm.families.gemm_launch import STEPS_OFFSET, GemmGeometry, Matrix, ScaleStrides
 from jitgemm.families.transpose_scales import FAMILY as TRANSPOSE_SCALES
 from jitgemm.heuristics import chooser, prepare
@@ -25,11 +25,13 @@ from jitgemm.nvtx import in_range
 from jitgemm.ops.checks import Scaled, check_tensors, extent, pair
 from jitgemm.ops.dispatch import are_plain, dispatch_modes, function_modes, needs_dispatch
 from jitgemm.ops.epilogue import Epilogue, Steps, check_apart, check_steps, pack, steps_of
+from jitgemm.ops.fp4 import PreparedWeights, is_fp4, packed_shape, prepared_b
 from jitgemm.ops.layout import copy_to_mn_major, fp4_note
 from jitgemm.plan import BOUND_LAUNCHES, Sizes, Table, current_device, device_facts, matcher, raw_stream
 from jitgemm.record import record
 from jitgemm.reference import epilogue as epilogue_reference
 from jitgemm.reference import gemm as reference
+from jitgemm.reference.fp4 import dequantize_fp4, unpack
 from jitgemm.reference.layout import get_tma_aligned_size
 from jitgemm.render import template_digest
 from jitgemm.settings import Settings
@@ -52,9 +54,10 @@ class Operation(NamedTuple):
 
 _OPERATIONS = {
     (recipe, layout, fast_accum): Operation(recipe, layout, fast_accum)
-    for recipe, layout, fast_accum in itertools.product(RECIPES, LAYOUTS, (False, True))
+    for recipe, layout, fast_accum in itertools.product((*RECIPES, FP4), LAYOUTS, (False, True))
 }
 _FP8 = _OPERATIONS["fp8_1x128_128x128", "nt", False]
+_FP4 = _OPERATIONS[FP4, "nt", False]
 _BF16_NT, _BF16_NN, _BF16_TN, _BF16_TT = (_OPERATIONS["bf16", layout, False] for layout in LAYOUTS)
 
 
@@ -175,8 +178,70 @@ def fp8_gemm_tt(
     fp8_gemm_nt(_transposed("a", a), b, d, c, *given, epilogue=epilogue)
 
 
-# The peer's names for operands of either type; here FP8 ones only.
-fp8_fp4_gemm_nt, fp8_fp4_gemm_nn, fp8_fp4_gemm_tn, fp8_fp4_gemm_tt = fp8_gemm_nt, fp8_gemm_nn, fp8_gemm_tn, fp8_gemm_tt
+def fp8_fp4_gemm_nt(
+    a: Scaled,
+    b: PreparedWeights | Scaled,
+    d: Tensor,
+    c: Tensor | None = None,
+    recipe: str | tuple[int, int, int] | None = None,
+    recipe_a: tuple[int, int] | None = None,
+    recipe_b: tuple[int, int] | None = None,
+    compiled_dims: str = "",
+    disable_ue8m0_cast: bool = False,
+    *,
+    epilogue: Epilogue | None = None,
+) -> None:
+    """``d = a @ b.T (+ c)`` with e4m3 A and MXFP4 B, which stays 4 bit in memory; or with FP8 B, as ``fp8_gemm_nt``.
+
+    Args:
+        a: e4m3 ``[m, k]``, K contiguous, and fp32 scales ``[m, ceil(k/128)]``, as ``fp8_gemm_nt`` takes them.
+        b: what ``prepare_fp4_weights`` made of ``[n, k]``; or its arguments, packed E2M1 ``[n, k/2]`` and scales
+            ``[n, ceil(k/32)]``, which each call then prepares anew: many times the GEMM itself.
+        d: output, bf16 or fp32 ``[m, n]``, n contiguous, any row stride.
+        c: added to the product; ``[m, n]`` of d's dtype, may be ``d`` itself.
+        recipe: with FP4 B none; else as ``fp8_gemm_nt`` takes it.
+        recipe_a: the peer's way to say what a scale of a covers, ``(1, 128)``.
+        recipe_b: and of b, ``(1, 32)`` for FP4.
+        compiled_dims: accepted for the peer's callers; sizes are always run-time values here.
+        disable_ue8m0_cast: accepted for the peer's callers; fp32 scales are never cast here.
+        epilogue: as ``fp8_gemm_nt`` takes it.
+
+    Raises:
+        ProblemError: an argument is not of these; nothing has been launched.
+        CacheMissError: the kernel is not cached, and compiling is forbidden or a CUDA graph is being captured.
+    """
+    if not is_fp4(b):
+        given = (recipe, recipe_a, recipe_b, compiled_dims, disable_ue8m0_cast)
+        fp8_gemm_nt(a, cast("Scaled", b), d, c, *given, epilogue=epilogue)
+        return
+    check_fp4_recipe(recipe, recipe_a, recipe_b)
+    a_data, a_scales = pair("a", a)
+    b_data, units = prepared_b(a_data, b)
+    if epilogue is not None:
+        _launch_with_epilogue(a_data, a_scales, b_data, units, d, c, _FP4, epilogue)
+        return
+    if not _launch_again(a_data, a_scales, b_data, units, d, c, _FP4):
+        _launch(a_data, a_scales, b_data, units, d, c, _FP4)
+
+
+# The peer's names for operands of either type; in these layouts FP8 ones only.
+fp8_fp4_gemm_nn, fp8_fp4_gemm_tn, fp8_fp4_gemm_tt = fp8_gemm_nn, fp8_gemm_tn, fp8_gemm_tt
+
+
+def check_fp4_recipe(recipe: object, recipe_a: object, recipe_b: object) -> None:
+    """Check the recipe of a call whose B is FP4.
+
+    Raises:
+        ProblemError: it says anything else.
+    """
+    for name, given, accepted in (
+        ("recipe", recipe, FP4),
+        ("recipe_a", recipe_a, (1, 128)),
+        ("recipe_b", recipe_b, (1, 32)),
+    ):
+        given = tuple(given) if isinstance(given, list) else given
+        if given is not None and given != accepted:
+            raise ProblemError(f"{name} is {given!r}; with FP4 weights accepted is {accepted!r}")
 
 
 def _transposed(name: str, operand: Any) -> Scaled:
@@ -622,11 +687,14 @@ class _ReferencePlan:
     def __init__(self, extents: _Extents, recipe: str, layout: str, d_dtype: str) -> None:
         self._extents = extents
         self._arguments: dict[str, Any] = {"recipe": recipe, "layout": layout, "d_dtype": d_dtype}
+        self._fp4 = recipe == FP4
 
     def __call__(
         self, a: Tensor, a_scales: Tensor | None, b: Tensor, b_scales: Tensor | None, d: Tensor, c: Tensor | None
     ) -> None:
         self._extents.check_overlap(*_addresses(a, a_scales, b, b_scales, d, c))
+        if self._fp4 and b_scales is not None:
+            b, b_scales = dequantize_fp4(*unpack(b, b_scales, a.shape[1])), None
         d.copy_(reference.gemm(a, b, c, a_scales=a_scales, b_scales=b_scales, **self._arguments))
 
 
@@ -698,6 +766,8 @@ class _FusedReferencePlan:
     ) -> None:
         check_apart(steps, d, {"a": a, "a_scales": a_scales, "b": b, "b_scales": b_scales})
         recipe, layout, _ = self._operation
+        if recipe == FP4 and b_scales is not None:
+            b, b_scales = dequantize_fp4(*unpack(b, b_scales, a.shape[1])), None
         epilogue_reference.gemm_into(
             a if layout[0] == "n" else a.mT,
             b if layout[1] == "t" else b.mT,
@@ -775,12 +845,12 @@ class _Operands:
     ) -> None:
         recipe, layout, fast_accum = operation
         _check_tensors(a=a, a_scales=a_scales, b=b, b_scales=b_scales, d=d, c=c)
-        traits = RECIPES[recipe]
+        traits = recipe_traits(recipe)
         operand_dtype = torch.float8_e4m3fn if traits.is_fp8 else torch.bfloat16
-        for name, tensor in (("a", a), ("b", b)):
-            if tensor.dtype != operand_dtype:
+        for name, tensor, dtype in (("a", a, operand_dtype), ("b", b, torch.uint8 if traits.fp4_b else operand_dtype)):
+            if tensor.dtype != dtype:
                 raise ProblemError(
-                    f"{name} has dtype {tensor.dtype}; recipe {recipe} accepts {operand_dtype}{fp4_note(tensor)}"
+                    f"{name} has dtype {tensor.dtype}; recipe {recipe} accepts {dtype}{fp4_note(tensor)}"
                 )
         if steps is None and d.dtype not in _D_DTYPES:
             raise ProblemError(f"d has dtype {d.dtype}; accepted are torch.bfloat16 and torch.float32")
@@ -791,7 +861,7 @@ class _Operands:
                 raise ProblemError(f"{name} is on {tensor.device} and d on {d.device}; accepted is one device for all")
 
         a_rows = _Rows("a", a, transposed=layout[0] == "t")
-        b_rows = _Rows("b", b, transposed=layout[1] == "n")
+        b_rows: Any = _PackedRows(b, b_scales, a_rows.k) if traits.fp4_b else _Rows("b", b, layout[1] == "n")
         m, k, n = a_rows.mn, a_rows.k, b_rows.mn
         if b_rows.k != k:
             raise ProblemError(
@@ -917,6 +987,31 @@ class _Rows:
         if self.k_major:
             return self._mn_stride, self.mn, self.k
         return self._k_stride, self.k, self.mn
+
+
+class _PackedRows:
+    """B as ``mn`` rows of ``k`` FP4 weights, prepared."""
+
+    k_major = True
+
+    def __init__(self, data: Tensor, units: Tensor | None, k: int) -> None:
+        if units is None or units.dim() != 1 or units.shape[0] < 1:
+            given = None if units is None else tuple(units.shape)
+            raise ProblemError(f"b's units have shape {given}; accepted is (n,)")
+        self.mn, self.k = units.shape[0], k
+        wanted = packed_shape(units.shape, k)
+        if tuple(data.shape) != wanted or not data.is_contiguous():
+            raise ProblemError(
+                f"b's data has shape {tuple(data.shape)} and strides {data.stride()}; n {self.mn} and k {k} make it"
+                f" {wanted}, contiguous"
+            )
+
+    def check_for_tma(self) -> None:
+        """Any that is contiguous will do."""
+
+    def matrix(self) -> Matrix:
+        """The operand as it is meant; it is stored otherwise."""
+        return Matrix(self.mn, self.k, self.k)
 
 
 def _check_tensors(**tensors: object) -> None:

@@ -8,14 +8,14 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from jitgemm import settings
 from jitgemm.errors import ProblemError
-from jitgemm.families.gemm import SCALE_GROUP
+from jitgemm.families.gemm import FP4, SCALE_GROUP
 from jitgemm.families.grouped import FAMILY, MAX_GROUPS, GroupedProblem
 from jitgemm.families.grouped_launch import STEPS_OFFSET, GroupedGeometry, Stack
 from jitgemm.heuristics.grouped import chooser
@@ -24,9 +24,12 @@ from jitgemm.nvtx import in_range
 from jitgemm.ops.checks import Scaled, check_tensors, extent, pair
 from jitgemm.ops.dispatch import needs_dispatch
 from jitgemm.ops.epilogue import Epilogue, Steps, check_apart, check_steps, pack, steps_of
+from jitgemm.ops.fp4 import PreparedWeights, is_fp4, packed_shape, prepared_b
+from jitgemm.ops.gemm import check_fp4_recipe
 from jitgemm.ops.layout import copy_to_mn_major, fp4_note
 from jitgemm.plan import BOUND_LAUNCHES, Table, current_device, device_facts, raw_stream
 from jitgemm.record import record
+from jitgemm.reference.fp4 import dequantize_fp4, unpack
 from jitgemm.reference.layout import get_tma_aligned_size
 from jitgemm.settings import Settings
 
@@ -171,10 +174,108 @@ def m_grouped_fp8_gemm_nt_masked(
     _call(a_data, a_scales, b_data, b_scales, d, masked_m, "masked", expected_m, False, epilogue)
 
 
+def m_grouped_fp8_fp4_gemm_nt_contiguous(
+    a: Scaled,
+    b: PreparedWeights | Scaled,
+    d: Tensor,
+    grouped_layout: Tensor,
+    recipe: str | tuple[int, int, int] | None = None,
+    recipe_a: tuple[int, int] | None = None,
+    recipe_b: tuple[int, int] | None = None,
+    compiled_dims: str = "nk",
+    disable_ue8m0_cast: bool = False,
+    use_psum_layout: bool = False,
+    ensure_zero_padding: bool = True,
+    expected_m_for_psum_layout: int | None = None,
+    *,
+    epilogue: Epilogue | None = None,
+) -> None:
+    """``m_grouped_fp8_gemm_nt_contiguous`` with MXFP4 B, which stays 4 bit in memory; FP8 B is accepted too.
+
+    Args:
+        a: as there.
+        b: what ``prepare_fp4_weights`` made of ``[groups, n, k]``, or its arguments, which each call then prepares.
+        d: as there; so are the arguments that follow, but for:
+        grouped_layout: as there.
+        recipe: with FP4 B none.
+        recipe_a: the peer's way to say what a scale of a covers, ``(1, 128)``.
+        recipe_b: and of b, ``(1, 32)`` for FP4.
+        compiled_dims: as there.
+        disable_ue8m0_cast: as there.
+        use_psum_layout: as there.
+        ensure_zero_padding: as there.
+        expected_m_for_psum_layout: as there.
+        epilogue: as there.
+
+    Raises:
+        ProblemError: an argument is not of these; nothing has been launched.
+        CacheMissError: the kernel is not cached, and compiling is forbidden or a CUDA graph is being captured.
+    """
+    if not is_fp4(b):
+        m_grouped_fp8_gemm_nt_contiguous(
+            *(a, cast("Scaled", b), d, grouped_layout, recipe, recipe_a, recipe_b, compiled_dims, disable_ue8m0_cast),
+            *(use_psum_layout, ensure_zero_padding, expected_m_for_psum_layout),
+            epilogue=epilogue,
+        )
+        return
+    check_fp4_recipe(recipe, recipe_a, recipe_b)
+    kind = _contiguous(use_psum_layout)
+    a_data, a_scales = pair("a", a)
+    data, units = prepared_b(a_data, b)
+    given = (kind, expected_m_for_psum_layout, ensure_zero_padding, epilogue)
+    _call(a_data, a_scales, data, units, d, grouped_layout, *given)
+
+
+def m_grouped_fp8_fp4_gemm_nt_masked(
+    a: Scaled,
+    b: PreparedWeights | Scaled,
+    d: Tensor,
+    masked_m: Tensor,
+    expected_m: int,
+    recipe: str | tuple[int, int, int] | None = None,
+    recipe_a: tuple[int, int] | None = None,
+    recipe_b: tuple[int, int] | None = None,
+    compiled_dims: str = "nk",
+    disable_ue8m0_cast: bool = False,
+    *,
+    epilogue: Epilogue | None = None,
+) -> None:
+    """``m_grouped_fp8_gemm_nt_masked`` with MXFP4 B, which stays 4 bit in memory; FP8 B is accepted too.
+
+    Args:
+        a: as there.
+        b: what ``prepare_fp4_weights`` made of ``[groups, n, k]``, or its arguments, which each call then prepares.
+        d: as there.
+        masked_m: as there.
+        expected_m: as there.
+        recipe: with FP4 B none.
+        recipe_a: the peer's way to say what a scale of a covers, ``(1, 128)``.
+        recipe_b: and of b, ``(1, 32)`` for FP4.
+        compiled_dims: as there.
+        disable_ue8m0_cast: as there.
+        epilogue: as there.
+
+    Raises:
+        ProblemError: an argument is not of these; nothing has been launched.
+        CacheMissError: the kernel is not cached, and compiling is forbidden or a CUDA graph is being captured.
+    """
+    if not is_fp4(b):
+        m_grouped_fp8_gemm_nt_masked(
+            *(a, cast("Scaled", b), d, masked_m, expected_m),
+            *(recipe, recipe_a, recipe_b, compiled_dims, disable_ue8m0_cast),
+            epilogue=epilogue,
+        )
+        return
+    check_fp4_recipe(recipe, recipe_a, recipe_b)
+    a_data, a_scales = pair("a", a)
+    _check_expected("expected_m", expected_m)
+    data, units = prepared_b(a_data, b)
+    _call(a_data, a_scales, data, units, d, masked_m, "masked", expected_m, False, epilogue)
+
+
 # Other names of the peer: for operands of either type, of which FP8 ones only are accepted here, and older ones.
-m_grouped_fp8_fp4_gemm_nt_contiguous = m_grouped_fp8_gemm_nt_contiguous
 m_grouped_fp8_fp4_gemm_nn_contiguous = m_grouped_fp8_gemm_nn_contiguous
-m_grouped_fp8_fp4_gemm_nt_masked = fp8_m_grouped_gemm_nt_masked = m_grouped_fp8_gemm_nt_masked
+fp8_m_grouped_gemm_nt_masked = m_grouped_fp8_gemm_nt_masked
 
 
 def m_grouped_bf16_gemm_nt_contiguous(
@@ -363,17 +464,18 @@ class _Operands:
         recipe = "bf16"
         if a_scales is not None or b_scales is not None:
             named |= {"a_scales": a_scales, "b_scales": b_scales}
-            recipe = _FP8
+            recipe = FP4 if isinstance(b, Tensor) and b.dtype == torch.uint8 else _FP8
         check_tensors(**named)
-        dtype = torch.float8_e4m3fn if recipe == _FP8 else torch.bfloat16
+        fp4, plain = recipe == FP4, recipe == "bf16"
+        dtype = torch.bfloat16 if plain else torch.float8_e4m3fn
         d_dtypes = tuple(_D_DTYPES) if steps is None else (d.dtype,)  # with an epilogue: checked with its tensors
-        dtypes = {"a": (dtype,), "b": (dtype,), "d": d_dtypes, name: (torch.int32,)}
+        dtypes = {"a": (dtype,), "b": (torch.uint8 if fp4 else dtype,), "d": d_dtypes, name: (torch.int32,)}
         masked = kind == "masked"
-        ranks = {"a": 2 + masked, "b": 3, "d": 2 + masked, name: 1, "a_scales": 2 + masked, "b_scales": 3}
+        ranks = {"a": 2 + masked, "b": 3, "d": 2 + masked, name: 1, "a_scales": 2 + masked, "b_scales": 3 - fp4}
         for key, tensor in named.items():
             accepted = dtypes.get(key, (torch.float32,))
             if tensor.dtype not in accepted:
-                note = fp4_note(tensor) if key in ("a", "b") and recipe == _FP8 else ""
+                note = fp4_note(tensor) if key in ("a", "b") and not plain else ""
                 raise ProblemError(
                     f"{key} has dtype {tensor.dtype}; accepted is {' or '.join(map(str, accepted))}{note}"
                 )
@@ -382,6 +484,8 @@ class _Operands:
             if tensor.device != d.device:
                 raise ProblemError(f"{key} is on {tensor.device} and d on {d.device}; accepted is one device for all")
         groups, n, k = b.shape
+        if b_scales is not None and fp4:
+            n, k = b_scales.shape[1], a.shape[-1]
         rows = a.shape[-2]
         k_blocks = -(-k // SCALE_GROUP)
         if min(n, k) < 1 or not 1 <= groups <= MAX_GROUPS:
@@ -396,6 +500,10 @@ class _Operands:
             "a_scales": (*stacked, rows, k_blocks),
             "b_scales": (groups, -(-n // SCALE_GROUP), k_blocks),
         }
+        if b_scales is not None and fp4:
+            shapes |= {"b_scales": (groups, n), "b": packed_shape(b_scales.shape, k)}
+            if not b.is_contiguous():
+                raise ProblemError(f"b has strides {b.stride()}; accepted is a contiguous tensor")
         for key, shape in shapes.items():
             if key in named and tuple(named[key].shape) != shape:
                 raise ProblemError(
@@ -411,7 +519,7 @@ class _Operands:
         for key in ("a_scales", "b_scales"):
             if key in named and extent(named[key]) >= 2**31:
                 raise ProblemError(f"{key} spans {extent(named[key])} elements; accepted are less than 2**31")
-        k_major = b.stride(2) == 1 or k == 1
+        k_major = b.stride(2) == 1 or k == 1 or fp4
         expected = -(-rows // groups) if expected_m is None else expected_m
         self.problem = GroupedProblem(
             n=n,
@@ -420,7 +528,7 @@ class _Operands:
             groups=groups,
             kind=kind,
             m=max(1, min(expected, rows)),
-            layout="nt" if k_major or recipe == _FP8 else "nn",
+            layout="nt" if k_major or not plain else "nn",
             d_dtype=_D_DTYPES[d.dtype] if steps is None else check_steps(steps, d, n, groups, masked),
             alignment=alignment,
             epilogue=None if steps is None else steps.name,
@@ -485,6 +593,8 @@ class _Operands:
     def b_scales_stack(self) -> tuple[Stack, int]:
         """B's scales, and their stride along K."""
         shape, strides, _ = self._tensors["b_scales"]
+        if self.problem.recipe == FP4:
+            return Stack(shape[1], 1, strides[1], shape[0], strides[0]), 0
         return Stack(shape[1], shape[2], strides[1], shape[0], strides[0]), strides[2]
 
 
@@ -560,6 +670,8 @@ class _ReferencePlan:
 
         _check_overlap(self._operands, a, a_scales, b, b_scales, d, layout)
         problem = self._operands.problem
+        if problem.recipe == FP4 and b_scales is not None:
+            b, b_scales = dequantize_fp4(*unpack(b, b_scales, problem.k)), None
         epilogue = PLAIN
         output: Output = d
         if steps is not None:

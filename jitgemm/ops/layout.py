@@ -285,4 +285,4 @@ def _transpose_on_device(sf: Tensor) -> Tensor:
 def fp4_note(operand: Tensor) -> str:
     """What an error adds for an operand that looks like packed FP4, which the peer takes on other chips."""
     packed = (torch.int8, torch.uint8, getattr(torch, "float4_e2m1fn_x2", None))
-    return " (there are no kernels for packed FP4)" if operand.dtype in packed else ""
+    return " (packed FP4 is accepted as b of the fp8_fp4 functions, nt)" if operand.dtype in packed else ""

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from jitgemm.ops import fp4
 from jitgemm.ops.layout import check_scales, copy_to_mn_major
 from jitgemm.ops.quantize import check_cast, check_packing
 from jitgemm.reference import layout, quantize
@@ -98,5 +99,6 @@ _define(
     _per_block,
     _per_block_fake,
 )
+_define("prepare_fp4_weights(Tensor packed, Tensor exponents) -> (Tensor, Tensor)", fp4.pack, fp4.pack_fake)
 _define("get_mn_major_tma_aligned_tensor(Tensor sf) -> Tensor", _mn_major, _mn_major_fake)
 _define("get_mn_major_tma_aligned_packed_ue8m0_tensor(Tensor sf) -> Tensor", _packed, _packed_fake)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from jitgemm.errors import ProblemError
-from jitgemm.reference.gemm import SCALE_GROUPS, products, round_to_bf16
+from jitgemm.reference.gemm import OPERAND_GROUPS, products, round_to_bf16
 from jitgemm.reference.layout import SCALE_BLOCK, rows_of_gate_up_blocks, split_gate_up
 from jitgemm.reference.quantize import ceil_div, per_token_cast_to_fp8
 
@@ -72,7 +72,7 @@ def gemm_into(
         c: [m, n]; may be ``d`` itself.
         a_scales: as ``gemm`` takes them.
         b_scales: as ``gemm`` takes them.
-        recipe: a key of ``SCALE_GROUPS``.
+        recipe: a key of ``OPERAND_GROUPS``.
         epilogue: what follows the product.
         rows: indices of the rows to compute, in any order; no other row of A is read, nor of D written.
         a_offset: as ``gemm`` takes it.
@@ -96,8 +96,14 @@ def gemm_into(
     if epilogue.bias is not None and epilogue.bias.shape != (n,):
         raise ProblemError(f"bias has shape {tuple(epilogue.bias.shape)}; accepted is {(n,)}")
 
-    group = SCALE_GROUPS[recipe]
-    if epilogue.swiglu and group is not None and group[1][0] == SCALE_BLOCK and b_scales is not None:
+    group = OPERAND_GROUPS[recipe]
+    if (
+        epilogue.swiglu
+        and group is not None
+        and group[1] is not None
+        and group[1][0] == SCALE_BLOCK
+        and b_scales is not None
+    ):
         # Which rows share a scale is not what it is without interleaving.
         b_scales, recipe = _scales_of_interleaved_rows(b_scales, n), "fp8_1x128_1x128"
     scales_of_rows = group is not None and group[0][0] is not None

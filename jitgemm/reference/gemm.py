@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from jitgemm.errors import ProblemError
+from jitgemm.families.gemm import FP4
 from jitgemm.reference.quantize import Group, ceil_div, dequantize, scale_shape
 
 D_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -21,6 +22,9 @@ SCALE_GROUPS: dict[str, tuple[Group, Group] | None] = {
     "bf16": None,
 }
 """Recipe -> what shares one scale in A [m, k] and in B [n, k]; None where there are no scales."""
+
+OPERAND_GROUPS: dict[str, tuple[Group, Group | None] | None] = {**SCALE_GROUPS, FP4: ((1, 128), None)}
+"""The same with FP4, whose B are plain numbers here: ``jitgemm.reference.fp4.dequantize_fp4`` gives them."""
 
 LAYOUTS = ("nt", "nn", "tn", "tt")
 
@@ -51,7 +55,7 @@ def gemm(
         c: added to the product; [m, n].
         a_scales: fp32; [m, ceil(k / 128)], [m] or [m, 1] (rowwise), or one element (tensorwise).
         b_scales: fp32; [ceil(n / 128), ceil(k / 128)], [n, ceil(k / 128)], [n] or [n, 1], or one element.
-        recipe: a key of ``SCALE_GROUPS``.
+        recipe: a key of ``OPERAND_GROUPS``.
         layout: ``nt``, ``nn``, ``tn`` or ``tt``.
         d_dtype: ``bf16`` or ``fp32``.
         a_offset: elements of k between the start of A's first scale group and A, where A was cut from a larger
@@ -61,7 +65,7 @@ def gemm(
     Raises:
         ProblemError: an unknown recipe, layout or output type, or shapes that don't fit each other.
     """
-    _check_choice("recipe", recipe, SCALE_GROUPS)
+    _check_choice("recipe", recipe, OPERAND_GROUPS)
     _check_choice("layout", layout, LAYOUTS)
     _check_choice("d_dtype", d_dtype, D_DTYPES)
     if layout[0] == "t":
@@ -100,7 +104,7 @@ def products(
     Raises:
         ProblemError: scales that don't fit the operands.
     """
-    a_group, b_group = SCALE_GROUPS[recipe] or (None, None)
+    a_group, b_group = OPERAND_GROUPS[recipe] or (None, None)
     for columns in _chunks(b):
         b_part = _operand("b", b, b_scales, b_group, columns, b_offset)
         for rows in _chunks(a):
@@ -165,7 +169,7 @@ def tolerance(recipe: str, d_dtype: str, fast_accum: bool = False) -> Errors:
     Raises:
         ProblemError: an unknown recipe or output type.
     """
-    _check_choice("recipe", recipe, SCALE_GROUPS)
+    _check_choice("recipe", recipe, OPERAND_GROUPS)
     _check_choice("d_dtype", d_dtype, D_DTYPES)
     if fast_accum:
         return _FAST_ACCUM_BOUNDS

@@ -43,7 +43,7 @@ def m_grouped_contiguous(
             [groups], where each group ends, which the next one follows at the next multiple of ``alignment``.
         a_scales: as ``gemm`` takes them.
         b_scales: the same for each group, in layout ``nt`` whatever that of B.
-        recipe: a key of ``SCALE_GROUPS``.
+        recipe: a key of ``OPERAND_GROUPS``.
         layout: ``nt`` or ``nn``.
         use_psum_layout: what ``grouped_layout`` is.
         alignment: multiple of which groups start at; 1 for any.
@@ -85,7 +85,7 @@ def m_grouped_masked(
         masked_m: int32 [groups]; what is negative counts as 0, what exceeds max_m as max_m.
         a_scales: those of ``gemm`` for each group.
         b_scales: the same.
-        recipe: a key of ``SCALE_GROUPS``.
+        recipe: a key of ``OPERAND_GROUPS``.
         epilogue: what follows the product.
 
     Raises:

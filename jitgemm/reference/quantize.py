@@ -117,42 +117,44 @@ def per_token_cast_to_fp4(
         sf = ceil_to_ue8m0(sf)
     codes = _e2m1_codes(groups * (1.0 / sf)).view(m, align(k, gran_k))[:, :k]
     sf = sf.squeeze(2)
-    return _pack_nibbles(codes), pack_ue8m0(sf, padding=127) if use_packed_ue8m0 else sf
+    return pack_nibbles(codes), pack_ue8m0(sf, padding=127) if use_packed_ue8m0 else sf
 
 
 def cast_back_from_fp4(packed: Tensor, sf: Tensor, gran_k: int = 128, use_packed_ue8m0: bool = False) -> Tensor:
     """Undo ``per_token_cast_to_fp4``: fp32 [m, k]."""
-    codes = _unpack_nibbles(packed)
-    values = torch.tensor(_E2M1_VALUES + tuple(-value for value in _E2M1_VALUES), device=packed.device)[codes.int()]
+    codes = unpack_nibbles(packed)
+    values = torch.tensor(E2M1_VALUES + tuple(-value for value in E2M1_VALUES), device=packed.device)[codes.int()]
     return cast_back_from_fp8(values, sf, (1, gran_k), use_packed_ue8m0)
 
 
 def transpose_packed_fp4(a: Tensor) -> Tensor:
     """Packed E2M1 [m, k / 2] as its transpose [k, m / 2]."""
-    return _pack_nibbles(_unpack_nibbles(a).T)
+    return pack_nibbles(unpack_nibbles(a).T)
 
 
 E2M1_MAX = 6.0
-_E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
 def _e2m1_codes(x: Tensor) -> Tensor:
     """The nearest E2M1 codes, as uint8; NaN becomes 6, for E2M1 has none."""
     magnitude = x.abs()
     code = torch.zeros_like(x, dtype=torch.uint8)
-    for below, (low, high) in enumerate(itertools.pairwise(_E2M1_VALUES)):
+    for below, (low, high) in enumerate(itertools.pairwise(E2M1_VALUES)):
         middle = (low + high) / 2
         code += ~(magnitude <= middle) if below % 2 == 0 else ~(magnitude < middle)  # a tie goes to the even code
     return code | ((x < 0) & (code != 0)).to(torch.uint8) << 3
 
 
-def _pack_nibbles(codes: Tensor) -> Tensor:
-    return (codes[:, ::2] | codes[:, 1::2] << 4).contiguous().view(torch.int8)
+def pack_nibbles(codes: Tensor) -> Tensor:
+    """Codes as uint8, two to a byte of an int8 along the last dimension, the even one in the low half."""
+    return (codes[..., ::2] | codes[..., 1::2] << 4).contiguous().view(torch.int8)
 
 
-def _unpack_nibbles(packed: Tensor) -> Tensor:
+def unpack_nibbles(packed: Tensor) -> Tensor:
+    """Reverse ``pack_nibbles``."""
     data = packed.contiguous().view(torch.uint8)
-    return torch.stack([data & 0xF, data >> 4], 2).flatten(1)
+    return torch.stack([data & 0xF, data >> 4], -1).flatten(-2)
 
 
 def dequantize(

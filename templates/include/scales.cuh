@@ -81,3 +81,8 @@ __device__ __forceinline__ void multiply_by_outer_scales(float* values, const Sc
     v[0] *= upper_scale * left, v[1] *= upper_scale * right, v[2] *= lower_scale * left, v[3] *= lower_scale * right;
   }
 }
+
+// The number that a row's sums are multiplied by, of a matrix of these that starts `first` numbers behind the first; 0 behind its rows.
+__device__ __forceinline__ float row_unit(const ScaleMatrix& units, int first, int row, int rows) {
+  return row < rows ? units.pointer[first + row * units.stride_mn] : 0.f;
+}

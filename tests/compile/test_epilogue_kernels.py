@@ -7,7 +7,7 @@ import pytest
 from jitgemm.compiler import compile_source
 from jitgemm.device import H200, SM90A
 from jitgemm.families import gemm, grouped
-from jitgemm.families.gemm import GemmConfig, GemmProblem, kernel_shape
+from jitgemm.families.gemm import FP4, GemmConfig, GemmProblem, kernel_shape
 from jitgemm.families.grouped import GroupedProblem
 from jitgemm.heuristics import gemm as dense_heuristics
 from jitgemm.heuristics import grouped as grouped_heuristics
@@ -63,6 +63,19 @@ def test_the_largest_kernels_fit(recipe: str, d_dtype: str, epilogue: str, is_gr
     largest = sorted((max(configs, key=lambda c: (sums(c), c)) for configs in by_shape.values()), key=sums)
     found = [fault for config in largest[-2:] for fault in faults(problem, config)]
     assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize(("d_dtype", "epilogue"), [("e4m3", "swiglu"), ("fp32", "linear")])
+@pytest.mark.parametrize("is_grouped", [False, True])
+def test_the_largest_kernels_of_fp4_weights_fit(d_dtype: str, epilogue: str, is_grouped: bool) -> None:
+    problem: GemmProblem | GroupedProblem
+    if is_grouped:
+        problem = GroupedProblem(4096, 4096, FP4, 8, "masked", d_dtype=d_dtype, epilogue=epilogue)
+    else:
+        problem = GemmProblem(4096, 4096, FP4, d_dtype=d_dtype, epilogue=epilogue)
+    config = max(legal_configs(problem), key=lambda c: (c.tile_m, c.tile_n))
+    assert (config.tile_m, config.tile_n) == (128, 128)
+    assert not faults(problem, config)
 
 
 def test_every_expert_layer_s_kernel_is_on_the_menu_and_fits() -> None:

@@ -13,12 +13,14 @@ import jitgemm
 from benchmarks.operands import poisoned, random_matrix, same_bits
 from jitgemm import Epilogue, settings
 from jitgemm.errors import ProblemError
-from jitgemm.families.gemm import GemmConfig, GemmProblem
+from jitgemm.families.gemm import FP4, GemmConfig, GemmProblem
 from jitgemm.families.grouped import GroupedProblem
 from jitgemm.heuristics import gemm as dense_heuristics
 from jitgemm.heuristics import grouped as grouped_heuristics
+from jitgemm.ops.fp4 import PreparedWeights
 from jitgemm.plan import device_facts
 from jitgemm.reference import epilogue as epilogue_reference
+from jitgemm.reference import fp4
 from jitgemm.reference import grouped as grouped_reference
 from jitgemm.reference.gemm import check_close
 from jitgemm.reference.quantize import unpack_ue8m0
@@ -72,9 +74,19 @@ class Case:
         b = random_matrix(self.groups * n, k, generator, spread=False).view(self.groups, n, k)
         self.a_scales: Tensor | None = None
         self.b_scales: Tensor | None = None
-        if recipe == FP8:
+        self.fp4: PreparedWeights | None = None
+        if recipe != BF16:
             a, a_scales = jitgemm.per_token_cast_to_fp8(a)
             self.a_scales = jitgemm.get_mn_major_tma_aligned_tensor(a_scales.reshape(*rows, -1).contiguous())
+        if recipe == FP4:
+            size = (self.groups, n, k // 2)
+            packed = torch.randint(-128, 128, size, generator=generator, dtype=torch.int8, device=DEVICE)
+            exponents = torch.randint(119, 125, (*size[:2], -(-k // 32)), generator=generator, device=DEVICE).byte()
+            if epilogue.swiglu:
+                packed, exponents = map(jitgemm.interleave_gate_up, (packed, exponents))
+            self.fp4 = jitgemm.prepare_fp4_weights(packed, exponents)
+            self.b = fp4.dequantize_fp4(packed.view(torch.uint8), exponents)
+        elif recipe == FP8:
             cast = [jitgemm.per_block_cast_to_fp8(part) for part in b]
             scales = torch.stack([scales for _, scales in cast])
             data = torch.stack([values.view(torch.uint8) for values, _ in cast])
@@ -103,9 +115,13 @@ class Case:
         a: Any = self.a if self.a_scales is None else (self.a, self.a_scales)
         b: Any = self.b if self.b_scales is None else (self.b, self.b_scales)
         more["epilogue"] = self.epilogue
-        operand = "bf16" if self.recipe == BF16 else "fp8"
+        operand = {BF16: "bf16", FP8: "fp8", FP4: "fp8_fp4"}[self.recipe]
+        if self.fp4 is not None:
+            b = self.fp4
         if self.kind is None:
             b = (self.b[0], self.b_scales[0]) if self.b_scales is not None else self.b[0]
+            if self.fp4 is not None:
+                b = self.fp4._replace(data=self.fp4.data[0], units=self.fp4.units[0])
             getattr(jitgemm, f"{operand}_gemm_nt")(a, b, d, **more)
             return d
         with settings.override(mk_alignment=self.alignment):
@@ -208,7 +224,7 @@ def full_epilogue(kind: str | None, n: int, swiglu: bool, m: int = 150) -> Epilo
 
 @pytest.mark.parametrize("d_dtype", OUTPUTS)
 @pytest.mark.parametrize("swiglu", [False, True])
-@pytest.mark.parametrize("recipe", [FP8, BF16])
+@pytest.mark.parametrize("recipe", [FP8, FP4, BF16])
 @pytest.mark.parametrize("kind", [None, "masked"])
 def test_every_tile(kind: str | None, recipe: str, swiglu: bool, d_dtype: str) -> None:
     # FP8 weights of gate and up come in multiples of 256; else the last group of columns is ragged.

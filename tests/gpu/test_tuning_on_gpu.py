@@ -12,7 +12,7 @@ import torch
 import jitgemm
 from jitgemm import settings, tuning
 from jitgemm.cache_tools import cli
-from jitgemm.families.gemm import RECIPES, GemmProblem
+from jitgemm.families.gemm import FP4, RECIPES, GemmProblem
 from jitgemm.heuristics import choose_config, enumerate_configs, tuned
 from jitgemm.plan import device_facts
 from jitgemm.timing import CudaTimer
@@ -48,7 +48,7 @@ def test_the_timer_agrees_with_itself_and_orders_calls() -> None:
     timer.check()
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", [*RECIPES, FP4])
 def test_every_recipe_is_timed(recipe: str) -> None:
     device = device_facts(torch.cuda.current_device())[0]
     problem = GemmProblem(1000, 1160, recipe, 100)

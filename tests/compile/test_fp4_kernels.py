@@ -1,0 +1,77 @@
+"""GEMM kernels with FP4 weights through NVRTC: no spills, no advisories, and MMAs that are not serialized."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from jitgemm import builder, settings
+from jitgemm.device import H200, SM90A
+from jitgemm.families import family_of
+from jitgemm.families.base import KernelSpec
+from jitgemm.families.gemm import FAMILY, FP4, GemmConfig, GemmProblem, KernelShape
+from jitgemm.families.grouped import FAMILY as GROUPED
+from jitgemm.families.grouped import GroupedProblem
+from jitgemm.heuristics import gemm, grouped
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A cache that the processes of one test run share."""
+    directory = tmp_path_factory.getbasetemp()
+    if directory.name.startswith("popen-"):
+        directory = directory.parent
+    with settings.override(cache_dir=directory / "fp4-kernels"):
+        yield
+
+
+def faults(spec: KernelSpec, shape: KernelShape) -> list[str]:
+    """What is wrong with a kernel's use of resources."""
+    name, metadata = family_of(spec).describe(spec), builder.build(spec).cubin.metadata
+    blocks, smem = shape.blocks_per_sm, family_of(spec).smem_bytes(spec)
+    found = [f"{name}: {warning}" for warning in metadata.warnings]
+    if metadata.spill_bytes or metadata.stack_bytes:
+        found.append(f"{name}: {metadata.spill_bytes} bytes spilled, stack {metadata.stack_bytes}")
+    if metadata.registers > SM90A.registers_per_sm // (shape.num_threads * blocks) // 8 * 8:
+        found.append(f"{name}: {metadata.registers} registers")
+    if smem > SM90A.smem_per_block or blocks * (smem + SM90A.smem_reserved) > SM90A.smem_per_sm:
+        found.append(f"{name}: {blocks} blocks of {smem} bytes of shared memory")
+    return found
+
+
+def largest(shapes: dict[GemmConfig, KernelShape]) -> list[GemmConfig]:
+    """Of each number of weight rows, with and without chains and split K, the config with most sums."""
+    kinds: dict[tuple[int, bool, bool, int], GemmConfig] = {}
+    for config, shape in sorted(shapes.items(), key=lambda item: (item[1].accumulator_registers, item[0])):
+        kinds[config.tile_n, shape.chain > 1, config.split_k > 1, shape.blocks_per_sm] = config
+    return list(kinds.values())
+
+
+def test_dense_kernels_fit(cache: None) -> None:
+    problem = GemmProblem(4096, 7168, FP4, None, "nt", "fp32")
+    legal = [c for c in gemm.candidates(problem, ()) if gemm.illegal(problem, c, H200) is None]
+    assert legal == list(gemm.candidates(problem, ()))
+    shapes = {config: KernelShape(problem, config) for config in legal}
+    assert {shape.chain > 1 for shape in shapes.values()} == {True, False}
+    found = []
+    for config in largest(shapes):
+        found += faults(FAMILY.spec(problem, config, SM90A.name), shapes[config])
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize(("kind", "alignment", "d_dtype"), [("masked", 128, "fp32"), ("psum", 1, "bf16")])
+def test_grouped_kernels_fit(cache: None, kind: str, alignment: int, d_dtype: str) -> None:
+    problem = GroupedProblem(4096, 7168, FP4, 8, kind, None, d_dtype=d_dtype, alignment=alignment)
+    legal = [c for c in grouped.candidates(problem) if grouped.illegal(problem, c, H200) is None]
+    assert max(config.tile_m for config in legal) == 128
+    shapes = {config: problem.shape(config) for config in legal}
+    found = []
+    for config in largest(shapes):
+        found += faults(GROUPED.spec(problem, config, SM90A.name), shapes[config])
+    assert not found, "\n".join(found)
+
+
+def test_the_source_names_its_kernel(cache: None) -> None:
+    spec = FAMILY.spec(GemmProblem(1, 1, FP4), GemmConfig.from_text("8x64x128 s12 swap"), SM90A.name)
+    assert builder.build(spec).cubin.metadata.kernel_name == "jitgemm_fp8_fp4_gemm_nt"

@@ -1,0 +1,330 @@
+"""GEMMs with FP4 weights: what they compute on the CPU, what they refuse, and what they launch."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+import test_grouped_launches
+import test_launches
+import torch
+from torch import Tensor
+
+import jitgemm
+from jitgemm import prewarming, settings, tensor_map
+from jitgemm.device import H200
+from jitgemm.errors import ProblemError
+from jitgemm.families.gemm import FP4, PACKED_BYTES, GemmConfig, GemmProblem
+from jitgemm.families.grouped import GroupedProblem
+from jitgemm.heuristics import enumerate_specs, gemm, grouped
+from jitgemm.ops.fp4 import PreparedWeights
+from jitgemm.reference import fp4
+from jitgemm.reference.gemm import check_close, round_to_bf16
+from jitgemm.tuning import Workload
+
+dense_gpu = test_launches.gpu
+grouped_gpu = test_grouped_launches.gpu
+
+
+def weights(*shape: int, window: tuple[int, int] = (112, 122), seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Packed codes and UE8M0 exponents of ``[..., n, k]``."""
+    generator = torch.Generator().manual_seed(seed)
+    *lead, n, k = shape
+    packed = torch.randint(-128, 128, (*lead, n, k // 2), generator=generator, dtype=torch.int8)
+    exponents = torch.randint(window[0], window[1] + 1, (*lead, n, -(-k // 32)), generator=generator)
+    return packed, exponents.to(torch.uint8)
+
+
+def activations(*shape: int) -> tuple[Tensor, Tensor]:
+    """e4m3 and scales of random rows."""
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(5), dtype=torch.float32)
+    data, scales = jitgemm.per_token_cast_to_fp8(x.flatten(0, -2))
+    return data.view(shape), scales.view(*shape[:-1], scales.shape[-1])
+
+
+def values(data: Tensor, scales: Tensor) -> Tensor:
+    """Dequantized activations."""
+    return data.double() * scales.double().repeat_interleave(128, -1)[..., : data.shape[-1]]
+
+
+def decoded(packed: Tensor, exponents: Tensor) -> Tensor:
+    """Dequantized weights, by a table of the format's 16 values."""
+    table = [0, 0.5, 1, 1.5, 2, 3, 4, 6]
+    table = torch.tensor(table + [-value for value in table], dtype=torch.float64)
+    byte = packed.view(torch.uint8).long()
+    codes = torch.stack([byte & 15, byte >> 4], -1).flatten(-2)
+    powers = 2.0 ** (exponents.double() - 127)
+    return table[codes] * powers.repeat_interleave(32, -1)[..., : codes.shape[-1]]
+
+
+@pytest.mark.parametrize("how", ["prepared", "raw", "floats", "peer's recipes"])
+@pytest.mark.parametrize("window", [(112, 122), (90, 140)])
+@pytest.mark.parametrize(("m", "n", "k"), [(5, 72, 160), (1, 64, 128), (70, 200, 416)])
+def test_dense(m: int, n: int, k: int, window: tuple[int, int], how: str) -> None:
+    a, b = activations(m, k), weights(n, k, window=window)
+    for dtype in (torch.bfloat16, torch.float32):
+        d = torch.full((m, n), float("nan"), dtype=dtype)
+        more: dict[str, Any] = {}
+        operand: Any = jitgemm.prepare_fp4_weights(*b)
+        if how == "raw":
+            operand = b[0].view(torch.uint8), b[1]
+        elif how == "floats":
+            operand = b[0], fp4.exponents_to_float(b[1])
+        elif how == "peer's recipes":
+            more = {"recipe_a": (1, 128), "recipe_b": (1, 32)}
+        jitgemm.fp8_fp4_gemm_nt(a, operand, d, **more)
+        expected = values(*a) @ decoded(*b).T
+        assert torch.equal(d, round_to_bf16(expected) if dtype == torch.bfloat16 else expected.float())
+        c = torch.randn(m, n).to(dtype)
+        jitgemm.fp8_fp4_gemm_nt(a, operand, d, c, **more)
+        total = expected + c.double()
+        assert torch.equal(d, round_to_bf16(total) if dtype == torch.bfloat16 else total.float())
+
+
+@pytest.mark.parametrize("kind", ["masked", "contiguous", "psum"])
+def test_grouped(kind: str) -> None:
+    groups, n, k = 3, 72, 160
+    b = weights(groups, n, k)
+    counts, matrices = [4, 0, 9], decoded(*b)
+    if kind == "masked":
+        a, layout = activations(groups, 10, k), torch.tensor(counts, dtype=torch.int32)
+        used = torch.arange(10)[None] < layout[:, None]
+        expected = values(*a) @ matrices.mT
+    else:
+        a = activations(32, k)
+        index = torch.tensor([0] * 4 + [-1] * 12 + [2] * 9 + [-1] * 7, dtype=torch.int32)
+        layout = index if kind == "contiguous" else torch.tensor([4, 4, 25], dtype=torch.int32)
+        used = index >= 0
+        expected = (values(*a)[:, None] @ matrices[index.clamp(min=0).long()].mT)[:, 0]
+    for operand in (jitgemm.prepare_fp4_weights(*b), b):
+        d = torch.full((*used.shape, n), float("nan"), dtype=torch.bfloat16)
+        with settings.override(mk_alignment=16):
+            if kind == "masked":
+                jitgemm.m_grouped_fp8_fp4_gemm_nt_masked(a, operand, d, layout, 4, recipe_b=(1, 32))
+            else:
+                jitgemm.m_grouped_fp8_fp4_gemm_nt_contiguous(a, operand, d, layout, use_psum_layout=kind == "psum")
+        assert torch.equal(d[used], round_to_bf16(expected)[used])
+        others = d[~used]
+        assert others.isnan().all() if kind == "masked" else (others == 0).all()
+
+
+@pytest.mark.parametrize("output", ["bf16", "quantized"])
+@pytest.mark.parametrize("is_masked", [False, True])
+def test_epilogues_follow_the_product(is_masked: bool, output: str) -> None:
+    groups, m, n, k = 2, 5, 256, 160
+    rows, kept = ((groups, m), slice(None)) if is_masked else ((m,), 0)
+    a, (packed, exponents) = activations(*rows, k), (part[kept] for part in weights(groups, n, k))
+    gate, up = (3e4 * values(*a) @ decoded(packed, exponents).mT).chunk(2, -1)
+    expected = gate / (1 + (-gate).exp()) * up
+    d: Any = torch.full((*rows, n // 2), float("nan"), dtype=torch.bfloat16)
+    if output == "quantized":
+        d = jitgemm.empty_quantized((*rows, n // 2), device="cpu")
+    prepared = jitgemm.prepare_fp4_weights(*map(jitgemm.interleave_gate_up, (packed, exponents)))
+    epilogue = jitgemm.Epilogue(alpha=3e4, swiglu=True)
+    if is_masked:
+        counts = torch.full((groups,), m, dtype=torch.int32)
+        jitgemm.m_grouped_fp8_fp4_gemm_nt_masked(a, prepared, d, counts, m, epilogue=epilogue)
+    else:
+        jitgemm.fp8_fp4_gemm_nt(a, prepared, d, epilogue=epilogue)
+    if output == "quantized":
+        largest = expected.abs().amax(-1, keepdim=True)
+        assert torch.allclose(d[1].double() * 448, largest, rtol=1e-6)
+        assert ((values(*d) - expected).abs() <= expected.abs() / 16 + largest / 448 / 1024).all()
+    else:
+        assert torch.equal(d, round_to_bf16(expected))
+
+
+def test_no_rows() -> None:
+    operand = jitgemm.prepare_fp4_weights(*weights(64, 128))
+    jitgemm.fp8_fp4_gemm_nt(activations(0, 128), operand, torch.empty(0, 64, dtype=torch.bfloat16))
+
+
+def test_nan_reaches_its_column_alone() -> None:
+    a, (packed, exponents) = activations(4, 128), weights(64, 128)
+    exponents[9, 1] = 255
+    d = torch.empty(4, 64, dtype=torch.bfloat16)
+    jitgemm.fp8_fp4_gemm_nt(a, (packed, exponents), d)
+    assert d[:, 9].isnan().all() and d.isnan().sum() == 4
+
+
+def test_restored_weights_are_the_prepared() -> None:
+    packed, exponents = weights(2, 100, 160)
+    prepared = jitgemm.prepare_fp4_weights(packed, exponents)
+    assert isinstance(prepared, PreparedWeights) and prepared.k == 160
+    assert prepared.data.shape == (2, 2, 2 * PACKED_BYTES) and prepared.units.shape == (2, 100)
+    codes, scales = jitgemm.restore_fp4_weights(prepared)
+    assert torch.equal(codes, packed) and torch.equal(scales, exponents)
+    each = [jitgemm.prepare_fp4_weights(packed[i], exponents[i]) for i in range(2)]
+    assert torch.equal(torch.stack([one.data for one in each]), prepared.data)
+
+
+def test_fp8_of_the_same_values() -> None:
+    packed, exponents = weights(2, 70, 160)
+    converted = jitgemm.mxfp4_to_fp8(packed, exponents)
+    assert converted is not None
+    assert torch.equal(values(*converted), decoded(packed, exponents))
+    assert jitgemm.mxfp4_to_fp8(*weights(70, 160, window=(90, 140))) is None
+
+
+def test_quantized_weights_are_those_of_the_cast() -> None:
+    x = torch.randn(64, 128)
+    packed, scales = jitgemm.per_token_cast_to_fp4(x, True, 32)
+    a, d = activations(3, 128), torch.empty(3, 64)
+    jitgemm.fp8_fp4_gemm_nt(a, (packed, scales), d)
+    expected = values(*a) @ jitgemm.cast_back_from_fp4(packed, scales, 32).double().T
+    check_close(d, expected.float(), recipe=FP4, d_dtype="fp32")
+
+
+def test_compiled() -> None:
+    a, b = activations(5, 128), weights(72, 128)
+
+    def run(data: Tensor, scales: Tensor, packed: Tensor, exponents: Tensor) -> Tensor:
+        prepared = jitgemm.prepare_fp4_weights(packed, exponents)
+        d = torch.empty(5, 72, dtype=torch.bfloat16)
+        jitgemm.fp8_fp4_gemm_nt((data, scales), prepared, d)
+        return d
+
+    expected = run(*a, *b)
+    assert torch.equal(torch.compile(run, fullgraph=True, backend="eager")(*a, *b), expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"recipe": (1, 128, 128)}, "recipe is .* with FP4 weights accepted is"),
+        ({"recipe_b": (1, 128)}, "recipe_b is"),
+        ({"a": activations(5, 256)}, "have k 256 and 128"),
+        ({"b": (weights(64, 128)[0], weights(64, 128)[1][:, :3])}, "scales have shape"),
+        ({"b": (weights(64, 128)[0], weights(64, 128)[1].int())}, "scales has dtype torch.int32"),
+        ({"b": (weights(64, 128)[0], torch.full((64, 4), 3.0))}, "no power of two"),
+        ({"d": torch.empty(5, 65, dtype=torch.bfloat16)}, "d has shape"),
+        ({"a": (activations(5, 128)[0].view(torch.uint8), activations(5, 128)[1])}, "a has dtype torch.uint8"),
+    ],
+)
+def test_refused(change: dict[str, Any], message: str) -> None:
+    arguments = {"a": activations(5, 128), "b": weights(64, 128), "d": torch.empty(5, 64, dtype=torch.bfloat16)}
+    with pytest.raises(ProblemError, match=message):
+        jitgemm.fp8_fp4_gemm_nt(**{**arguments, **change})
+
+
+def test_prepared_weights_that_were_changed_are_refused() -> None:
+    good = jitgemm.prepare_fp4_weights(*weights(64, 128))
+    a, d = activations(5, 128), torch.empty(5, 64, dtype=torch.bfloat16)
+    for wrong, message in (
+        (good._replace(version=99), "layout version 99"),
+        (good._replace(units=good.units[:-1].repeat(2)), "make it"),
+        (good._replace(data=good.data[:, 1:]), "make it"),
+        (good._replace(data=good.data.view(torch.int8)), "b has dtype torch.int8"),
+    ):
+        with pytest.raises(ProblemError, match=message):
+            jitgemm.fp8_fp4_gemm_nt(a, wrong, d)
+    with pytest.raises(ProblemError, match="layout version"):
+        jitgemm.restore_fp4_weights(good._replace(version=99))
+
+
+# -- Launches.
+
+
+def prepared_for_launch(*shape: int) -> PreparedWeights:
+    prepared = jitgemm.prepare_fp4_weights(*weights(*shape))
+    return prepared._replace(data=test_launches.aligned(prepared.data), units=test_launches.aligned(prepared.units))
+
+
+def test_dense_launch(dense_gpu: test_launches.Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    m, n, k = 40, 200, 416
+    # All maps have three dimensions or two: these are told by their rank.
+    maps: list[tuple[int, ...]] = []
+
+    def encode(target: int, code: int, rank: int, address: int, *rest: int) -> int:
+        dims = tuple((ctypes.c_uint64 * rank).from_address(rest[0]))
+        strides = tuple((ctypes.c_uint64 * (rank - 1)).from_address(rest[1]))
+        maps.append((rank, address, dims, strides, tuple((ctypes.c_uint32 * rank).from_address(rest[2])), rest[5]))
+        return 0
+
+    monkeypatch.setattr(tensor_map, "encode_tensor_map_function", lambda: encode)
+    data, scales = activations(m, k)
+    a = test_launches.aligned(data), jitgemm.get_mn_major_tma_aligned_tensor(scales)
+    b, d = prepared_for_launch(n, k), test_launches.aligned(torch.zeros(m, n, dtype=torch.bfloat16))
+    jitgemm.fp8_fp4_gemm_nt(a, b, d)
+    tail = dense_gpu.last().tail
+    (packed,) = [one for one in maps if one[1] == b.data.data_ptr()]
+    rows = PACKED_BYTES // 256
+    assert packed == (3, b.data.data_ptr(), (256, 4 * 4 * rows, 1), (256, b.data.numel()), (256, rows, 1), 0)
+    assert tail[0] == d.data_ptr() and tail[4] == b.units.data_ptr() and tail[5] == 1 and tail[9] == a[1].data_ptr()
+    assert tail[24:27] == (m, n, 4)
+    jitgemm.fp8_fp4_gemm_nt(a, b, d)  # again
+    assert dense_gpu.last().tail == tail
+    assert dense_gpu.loaded_for[-1].to_dict()["recipe"] == FP4
+
+
+@pytest.mark.parametrize("kind", ["masked", "contiguous"])
+def test_grouped_launch(grouped_gpu: test_grouped_launches.Gpu, kind: str) -> None:
+    groups, rows, n, k = 4, 256, 320, 384
+    one = test_grouped_launches.call(kind, groups=groups, rows=rows, n=n, k=k)
+    b = prepared_for_launch(groups, n, k)
+    a, more = (one.a, one.a_scales), [8] if kind == "masked" else []
+    getattr(jitgemm, f"m_grouped_fp8_fp4_gemm_nt_{kind}")(a, b, one.d, one.layout, *more)
+    launched = grouped_gpu.last()
+    assert launched.config.swap_ab
+    rows_of_boxes = PACKED_BYTES // 256
+    height = 5 * 3 * rows_of_boxes
+    assert launched.map(0) == (b.data.data_ptr(), 256, height, groups, 256, 256 * height, 256, rows_of_boxes, 1)
+    assert launched.map(1) == (0,) * 9
+    tail = launched.tail
+    assert tail[2] == b.units.data_ptr() and tail[3] == 1  # the row scales' matrix and its stride
+    assert n in struct.unpack(f"<{len(launched.params) // 4}i", launched.params)
+    assert tail[13] == n  # between groups' units
+
+
+def test_recorded_problems_can_be_prewarmed(tmp_path: Path) -> None:
+    path = tmp_path / "shapes.jsonl"
+    with settings.override(record=path):
+        d = torch.empty(5, 72, dtype=torch.bfloat16)
+        jitgemm.fp8_fp4_gemm_nt(activations(5, 128), weights(72, 128), d)
+        masked = torch.empty(2, 5, 72, dtype=torch.bfloat16)
+        counts = torch.tensor([1, 5], dtype=torch.int32)
+        jitgemm.m_grouped_fp8_fp4_gemm_nt_masked(activations(2, 5, 128), weights(2, 72, 128), masked, counts, 3)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["recipe"] for line in lines] == [FP4, FP4]
+    found = prewarming._problems(path)
+    assert found[0] == GemmProblem(72, 128, FP4) and isinstance(found[1], GroupedProblem)
+    for problem in found:
+        specs = enumerate_specs(problem, H200)
+        assert specs and any(spec.family == "transpose_scales" for spec in specs)
+
+
+# -- Choice.
+
+
+def test_every_shape_gets_a_legal_config() -> None:
+    for n, k in ((4096, 7168), (7168, 2048), (576, 7168), (64, 128), (7168, 16384)):
+        for m in (1, 8, 16, 33, 64, 128, 512, 4096):
+            problem = GemmProblem(n, k, FP4, m)
+            config = gemm.choose_config(problem, H200)
+            assert gemm.illegal(problem, config, H200) is None and config.swap_ab
+            many = GroupedProblem(n, k, FP4, 8, "masked", m)
+            chosen = grouped.choose_config(many, H200)
+            assert grouped.illegal(many, chosen, H200) is None and chosen.swap_ab
+
+
+def test_tuning_has_operands() -> None:
+    problem = GemmProblem(72, 160, FP4, 5)
+    work = Workload(problem, "cpu")
+    work.call(gemm.choose_config(problem, H200))()
+    assert bool(work.d.isfinite().all()) and bool((work.d != 0).any())
+
+
+def test_configs_that_the_kernels_have_not() -> None:
+    problem = GemmProblem(4096, 4096, FP4)
+    for text, reason in (
+        ("128x128x128 s4", "swap_ab must be on"),
+        ("16x192x128 s4 swap", "tile_n must be 64 or 128"),
+        ("136x64x128 s4 swap", "tile_m must be at most"),
+        ("16x64x128 s4 c2x1 swap", "clusters only where"),
+        ("16x64x128 s4 c1x2 swap", "clusters only where"),
+    ):
+        assert reason in str(gemm.illegal(problem, GemmConfig.from_text(text), H200))
