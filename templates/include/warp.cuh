@@ -53,3 +53,9 @@ __device__ __forceinline__ void mma_tf32(float (&c)[4], const float (&a)[4], flo
                : "r"(__float_as_uint(a[0])), "r"(__float_as_uint(a[1])), "r"(__float_as_uint(a[2])), "r"(__float_as_uint(a[3])),
                  "r"(__float_as_uint(b0)), "r"(__float_as_uint(b1)));
 }
+
+// 16 bytes from global to shared memory, or zeros; for the copying thread there once it has waited.
+__device__ __forceinline__ void copy_async(float* target, const float* source, bool exists) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(smem_address(target)), "l"(source), "r"(exists ? 16 : 0) : "memory");
+}
+__device__ __forceinline__ void copy_async_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
