@@ -41,7 +41,7 @@ TOPK_GATE = PlainFamily(
 
 def gate_spec(arch: str, experts: int, scores: str, hashed: bool, long_indices: bool) -> KernelSpec:
     """The spec of the gate's kernel."""
-    # A lane's experts are in registers: as many as the next multiple of 4 needs, or of 2 powers where there are many.
+    # A lane's experts are in registers: a multiple of 4, or 32 where there are many.
     per_lane = -(-experts // WARP)
     per_lane = -(-per_lane // 4) * 4 if per_lane <= 16 else 32
     return TOPK_GATE.spec(arch, per_lane=per_lane, scores=scores, hashed=hashed, long_indices=long_indices)
@@ -51,7 +51,6 @@ MAP_THREADS = 512
 MAP_ROUNDS = 8  # items of a lane
 MAP_ITEMS = MAP_THREADS * MAP_ROUNDS
 """Choices of experts that one block ranks."""
-
 
 
 class _MapFamily(PlainFamily):
@@ -103,6 +102,7 @@ MOE_PERMUTE = PlainFamily(
         Field("vectors", "int32_t", "of a row, 16 bytes each"),
         Field("scales_per_row", "int32_t"),
         Field("plane_rows", "int32_t", "rows of a plane of out_scales"),
+        Field("num_rows", "int32_t"),
     ),
     num_threads=EXPAND_THREADS,
     describe=lambda spec: "zero padding" if spec["zero_padding"] else "",

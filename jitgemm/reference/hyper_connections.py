@@ -6,6 +6,8 @@ published inference code (manifold-constrained hyper-connections).
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,7 @@ MIX_WIDTH = (2 + HC_MULT) * HC_MULT
 """Numbers that mix a token's streams: 4 into the sublayer, 4 out of it, 4 x 4 among the streams."""
 
 
+@torch.no_grad()
 def hc_split_sinkhorn(
     mixes: Tensor, scale: Tensor, base: Tensor, iterations: int, eps: float, post_mult: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -23,6 +26,7 @@ def hc_split_sinkhorn(
     return pre.float(), post.float(), comb.float()
 
 
+@torch.no_grad()
 def hc_prenorm_gemm(a: Tensor, fn: Tensor) -> tuple[Tensor, Tensor]:
     """``a @ fn.T`` and the rows' sums of squares, FP32."""
     a, fn = a.double(), fn.double()
@@ -34,9 +38,10 @@ def split_ranges(k: int, num_splits: int) -> list[tuple[int, int]]:
     blocks = -(-k // 64)
     each, more = divmod(blocks, num_splits)
     starts = [split * each + min(split, more) for split in range(num_splits + 1)]
-    return [(min(k, 64 * start), min(k, 64 * end)) for start, end in zip(starts, starts[1:], strict=False)]
+    return [(min(k, 64 * start), min(k, 64 * end)) for start, end in itertools.pairwise(starts)]
 
 
+@torch.no_grad()
 def hc_pre(
     x: Tensor,
     fn: Tensor,
@@ -53,12 +58,14 @@ def hc_pre(
     return _weighted_sum(pre, x), post.float(), comb.float()
 
 
+@torch.no_grad()
 def hc_head(x: Tensor, fn: Tensor, scale: Tensor, base: Tensor, norm_eps: float, eps: float) -> Tensor:
     """``jitgemm.hc_head``."""
     mixes = _normed_mixes(x, fn, norm_eps)
     return _weighted_sum(torch.sigmoid(mixes * scale.double() + base.double()) + eps, x)
 
 
+@torch.no_grad()
 def hc_post(x: Tensor, residual: Tensor, post: Tensor, comb: Tensor) -> Tensor:
     """``jitgemm.hc_post``."""
     mixed = torch.einsum("tjk,tjd->tkd", comb.double(), residual.double())

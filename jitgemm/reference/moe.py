@@ -21,6 +21,7 @@ def scores_of(logits: Tensor, function: str) -> Tensor:
     return logits.sigmoid() if function == "sigmoid" else logits.softmax(-1)
 
 
+@torch.no_grad()
 def topk_gate(
     logits: Tensor,
     bias: Tensor | None,
@@ -68,6 +69,7 @@ def num_rows(items: int, experts: int, layout: str, alignment: int, max_m: int) 
     return (items + min(experts, items) * (alignment - 1)) // alignment * alignment
 
 
+@torch.no_grad()
 def moe_permutation(
     topk_indices: Tensor,
     topk_weights: Tensor | None,
@@ -110,12 +112,14 @@ def moe_permutation(
     return Mapping(grouped, pos.int().view(topk_indices.shape), of_row, weights)
 
 
+@torch.no_grad()
 def moe_permute(x: Tensor, token_topk_to_pos: Tensor, out: Tensor) -> None:
     """Copy each token's row (or scales) to its rows of ``out`` ``[rows, ...]``."""
     tokens, slots = (token_topk_to_pos >= 0).nonzero(as_tuple=True)
     out[token_topk_to_pos[tokens, slots].long()] = x[tokens]
 
 
+@torch.no_grad()
 def moe_combine(y: Tensor, token_topk_to_pos: Tensor, weights: Tensor | None, shared: Tensor | None) -> Tensor:
     """``jitgemm.moe_combine``: sums in FP64, rounded once."""
     tokens, topk = token_topk_to_pos.shape
