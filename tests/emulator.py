@@ -1,6 +1,7 @@
 """Kernels of ``PlainFamily`` on the CPU, compiled by g++: a stand-in for the GPU that operations launch on.
 
-Slow, and no judge of races between blocks or of the memory model; but every index, barrier and shuffle is the kernel's own.
+Slow, and no judge of races between blocks or of the memory model; but every index, barrier and shuffle is the kernel's
+own.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from support import ROOT
@@ -25,6 +26,7 @@ from jitgemm.render import render
 COMPILER = shutil.which("g++")
 ARCH = "sm_90a"
 _NUM_SMS = 6
+_ASSEMBLY = r"^__device__ __forceinline__ [^\n]*\{(?: [^\n]*\basm\b[^\n]*|\n(?:(?!^\}).*\n)*?.*\basm\b(?:.*\n)*?\})$"
 _folder = tempfile.TemporaryDirectory(prefix="jitgemm-emulator-")
 
 
@@ -58,7 +60,7 @@ class EmulatedGpu:
     """Takes the place of ``jitgemm.ops.plain.Gpu``."""
 
     arch, num_sms, ordinal = ARCH, _NUM_SMS, 0
-    launches: list[KernelSpec] = []
+    launches: ClassVar[list[KernelSpec]] = []
 
     def __init__(self, *_: object) -> None:
         pass

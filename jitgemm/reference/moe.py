@@ -43,7 +43,7 @@ def topk_gate(
     else:
         key = score if bias is None else score + bias.double()
         # Stable: of equal keys the smaller index first. A NaN counts as the greatest.
-        indices = key.sort(-1, descending=True, stable=True).indices[:, :topk]
+        indices = key.sort(dim=-1, descending=True, stable=True).indices[:, :topk]
     if mask is not None:
         indices = torch.where(mask.unsqueeze(1), indices, -1)
     chosen = indices >= 0

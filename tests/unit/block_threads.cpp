@@ -40,7 +40,7 @@ static int arrived, arrived_in_warp[MAX_THREADS / WARP];
 static unsigned turns, turns_of_warp[MAX_THREADS / WARP];
 static uint64_t lanes[MAX_THREADS / WARP][WARP];
 
-static void pause() {
+static void rest() {
   const int me = current;
   swapcontext(&fibers[me].context, &scheduler);
   current = me, threadIdx = {unsigned(me), 0, 0};
@@ -53,7 +53,7 @@ static void wait_for_all(int& count, const int& expected, unsigned& turn) {
       count = 0, ++turn;
       return;
     }
-    pause();
+    rest();
   }
 }
 static void __syncthreads() { wait_for_all(arrived, alive, turns); }
