@@ -50,7 +50,7 @@ def topk_gate(
     weights = torch.where(chosen, score.gather(1, indices.clamp(min=0)), 0.0)
     if scores != "softmax":
         weights = weights / weights.sum(-1, keepdim=True).clamp(min=SUM_FLOOR)
-    return indices.to(index_dtype), torch.where(chosen, weights * route_scale, 0.0).float()
+    return indices.to(index_dtype).contiguous(), torch.where(chosen, weights * route_scale, 0.0).float()
 
 
 class Mapping(NamedTuple):

@@ -84,7 +84,9 @@ def test_the_reference_is_the_recurrence(trained: bool) -> None:
     for token in range(len(mixes)):
         expected = written_out(mixes[token].tolist(), scale.tolist(), base.tolist())
         for one, values in zip(found, expected, strict=True):
-            torch.testing.assert_close(one[token].double(), torch.tensor(values, dtype=torch.float64), rtol=1e-6, atol=0)
+            torch.testing.assert_close(
+                one[token].double(), torch.tensor(values, dtype=torch.float64), rtol=1e-6, atol=0
+            )
     assert (found[2].sum(-2) - 1).abs().max() < 2e-6
     if trained:  # near the identity
         assert (found[2].diagonal(dim1=-2, dim2=-1)[2] > 0.8).all()
@@ -131,7 +133,9 @@ def test_sinkhorn_kernel(emulated: Any, tokens: int) -> None:  # noqa: F811
 
 
 @pytest.mark.parametrize("precision", ["tf32", "fp32"])
-@pytest.mark.parametrize(("m", "n", "k", "splits"), [(13, 24, 1288, 3), (33, 24, 640, None), (140, 4, 200, 7), (3, 32, 8, 1)])
+@pytest.mark.parametrize(
+    ("m", "n", "k", "splits"), [(13, 24, 1288, 3), (33, 24, 640, None), (140, 4, 200, 7), (3, 32, 8, 1)]
+)
 def test_prenorm_kernel(emulated: Any, m: int, n: int, k: int, splits: int | None, precision: str) -> None:  # noqa: F811
     # Rows of a wider matrix, and NaN around what is asked for.
     storage = torch.full((m + 2, k + 24), math.nan).bfloat16()
@@ -285,9 +289,7 @@ def test_fake_tensors_have_the_shapes() -> None:
 def test_operators_pass_torchs_checks() -> None:
     torch.library.opcheck(torch.ops.jitgemm.hc_post, (X[:, 0].contiguous(), X, POST, COMB))
     torch.library.opcheck(torch.ops.jitgemm.hc_post_, (X[:, 0].contiguous(), X.clone(), POST, COMB))
-    torch.library.opcheck(
-        torch.ops.jitgemm.hc_pre, (X, FN, TRAINED_SCALE, TRAINED_BASE, 1e-6, 1e-6, 20, 2.0, "tf32")
-    )
+    torch.library.opcheck(torch.ops.jitgemm.hc_pre, (X, FN, TRAINED_SCALE, TRAINED_BASE, 1e-6, 1e-6, 20, 2.0, "tf32"))
 
 
 def test_parameters_that_require_grad_are_read() -> None:
