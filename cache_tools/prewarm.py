@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from jitgemm.cache import KernelCache
     from jitgemm.families.gemm import GemmProblem
+    from jitgemm.families.small_problem import SmallProblem
 
 HIT, FETCHED, BUILT, FAILED, MISSING = "hit", "fetched", "built", "failed", "missing"
 
@@ -169,10 +170,16 @@ def print_report(report: Report) -> None:
     if missing:
         states["missing"] = MISSING
 
-    def row(label: str, kernels: Sequence[Kernel], problem: GemmProblem | None = None) -> tuple[object, ...]:
+    from jitgemm.families.small_problem import SmallProblem
+
+    def row(
+        label: str, kernels: Sequence[Kernel], problem: GemmProblem | SmallProblem | None = None
+    ) -> tuple[object, ...]:
         counts = [len(kernels), *(sum(kernel.state == state for kernel in kernels) for state in states.values())]
         if problem is None:
             return (label, None, None, None, None, *counts)
+        if isinstance(problem, SmallProblem):
+            return (label, None, None, str(problem), None, *counts)
         recipe = problem.recipe if problem.layout == "nt" else f"{problem.recipe} {problem.layout}"
         return (label, problem.n, problem.k, recipe, problem.d_dtype, *counts)
 

@@ -12,6 +12,7 @@ from jitgemm.errors import ProblemError
 
 if TYPE_CHECKING:
     from jitgemm.families.gemm import GemmProblem
+    from jitgemm.families.small_problem import SmallProblem
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,20 @@ class NamedProblem:
     """A problem without its m, and the layer that asks it (empty where it has no name)."""
 
     layer: str
-    problem: GemmProblem
+    problem: GemmProblem | SmallProblem
+
+    @property
+    def dense(self) -> GemmProblem:
+        """The problem, for what knows dense ones only.
+
+        Raises:
+            ProblemError: it is another.
+        """
+        from jitgemm.families.gemm import GemmProblem
+
+        if not isinstance(self.problem, GemmProblem):
+            raise ProblemError(f"{self.problem.to_dict()['kind']} problems are not tuned; accepted is gemm")
+        return self.problem
 
 
 def from_shapes_file(path: Path) -> list[NamedProblem]:
@@ -91,6 +105,7 @@ def parse(entry: Mapping[str, Any]) -> NamedProblem:
         ProblemError: it is none.
     """
     from jitgemm.families.gemm import GemmProblem
+    from jitgemm.families.small_problem import KINDS, SmallProblem
 
     if not isinstance(entry, Mapping):
         raise ProblemError(f"a problem is {type(entry).__name__}; accepted is a dictionary, a line of a shapes file")
@@ -100,5 +115,6 @@ def parse(entry: Mapping[str, Any]) -> NamedProblem:
     layer = entry.get("layer", "")
     if not isinstance(layer, str):
         raise ProblemError(f"layer is {layer!r}; accepted is a string")
-    problem = GemmProblem.from_dict({name: value for name, value in entry.items() if name != "layer"})
+    values = {name: value for name, value in entry.items() if name != "layer"}
+    problem = SmallProblem.from_dict(values) if values.get("kind") in KINDS else GemmProblem.from_dict(values)
     return NamedProblem(layer, problem.without_m())

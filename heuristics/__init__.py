@@ -1,5 +1,12 @@
 """From a problem and a device to a config: candidates, limits, cost model, overrides."""
 
+from __future__ import annotations
+
+from jitgemm.device import Device
+from jitgemm.families.base import KernelSpec
+from jitgemm.families.gemm import GemmProblem
+from jitgemm.families.small_problem import SmallProblem
+from jitgemm.heuristics import gemm
 from jitgemm.heuristics.gemm import (
     ANCHORS,
     Candidate,
@@ -8,10 +15,17 @@ from jitgemm.heuristics.gemm import (
     choose_config,
     chooser,
     enumerate_configs,
-    enumerate_specs,
     explain,
     prepare,
 )
+
+
+def enumerate_specs(problem: GemmProblem | SmallProblem, device: Device) -> tuple[KernelSpec, ...]:
+    """Every kernel that calls of the problem can need: of any m, with scales in any layout, with or without C."""
+    if isinstance(problem, SmallProblem):
+        return problem.specs(device.arch.name)
+    return gemm.enumerate_specs(problem, device)
+
 
 __all__ = [
     "ANCHORS",

@@ -22,8 +22,11 @@ from jitgemm.reference import hyper_connections as reference
 # Weights that a trained layer has: pre and post far from 1/2, comb near the identity.
 TRAINED_SCALE = torch.tensor([0.0761, 0.0326, 0.2270])
 TRAINED_BASE = torch.tensor(
-    [5.9, -3.6, -2.9, -3.3, -3.9, -0.94, -3.3, -2.5, 3.0, -2.1, -3.3, -2.7, -4.0, 2.0, -2.2, -3.1]
-    + [-2.4, -3.7, 3.5, -2.9, -3.0, -2.6, -2.2, 2.6]
+    [
+        *(5.9, -3.6, -2.9, -3.3),
+        *(-3.9, -0.94, -3.3, -2.5),
+        *(3.0, -2.1, -3.3, -2.7, -4.0, 2.0, -2.2, -3.1, -2.4, -3.7, 3.5, -2.9, -3.0, -2.6, -2.2, 2.6),
+    ]
 )
 NAMES = ("hc_head", "hc_post", "hc_pre", "hc_split_sinkhorn", "tf32_hc_prenorm_gemm")
 
@@ -219,12 +222,13 @@ def test_splits_fill_the_gpu_once() -> None:
 
 X, FN = streams(2, 64), weights(24, 64)
 FLAT = X[0]
+ONES, D, SUMS = torch.ones(33, 64), torch.empty(2, 4), torch.empty(2)
 POST, COMB = torch.ones(2, 4), torch.ones(2, 4, 4)
 BAD: list[tuple[str, str, tuple[Any, ...], dict[str, Any]]] = [
     ("hc_pre", r"x has shape \[2, 3, 64\]", (X[:, :3], FN, TRAINED_SCALE, TRAINED_BASE), {}),
     ("hc_pre", "x has dtype torch.float32", (X.float(), FN, TRAINED_SCALE, TRAINED_BASE), {}),
     ("hc_pre", "x is list", ([1], FN, TRAINED_SCALE, TRAINED_BASE), {}),
-    ("hc_pre", "x has shape .* and strides", (X.transpose(1, 2).contiguous().transpose(1, 2), FN, TRAINED_SCALE, TRAINED_BASE), {}),
+    ("hc_pre", "x has shape .* and strides", (X.mT.contiguous().mT, FN, TRAINED_SCALE, TRAINED_BASE), {}),
     ("hc_pre", "multiple of 8", (X[..., :60].contiguous(), FN, TRAINED_SCALE, TRAINED_BASE), {}),
     ("hc_pre", r"fn has shape \[23, 256\]", (X, FN[:23], TRAINED_SCALE, TRAINED_BASE), {}),
     ("hc_pre", r"scale has shape \[2\]", (X, FN, TRAINED_SCALE[:2], TRAINED_BASE), {}),
@@ -241,8 +245,8 @@ BAD: list[tuple[str, str, tuple[Any, ...], dict[str, Any]]] = [
     ("hc_split_sinkhorn", r"mixes has shape \[\]", (torch.ones(()), TRAINED_SCALE, TRAINED_BASE), {}),
     ("tf32_hc_prenorm_gemm", r"d has shape \[2, 24\]", (X.flatten(1), FN, torch.empty(2, 24), torch.empty(2), 2), {}),
     ("tf32_hc_prenorm_gemm", "num_splits is 0", (X.flatten(1), FN, torch.empty(2, 24), torch.empty(2), 0), {}),
-    ("tf32_hc_prenorm_gemm", r"fn has shape \[33, 64\]", (X[:, 0], torch.ones(33, 64), torch.empty(2, 33), torch.empty(2)), {}),
-    ("tf32_hc_prenorm_gemm", "a has rows of 120 bytes", (X[:, 0, :60], torch.ones(4, 60), torch.empty(2, 4), torch.empty(2)), {}),
+    ("tf32_hc_prenorm_gemm", r"fn has shape \[33, 64\]", (X[:, 0], ONES, D, SUMS), {}),
+    ("tf32_hc_prenorm_gemm", "a has rows of 120 bytes", (X[:, 0, :60], ONES[:4, :60], D, SUMS), {}),
 ]  # fmt: skip
 
 

@@ -31,7 +31,7 @@ def some_logits(tokens: int, experts: int, seed: int = 0) -> Tensor:
 
 
 def choices(tokens: int, topk: int, experts: int, kind: str = "random", seed: int = 0) -> Tensor:
-    """Experts of tokens: distinct random ones, some -1; all the same; or such that counts are 0, 1, 127, 128 and 129."""
+    """Experts of tokens: distinct random ones, some -1; all the same; or with counts of 0, 1, 127, 128 and 129."""
     if kind == "one":
         return torch.full((tokens, topk), experts - 1)
     if kind == "none":
@@ -281,12 +281,10 @@ def test_combine_kernel(emulated: Any, tokens: int, topk: int, width: int, shape
         total = torch.zeros(width)
         for k in range(topk):
             if pos[token, k] >= 0:
-                factor = 1.0 if weights is None else weights[token, k]
-                total = (
-                    (y[pos[token, k]].double() * factor.double() + total.double()).float()
-                    if weights is not None
-                    else total + y[pos[token, k]].float()
-                )  # noqa: E501
+                row = y[pos[token, k]].float()
+                # A fused multiply-add: the product is not rounded.
+                weighted = row if weights is None else row.double() * weights[token, k].double()
+                total = (total.double() + weighted).float()
         if shared is not None:
             total = total + shared[token].float()
         assert torch.equal(found[token], total.bfloat16())
