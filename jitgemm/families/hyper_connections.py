@@ -109,7 +109,7 @@ def _prenorm_smem(spec: KernelSpec) -> int:
     terms = 2 if spec["precise"] else 1
     stages = 2 * terms * spec["n_blocks"] * 8 * _pitch(spec["stage_k"])
     sums = spec["warps_k"] * MMA_ROWS * (spec["n_blocks"] * 8 + 1) if spec["warps_k"] > 1 else 0
-    return 4 * max(stages, sums)
+    return int(4 * max(stages, sums))
 
 
 class _PrenormFamily(PlainFamily):

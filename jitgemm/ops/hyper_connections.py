@@ -372,7 +372,7 @@ def _prenorm(a: Tensor, fn: Tensor, d: Tensor, sqr_sum: Tensor, num_splits: int 
         gpu, problem = on_gpu(a), SmallProblem.make("hc_prenorm_gemm", n=fn.shape[0], precision=precision)
         record_if_asked(problem)
         if not gpu:
-            return lambda *tensors: _reference_prenorm(*tensors, num_splits)
+            return lambda a, fn, d, sqr_sum: _reference_prenorm(a, fn, d, sqr_sum, num_splits)
         if a.shape[0] == 0:
             return lambda *_: None
         where = Gpu(a, problem)
@@ -463,7 +463,7 @@ def _pre(
         gpu, problem = on_gpu(x), SmallProblem.make("hc_pre", precision=precision)
         record_if_asked(problem)
         if not gpu:
-            return lambda *tensors: reference.hc_pre(*tensors, norm_eps, eps, iterations, post_mult)
+            return lambda x, fn, scale, base: reference.hc_pre(x, fn, scale, base, norm_eps, eps, iterations, post_mult)
         if x.shape[0] == 0:
             return lambda x, *_: _empty_pre(x)
         return _mixing_plan(x, fn, problem, False, precision, norm_eps, eps, iterations, post_mult)
@@ -495,7 +495,7 @@ def _head(x: Tensor, fn: Tensor, scale: Tensor, base: Tensor, norm_eps: float, e
         gpu, problem = on_gpu(x), SmallProblem.make("hc_head", precision=precision)
         record_if_asked(problem)
         if not gpu:
-            return lambda *tensors: (reference.hc_head(*tensors, norm_eps, eps),)
+            return lambda x, fn, scale, base: (reference.hc_head(x, fn, scale, base, norm_eps, eps),)
         if x.shape[0] == 0:
             return lambda x, *_: (x.new_empty((0, x.shape[2])),)
         return _mixing_plan(x, fn, problem, True, precision, norm_eps, eps, 1, 0.0)
@@ -540,7 +540,7 @@ def _mixing_plan(
     def call(x: Tensor, fn: Tensor, scale: Tensor, base: Tensor) -> tuple[Tensor, ...]:
         check_aligned(x=x, fn=fn)
         stream = raw_stream(gpu.ordinal)
-        outputs = (x.new_empty((tokens, width)),) if head else _empty_pre(x)
+        outputs: tuple[Tensor, ...] = (x.new_empty((tokens, width)),) if head else _empty_pre(x)
         workspace = scale.new_empty(products + splits * tokens)
         parts = workspace.data_ptr()
         squares, streams = parts + 4 * products, x.data_ptr()

@@ -550,7 +550,9 @@ def _permute(
         gpu, problem = on_gpu(x), SmallProblem.make("moe_permute", zero_padding=zero_padding)
         record_if_asked(problem)
         if not gpu:
-            return lambda *tensors: _reference_permute(*tensors, max_m, zero_padding)
+            return lambda x, scales, to_pos, to_item: _reference_permute(
+                x, scales, to_pos, to_item, max_m, zero_padding
+            )
         tokens, rows = x.shape[0], to_item.shape[0]
         if rows == 0 or tokens == 0 or x.shape[1] == 0:
             return lambda x, scales, _, to_item: _empty_permuted(x, scales, to_item, max_m)

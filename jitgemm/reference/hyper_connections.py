@@ -76,7 +76,8 @@ def _split_sinkhorn(
     mixes: Tensor, scale: Tensor, base: Tensor, iterations: int, eps: float, post_mult: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     scales = scale.repeat_interleave(torch.tensor([HC_MULT, HC_MULT, HC_MULT**2], device=scale.device))
-    pre, post, logits = (mixes * scales + base).split((HC_MULT, HC_MULT, HC_MULT**2), -1)
+    mixes = mixes * scales + base
+    pre, post, logits = mixes[..., :HC_MULT], mixes[..., HC_MULT : 2 * HC_MULT], mixes[..., 2 * HC_MULT :]
     comb = logits.unflatten(-1, (HC_MULT, HC_MULT)).softmax(-1) + eps
     comb = comb / (comb.sum(-2, keepdim=True) + eps)
     for _ in range(iterations - 1):

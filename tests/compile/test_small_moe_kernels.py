@@ -1,0 +1,52 @@
+"""The kernels around hyper-connections and experts through NVRTC: no spills, no advisories, few enough registers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from jitgemm.compiler import Cubin, compile_source
+from jitgemm.device import SM90A
+from jitgemm.families import KernelSpec, family_of
+from jitgemm.families.hyper_connections import BLOCKS_PER_SM, HC_PRENORM
+from jitgemm.families.moe import MAX_EXPERTS
+from jitgemm.families.small_problem import LAYOUTS, SCORES, SmallProblem
+from jitgemm.render import render
+
+PROBLEMS = [
+    SmallProblem.make("hc_split_sinkhorn"),
+    *(SmallProblem.make("hc_pre", precision=precision) for precision in ("tf32", "fp32")),
+    *(SmallProblem.make("hc_head", precision=precision) for precision in ("tf32", "fp32")),
+    SmallProblem.make("hc_post"),
+    *(SmallProblem.make("hc_prenorm_gemm", n=n, precision="fp32") for n in (16, 32)),
+    *(
+        SmallProblem.make("topk_gate", experts=experts, scores=scores, hashed=hashed, index_dtype=dtype)
+        for scores in SCORES
+        for experts, hashed, dtype in ((384, False, "int32"), (256, True, "int64"))
+    ),
+    SmallProblem.make("topk_gate", experts=MAX_EXPERTS, scores="softmax", hashed=False, index_dtype="int64"),
+    *(SmallProblem.make("moe_permutation", layout=layout, index_dtype="int64") for layout in LAYOUTS),
+    *(SmallProblem.make("moe_permute", zero_padding=zero_padding) for zero_padding in (False, True)),
+    *(SmallProblem.make("moe_combine", topk=topk) for topk in (1, 6, 16)),
+]
+SPECS = list(dict.fromkeys(spec for problem in PROBLEMS for spec in problem.specs(SM90A.name)))
+
+
+@pytest.fixture(scope="module")
+def build() -> Callable[[KernelSpec], Cubin]:
+    return lambda spec: compile_source(render(spec), spec, "0" * 64)
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: family_of(spec).describe(spec))
+def test_kernel(build: Callable[[KernelSpec], Cubin], spec: KernelSpec) -> None:
+    metadata = build(spec).metadata
+    assert (metadata.spill_bytes, metadata.stack_bytes, metadata.warnings) == (0, 0, ())
+    family = family_of(spec)
+    threads, smem = family.num_threads(spec), family.smem_bytes(spec)
+    # At least half of the threads that a multiprocessor can have; the prenorm GEMM says itself how many.
+    blocks = BLOCKS_PER_SM if family is HC_PRENORM else 1024 // threads
+    if family.name in ("hc_sinkhorn", "topk_gate"):  # which are bound by latency
+        blocks = 1
+    assert metadata.registers * threads * blocks <= SM90A.registers_per_sm or family.name in ("hc_post", "moe_combine")
+    assert blocks * (smem + SM90A.smem_reserved) <= SM90A.smem_per_sm
