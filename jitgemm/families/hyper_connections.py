@@ -73,7 +73,7 @@ HC_POST = PlainFamily(
 MMA_ROWS = 16
 CHUNK = 32  # of K, that a warp loads and multiplies at once
 SPLIT_BLOCK = 64  # of K, that splits are made of
-MAX_N = 32
+MAX_N = MIX_WIDTH  # more spills registers
 
 
 class PrenormConfig(NamedTuple):

@@ -114,7 +114,7 @@ def tf32_hc_prenorm_gemm(
 
     Args:
         a: bf16 [m, k], k contiguous and a multiple of 8, row stride a multiple of 8.
-        fn: fp32 [n, k] of up to 32 rows, k contiguous, row stride a multiple of 4.
+        fn: fp32 [n, k] of up to 24 rows, k contiguous, row stride a multiple of 4.
         d: output, fp32 [m, n], or [num_splits, m, n] of sums over parts of K, which the caller adds; contiguous.
         sqr_sum: output, fp32 [m] or [num_splits, m]; contiguous.
         num_splits: parts of K; None: one, without the dimension. Each has whole blocks of 64, the first ones one more.

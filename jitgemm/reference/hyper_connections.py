@@ -78,7 +78,7 @@ def _split_sinkhorn(
     scales = scale.repeat_interleave(torch.tensor([HC_MULT, HC_MULT, HC_MULT**2], device=scale.device))
     mixes = mixes * scales + base
     pre, post, logits = mixes[..., :HC_MULT], mixes[..., HC_MULT : 2 * HC_MULT], mixes[..., 2 * HC_MULT :]
-    comb = logits.unflatten(-1, (HC_MULT, HC_MULT)).softmax(-1) + eps
+    comb = logits.reshape(*mixes.shape[:-1], HC_MULT, HC_MULT).softmax(-1) + eps
     comb = comb / (comb.sum(-2, keepdim=True) + eps)
     for _ in range(iterations - 1):
         comb = comb / (comb.sum(-1, keepdim=True) + eps)

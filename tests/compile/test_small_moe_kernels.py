@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 
-from jitgemm.compiler import Cubin, compile_source
+from jitgemm.compiler import compile_source
 from jitgemm.device import SM90A
 from jitgemm.families import KernelSpec, family_of
 from jitgemm.families.hyper_connections import BLOCKS_PER_SM, HC_PRENORM
@@ -19,7 +17,7 @@ PROBLEMS = [
     *(SmallProblem.make("hc_pre", precision=precision) for precision in ("tf32", "fp32")),
     *(SmallProblem.make("hc_head", precision=precision) for precision in ("tf32", "fp32")),
     SmallProblem.make("hc_post"),
-    *(SmallProblem.make("hc_prenorm_gemm", n=n, precision="fp32") for n in (16, 32)),
+    SmallProblem.make("hc_prenorm_gemm", n=16, precision="fp32"),
     *(
         SmallProblem.make("topk_gate", experts=experts, scores=scores, hashed=hashed, index_dtype=dtype)
         for scores in SCORES
@@ -33,20 +31,13 @@ PROBLEMS = [
 SPECS = list(dict.fromkeys(spec for problem in PROBLEMS for spec in problem.specs(SM90A.name)))
 
 
-@pytest.fixture(scope="module")
-def build() -> Callable[[KernelSpec], Cubin]:
-    return lambda spec: compile_source(render(spec), spec, "0" * 64)
-
-
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: family_of(spec).describe(spec))
-def test_kernel(build: Callable[[KernelSpec], Cubin], spec: KernelSpec) -> None:
-    metadata = build(spec).metadata
+def test_kernel(spec: KernelSpec) -> None:
+    metadata = compile_source(render(spec), spec, "0" * 64).metadata
     assert (metadata.spill_bytes, metadata.stack_bytes, metadata.warnings) == (0, 0, ())
     family = family_of(spec)
     threads, smem = family.num_threads(spec), family.smem_bytes(spec)
-    # At least half of the threads that a multiprocessor can have; the prenorm GEMM says itself how many.
-    blocks = BLOCKS_PER_SM if family is HC_PRENORM else 1024 // threads
-    if family.name in ("hc_sinkhorn", "topk_gate"):  # which are bound by latency
-        blocks = 1
-    assert metadata.registers * threads * blocks <= SM90A.registers_per_sm or family.name in ("hc_post", "moe_combine")
+    # 512 threads of a multiprocessor have enough loads in flight; the prenorm GEMM's share of registers is its own.
+    blocks = BLOCKS_PER_SM if family is HC_PRENORM else 512 // threads
+    assert metadata.registers * threads * blocks <= SM90A.registers_per_sm
     assert blocks * (smem + SM90A.smem_reserved) <= SM90A.smem_per_sm

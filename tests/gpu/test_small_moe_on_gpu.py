@@ -92,7 +92,7 @@ def test_prenorm(m: int, k: int, precision: str) -> None:
         assert torch.equal(squares, again_squares)
 
 
-@pytest.mark.parametrize("n", [1, 4, 9, 32])
+@pytest.mark.parametrize("n", [1, 4, 9, 20])
 def test_prenorm_of_slices(n: int) -> None:
     a = torch.full((52, 1000), math.nan, device=DEVICE).bfloat16()[1:-1, 8:904]
     fn = torch.full((n, 900), math.nan, device=DEVICE)[:, :896]
