@@ -76,7 +76,7 @@ class EmulatedGpu:
         def launch(_: int, *addresses: int) -> None:
             self.launches.append(spec)
             assert len(addresses) == len(family.pointers)
-            params = family.params.pack(*addresses, *values)
+            params = family.params.pack(*addresses, *values).ljust(family.params_bytes, b"\0")
             assert run(params, x, y, family.num_threads(spec), family.smem_bytes(spec)) == 0, "a deadlock"
 
         return launch

@@ -98,6 +98,7 @@ class PlainLaunch:
         grid: blocks.
         numbers: the fields of ``Params`` that are no pointers, by name.
         pdl: launch with programmatic dependent launch.
+        range_name: of the NVTX range around launches; None: there is none.
     """
 
     def __init__(
@@ -107,12 +108,13 @@ class PlainLaunch:
         grid: tuple[int, int, int],
         numbers: Mapping[str, int | float],
         pdl: bool,
+        range_name: str | None = None,
     ) -> None:
         from jitgemm.driver import Launch
         from jitgemm.plan import BOUND_LAUNCHES, Table
 
         self.pointers = family.pointers
-        self._size = family.params_bytes
+        self._size, self._range = family.params_bytes, range_name
         zeros = [0] * len(family.pointers)
         values = [numbers[field.name] for field in family.fields if not field.is_pointer]
         self._params = family.params.pack(*zeros, *values)
@@ -138,4 +140,9 @@ class PlainLaunch:
         ctypes.memmove(arguments.address, self._params, len(self._params))
         for index, (_, address) in enumerate(zip(self.pointers, addresses, strict=True)):
             arguments.words[arguments.first + index] = address
-        return self._launch.prepare(arguments, stream)
+        run = self._launch.prepare(arguments, stream)
+        if self._range is None:
+            return run
+        from jitgemm.nvtx import in_range
+
+        return in_range(self._range, run)

@@ -32,6 +32,7 @@ from jitgemm.ops.plain import (
     Call,
     Gpu,
     check_aligned,
+    check_apart,
     check_choice,
     check_contiguous,
     check_number,
@@ -43,6 +44,7 @@ from jitgemm.ops.plain import (
     plan_of,
     record_if_asked,
     row_stride,
+    span_of,
 )
 from jitgemm.plan import device_facts, raw_stream
 from jitgemm.reference import hyper_connections as reference
@@ -378,9 +380,15 @@ def _prenorm(a: Tensor, fn: Tensor, d: Tensor, sqr_sum: Tensor, num_splits: int 
         where = Gpu(a, problem)
         launch = _prenorm_launch(where, row_stride(a), fn, a.shape[0], num_splits or 1, precision)
 
-        def call(a: Tensor, fn: Tensor, d: Tensor, sqr_sum: Tensor) -> None:
-            check_aligned(a=a, fn=fn)
-            launch(raw_stream(where.ordinal), a.data_ptr(), fn.data_ptr(), d.data_ptr(), sqr_sum.data_ptr())
+        spans = [span_of(tensor) for tensor in (a, fn, d, sqr_sum)]
+
+        def call(*tensors: Tensor) -> None:
+            addresses = [tensor.data_ptr() for tensor in tensors]
+            check_aligned(a=tensors[0], fn=tensors[1])
+            known = list(zip(("a", "fn", "d"), addresses, spans, strict=False))
+            check_apart("d", addresses[2], spans[2], known[:2])
+            check_apart("sqr_sum", addresses[3], spans[3], known)
+            launch(raw_stream(where.ordinal), *addresses)
 
         return where.here(call)
 
@@ -596,23 +604,24 @@ def _post_into(x: Tensor, residual: Tensor, post: Tensor, comb: Tensor, y: Tenso
         where = Gpu(x, problem)
         grid = tokens, -(-width // COLUMNS)
         launch = where.launch(HC_POST, HC_POST.spec(where.arch), grid, vectors=width // VECTOR)
+        spans = [span_of(tensor) for tensor in (x, residual, post, comb)]
 
         def call(*tensors: Tensor) -> None:
             x, residual, post, comb, y = tensors
             check_aligned(x=x, residual=residual, post=post, comb=comb)
-            if y is residual and x.untyped_storage().data_ptr() == y.untyped_storage().data_ptr():
-                _check_apart(x, y)
-            launch(raw_stream(where.ordinal), *(tensor.data_ptr() for tensor in tensors))
+            addresses = [tensor.data_ptr() for tensor in tensors]
+            if y is residual:
+                inputs = (
+                    ("x", addresses[0], spans[0]),
+                    ("post", addresses[2], spans[2]),
+                    ("comb", addresses[3], spans[3]),
+                )
+                check_apart("residual, which is written,", addresses[1], spans[1], inputs)
+            launch(raw_stream(where.ordinal), *addresses)
 
         return where.here(call)
 
     plan_of("hc_post", keys_of(x, residual, post, comb), make)(x, residual, post, comb, y)
-
-
-def _check_apart(x: Tensor, residual: Tensor) -> None:
-    begin, end = x.data_ptr(), x.data_ptr() + x.numel() * x.element_size()
-    if begin < residual.data_ptr() + residual.numel() * residual.element_size() and residual.data_ptr() < end:
-        raise ProblemError("x overlaps residual, which is written; accepted are tensors apart")
 
 
 define(

@@ -126,6 +126,25 @@ def check_aligned(**tensors: Tensor | None) -> None:
             raise ProblemError(f"{name} starts at address {address:#x}; accepted is a multiple of {ALIGNMENT} bytes")
 
 
+def span_of(tensor: Tensor) -> int:
+    """Bytes from a tensor's first element to behind its last."""
+    if not tensor.numel():
+        return 0
+    steps = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (steps + 1) * tensor.element_size()
+
+
+def check_apart(output: str, address: int, length: int, others: Sequence[tuple[str, int, int]]) -> None:
+    """Check that an output lies apart from other tensors, given as names, addresses and lengths in bytes.
+
+    Raises:
+        ProblemError: it overlaps one.
+    """
+    for name, other, span in others:
+        if other < address + length and address < other + span:
+            raise ProblemError(f"{output} overlaps {name}; accepted is an output apart from the other tensors")
+
+
 def on_gpu(tensor: Tensor) -> bool:
     """Whether kernels compute, not the reference.
 
@@ -180,9 +199,8 @@ class Gpu:
         self.ordinal, self._problem = tensor.get_device(), problem
         device, num_sms = device_facts(self.ordinal)
         self.arch = device.arch.name
-        limit = settings.current().num_sms
-        self.num_sms = min(num_sms, limit or num_sms)
-        self._pdl = settings.current().pdl
+        self._settings = settings.current()
+        self.num_sms = min(num_sms, self._settings.num_sms or num_sms)
 
     def launch(
         self, family: PlainFamily, spec: KernelSpec, grid: tuple[int, int] | tuple[int], **numbers: int | float
@@ -196,7 +214,8 @@ class Gpu:
         if x > MAX_GRID or y > MAX_GRID_Y:
             raise ProblemError(f"the call takes a grid of {x} x {y} blocks; accepted are {MAX_GRID} x {MAX_GRID_Y}")
         kernel = load(spec, self.ordinal, self._problem)
-        return PlainLaunch(family, kernel, (x, y, 1), numbers, self._pdl)
+        range_name = f"jitgemm {family.describe(spec)} grid {x}x{y}" if self._settings.nvtx else None
+        return PlainLaunch(family, kernel, (x, y, 1), numbers, self._settings.pdl, range_name)
 
     def here(self, call: Call) -> Call:
         """The plan with this device current while it runs."""

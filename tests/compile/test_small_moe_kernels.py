@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import struct
+
 import pytest
 
 from jitgemm.compiler import compile_source
@@ -9,6 +12,7 @@ from jitgemm.device import SM90A
 from jitgemm.families import KernelSpec, family_of
 from jitgemm.families.hyper_connections import BLOCKS_PER_SM, HC_PRENORM
 from jitgemm.families.moe import MAX_EXPERTS
+from jitgemm.families.plain import PlainFamily
 from jitgemm.families.small_problem import LAYOUTS, SCORES, SmallProblem
 from jitgemm.render import render
 
@@ -33,9 +37,16 @@ SPECS = list(dict.fromkeys(spec for problem in PROBLEMS for spec in problem.spec
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: family_of(spec).describe(spec))
 def test_kernel(spec: KernelSpec) -> None:
-    metadata = compile_source(render(spec), spec, "0" * 64).metadata
+    source, family = render(spec), family_of(spec)
+    assert isinstance(family, PlainFamily)
+    # What the host packs has the kernel's layout.
+    asserts, packed = [f"static_assert(sizeof(Params) == {family.params_bytes});"], "<"
+    for field, code in zip(family.fields, family.params.format[1:], strict=True):
+        asserts.append(f"static_assert(__builtin_offsetof(Params, {field.name}) == {struct.calcsize(packed)});")
+        packed += code
+    source = dataclasses.replace(source, text="\n".join([source.text, *asserts, ""]))
+    metadata = compile_source(source, spec, "0" * 64).metadata
     assert (metadata.spill_bytes, metadata.stack_bytes, metadata.warnings) == (0, 0, ())
-    family = family_of(spec)
     threads, smem = family.num_threads(spec), family.smem_bytes(spec)
     # 512 threads of a multiprocessor have enough loads in flight; the prenorm GEMM's share of registers is its own.
     blocks = BLOCKS_PER_SM if family is HC_PRENORM else 512 // threads

@@ -257,8 +257,13 @@ def test_bad_arguments(name: str, message: str, arguments: tuple[Any, ...], keyw
 
 
 def test_what_overlaps_what_is_written(emulated: Any) -> None:  # noqa: F811
-    with pytest.raises(ProblemError, match="x overlaps residual"):
+    with pytest.raises(ProblemError, match="residual, which is written, overlaps x"):
         jitgemm.hc_post(X[:1, 0], X[:1], POST[:1], COMB[:1], inplace=True)
+    d, squares = torch.empty(2, 24), torch.empty(2)
+    with pytest.raises(ProblemError, match="d overlaps fn"):
+        jitgemm.tf32_hc_prenorm_gemm(X.flatten(1), FN, FN.view(-1)[:48].view(2, 24), squares)
+    with pytest.raises(ProblemError, match="sqr_sum overlaps d"):
+        jitgemm.tf32_hc_prenorm_gemm(X.flatten(1), FN, d, d.view(-1)[:2])
     with pytest.raises(ProblemError, match="x starts at address"):
         jitgemm.hc_post(torch.empty(129).bfloat16()[1:].view(2, 64), X, POST, COMB)
 
