@@ -91,11 +91,11 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Operations on CPU tensors launch emulated kernels; yields the specs that are launched."""
     if COMPILER is None:
         pytest.skip("g++ is not installed")
-    plain._plans.clear()
+    plain.forget_plans()
     EmulatedGpu.launches.clear()
     for module in (hyper_connections, moe):
         monkeypatch.setattr(module, "Gpu", EmulatedGpu)
         monkeypatch.setattr(module, "on_gpu", lambda _: True)
         monkeypatch.setattr(module, "raw_stream", lambda _: 0)
     yield EmulatedGpu.launches
-    plain._plans.clear()
+    plain.forget_plans()

@@ -39,7 +39,6 @@ from jitgemm.ops.plain import (
     check_rows,
     check_tensor,
     define,
-    keys_of,
     on_gpu,
     plan_of,
     record_if_asked,
@@ -309,16 +308,16 @@ def _split_sinkhorn(
         )
 
         def call(mixes: Tensor, scale: Tensor, base: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            check_aligned(mixes=mixes)
             pre, post, comb = _empty_weights(mixes)
-            tensors = (mixes, scale, base, pre, post, comb)
-            launch(raw_stream(where.ordinal), *(tensor.data_ptr() for tensor in tensors))
+            addresses = [tensor.data_ptr() for tensor in (mixes, scale, base, pre, post, comb)]
+            check_aligned(("mixes",), addresses)
+            launch(raw_stream(where.ordinal), *addresses)
             return pre, post, comb
 
         return where.here(call)
 
-    key = (keys_of(mixes, scale, base), iterations, eps, post_mult)
-    pre, post, comb = plan_of("hc_split_sinkhorn", key, make)(mixes, scale, base)
+    tensors, numbers = (mixes, scale, base), (iterations, eps, post_mult)
+    pre, post, comb = plan_of("hc_split_sinkhorn", tensors, numbers, make)(*tensors)
     return pre, post, comb
 
 
@@ -384,7 +383,7 @@ def _prenorm(a: Tensor, fn: Tensor, d: Tensor, sqr_sum: Tensor, num_splits: int 
 
         def call(*tensors: Tensor) -> None:
             addresses = [tensor.data_ptr() for tensor in tensors]
-            check_aligned(a=tensors[0], fn=tensors[1])
+            check_aligned(("a", "fn"), addresses)
             known = list(zip(("a", "fn", "d"), addresses, spans, strict=False))
             check_apart("d", addresses[2], spans[2], known[:2])
             check_apart("sqr_sum", addresses[3], spans[3], known)
@@ -392,7 +391,8 @@ def _prenorm(a: Tensor, fn: Tensor, d: Tensor, sqr_sum: Tensor, num_splits: int 
 
         return where.here(call)
 
-    plan_of("hc_prenorm_gemm", (keys_of(a, fn, d, sqr_sum), num_splits, precision), make)(a, fn, d, sqr_sum)
+    tensors = (a, fn, d, sqr_sum)
+    plan_of("hc_prenorm_gemm", tensors, (num_splits, precision), make)(*tensors)
 
 
 def _reference_prenorm(a: Tensor, fn: Tensor, d: Tensor, sqr_sum: Tensor, num_splits: int | None) -> None:
@@ -477,7 +477,8 @@ def _pre(
         return _mixing_plan(x, fn, problem, False, precision, norm_eps, eps, iterations, post_mult)
 
     numbers = (norm_eps, eps, iterations, post_mult, precision)
-    y, post, comb = plan_of("hc_pre", (keys_of(x, fn, scale, base), numbers), make)(x, fn, scale, base)
+    tensors = (x, fn, scale, base)
+    y, post, comb = plan_of("hc_pre", tensors, numbers, make)(*tensors)
     return y, post, comb
 
 
@@ -508,8 +509,8 @@ def _head(x: Tensor, fn: Tensor, scale: Tensor, base: Tensor, norm_eps: float, e
             return lambda x, *_: (x.new_empty((0, x.shape[2])),)
         return _mixing_plan(x, fn, problem, True, precision, norm_eps, eps, 1, 0.0)
 
-    key = (keys_of(x, fn, scale, base), norm_eps, eps, precision)
-    y: Tensor = plan_of("hc_head", key, make)(x, fn, scale, base)[0]
+    tensors = (x, fn, scale, base)
+    y: Tensor = plan_of("hc_head", tensors, (norm_eps, eps, precision), make)(*tensors)[0]
     return y
 
 
@@ -546,13 +547,14 @@ def _mixing_plan(
     products = splits * tokens * mixes  # floats, then the squares
 
     def call(x: Tensor, fn: Tensor, scale: Tensor, base: Tensor) -> tuple[Tensor, ...]:
-        check_aligned(x=x, fn=fn)
+        streams, matrix = x.data_ptr(), fn.data_ptr()
+        check_aligned(("x", "fn"), (streams, matrix))
         stream = raw_stream(gpu.ordinal)
         outputs: tuple[Tensor, ...] = (x.new_empty((tokens, width)),) if head else _empty_pre(x)
         workspace = scale.new_empty(products + splits * tokens)
         parts = workspace.data_ptr()
-        squares, streams = parts + 4 * products, x.data_ptr()
-        prenorm(stream, streams, fn.data_ptr(), parts, squares)
+        squares = parts + 4 * products
+        prenorm(stream, streams, matrix, parts, squares)
         weights = (0, 0) if head else (outputs[1].data_ptr(), outputs[2].data_ptr())
         mix(stream, parts, squares, streams, scale.data_ptr(), base.data_ptr(), outputs[0].data_ptr(), *weights)
         return outputs
@@ -607,10 +609,9 @@ def _post_into(x: Tensor, residual: Tensor, post: Tensor, comb: Tensor, y: Tenso
         spans = [span_of(tensor) for tensor in (x, residual, post, comb)]
 
         def call(*tensors: Tensor) -> None:
-            x, residual, post, comb, y = tensors
-            check_aligned(x=x, residual=residual, post=post, comb=comb)
             addresses = [tensor.data_ptr() for tensor in tensors]
-            if y is residual:
+            check_aligned(("x", "residual", "post", "comb"), addresses)
+            if addresses[4] == addresses[1]:  # in place
                 inputs = (
                     ("x", addresses[0], spans[0]),
                     ("post", addresses[2], spans[2]),
@@ -621,7 +622,8 @@ def _post_into(x: Tensor, residual: Tensor, post: Tensor, comb: Tensor, y: Tenso
 
         return where.here(call)
 
-    plan_of("hc_post", keys_of(x, residual, post, comb), make)(x, residual, post, comb, y)
+    tensors = (x, residual, post, comb)
+    plan_of("hc_post", tensors, (), make)(*tensors, y)
 
 
 define(

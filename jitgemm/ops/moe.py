@@ -41,7 +41,6 @@ from jitgemm.ops.plain import (
     check_rows,
     check_tensor,
     define,
-    keys_of,
     on_gpu,
     plan_of,
     record_if_asked,
@@ -384,8 +383,8 @@ def _gate(
 
         return where.here(call)
 
-    key = (keys_of(logits, bias, tid2eid, input_ids, mask), topk, scores, route_scale, index_dtype)
-    indices, weights = plan_of("topk_gate", key, make)(logits, bias, tid2eid, input_ids, mask)
+    tensors, numbers = (logits, bias, tid2eid, input_ids, mask), (topk, scores, route_scale, index_dtype)
+    indices, weights = plan_of("topk_gate", tensors, numbers, make)(*tensors)
     return indices, weights
 
 
@@ -486,8 +485,8 @@ def _permutation(
 
         return where.here(call)
 
-    key = (keys_of(indices, weights), experts, layout, alignment, max_m, first_expert)
-    grouped, to_pos, to_item, row_weights = plan_of("moe_permutation", key, make)(indices, weights)
+    tensors, numbers = (indices, weights), (experts, layout, alignment, max_m, first_expert)
+    grouped, to_pos, to_item, row_weights = plan_of("moe_permutation", tensors, numbers, make)(*tensors)
     return grouped, to_pos, to_item, row_weights
 
 
@@ -579,17 +578,17 @@ def _permute(
         )
 
         def call(x: Tensor, scales: Tensor | None, to_pos: Tensor, to_item: Tensor) -> tuple[Tensor, Tensor]:
-            check_aligned(x=x)
             out, out_scales = _empty_permuted(x, scales, to_item, max_m)
             scales_address, target = (0, 0) if scales is None else (scales.data_ptr(), out_scales.data_ptr())
             addresses = (x.data_ptr(), scales_address, to_pos.data_ptr(), to_item.data_ptr(), out.data_ptr(), target)
+            check_aligned(("x",), addresses)
             launch(raw_stream(where.ordinal), *addresses)
             return out, out_scales
 
         return where.here(call)
 
-    key = (keys_of(x, scales, to_pos, to_item), max_m, zero_padding)
-    rows, rows_scales = plan_of("moe_permute", key, make)(x, scales, to_pos, to_item)
+    tensors = (x, scales, to_pos, to_item)
+    rows, rows_scales = plan_of("moe_permute", tensors, (max_m, zero_padding), make)(*tensors)
     return rows, rows_scales
 
 
@@ -660,18 +659,17 @@ def _combine(y: Tensor, to_pos: Tensor, weights: Tensor | None, shared: Tensor |
             num_rows=y.shape[0],
         )
 
-        def call(*tensors: Tensor | None) -> Tensor:
-            y, to_pos, weights, shared = tensors
-            assert y is not None
-            check_aligned(y=y, shared=shared)
+        def call(y: Tensor, *others: Tensor | None) -> Tensor:
             out = y.new_empty((tokens, width))
-            addresses = (0 if tensor is None else tensor.data_ptr() for tensor in (y, to_pos, weights, shared, out))
+            addresses = [0 if tensor is None else tensor.data_ptr() for tensor in (y, *others, out)]
+            check_aligned(("y", "shared"), (addresses[0], addresses[3]))
             launch(raw_stream(where.ordinal), *addresses)
             return out
 
         return where.here(call)
 
-    result: Tensor = plan_of("moe_combine", keys_of(y, to_pos, weights, shared), make)(y, to_pos, weights, shared)
+    tensors = (y, to_pos, weights, shared)
+    result: Tensor = plan_of("moe_combine", tensors, (), make)(*tensors)
     return result
 
 

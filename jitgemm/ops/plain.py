@@ -15,7 +15,7 @@ from jitgemm.families.base import KernelSpec
 from jitgemm.families.plain import PlainFamily, PlainLaunch
 from jitgemm.families.small_problem import SmallProblem
 from jitgemm.kernel import load
-from jitgemm.plan import Table, current_device, device_facts
+from jitgemm.plan import Table, current_device, device_facts, matcher
 from jitgemm.record import record
 
 ALIGNMENT = 16  # bytes: of a load
@@ -114,15 +114,14 @@ def row_stride(tensor: Tensor) -> int:
     return tensor.stride(0) if tensor.shape[0] > 1 else tensor.shape[1]
 
 
-def check_aligned(**tensors: Tensor | None) -> None:
+def check_aligned(names: Sequence[str], addresses: Sequence[int]) -> None:
     """Check that tensors start where 16 bytes can be loaded.
 
     Raises:
-        ProblemError: one does not.
+        ProblemError: one does not; ``names`` and ``addresses`` go together.
     """
-    for name, tensor in tensors.items():
-        if tensor is not None and tensor.data_ptr() % ALIGNMENT:
-            address = tensor.data_ptr()
+    for name, address in zip(names, addresses, strict=False):
+        if address % ALIGNMENT:
             raise ProblemError(f"{name} starts at address {address:#x}; accepted is a multiple of {ALIGNMENT} bytes")
 
 
@@ -169,16 +168,46 @@ Call = Callable[..., Any]
 """A plan: takes the tensors of a call that is like the one it was made for."""
 
 _plans: Table[Any, Call] = Table(4096)
-os.register_at_fork(after_in_child=_plans.clear)
+_recent: dict[str, tuple[settings.Settings, object, Callable[..., bool], Call]] = {}
+"""Of each kind the last plan, behind its settings, its numbers and a function that knows tensors like its own."""
 
 
-def plan_of(kind: str, key: tuple[object, ...], make: Callable[[], Call]) -> Call:
-    """The plan of calls with this key under the settings in force; made at the first."""
-    full = kind, settings.current().generation, key
+def forget_plans() -> None:
+    """Make plans anew."""
+    _plans.clear()
+    _recent.clear()
+
+
+os.register_at_fork(after_in_child=forget_plans)
+
+
+def plan_of(kind: str, tensors: Sequence[object], numbers: tuple[object, ...], make: Callable[[], Call]) -> Call:
+    """The plan of calls with such tensors and numbers under the settings in force; made at the first.
+
+    Args:
+        kind: of the call.
+        tensors: its arguments that are tensors, or None; anything else is for ``make`` to refuse.
+        numbers: its other arguments.
+        make: makes the plan.
+    """
+    in_force = settings.current()
+    absent = tuple(tensor is None for tensor in tensors)
+    given = [tensor for tensor in tensors if tensor is not None] if True in absent else tensors
+    recent = _recent.get(kind)
+    if recent is not None and recent[0] is in_force and recent[1] == (absent, numbers):
+        try:
+            if recent[2](*given):
+                return recent[3]
+        except TypeError:  # no tensor
+            pass
+    full = kind, in_force.generation, keys_of(*tensors), numbers
     try:
-        return _plans.get(full) or _plans.put(full, make())
+        plan = _plans.get(full) or _plans.put(full, make())
     except TypeError:  # an argument that has no hash, which no check accepts
         return make()
+    like = matcher([tensor for tensor in given if isinstance(tensor, Tensor)])
+    _recent[kind] = in_force, (absent, numbers), like, plan
+    return plan
 
 
 def record_if_asked(problem: SmallProblem) -> None:

@@ -256,12 +256,12 @@ def test_captured_and_compiled(tokens: int, pdl: bool) -> None:
 
 def test_a_missing_kernel_names_its_command(monkeypatch: pytest.MonkeyPatch, cache_dir: Any) -> None:
     monkeypatch.setattr(kernel, "_kernels", {})
-    plain._plans.clear()
+    plain.forget_plans()
     builder.forget()
     with settings.override(jit="forbid"), pytest.raises(CacheMissError, match=r'prewarm.*"kind": "hc_post"'):
         jitgemm.hc_post(*(normal(*shape) if i > 1 else normal(*shape, dtype=torch.bfloat16)
                           for i, shape in enumerate(((2, 64), (2, 4, 64), (2, 4), (2, 4, 4)))))  # fmt: skip
-    plain._plans.clear()
+    plain.forget_plans()
 
 
 def test_another_stream_and_no_tokens() -> None:

@@ -150,7 +150,7 @@ def test_prenorm_kernel(emulated: Any, m: int, n: int, k: int, splits: int | Non
     d, squares = torch.full((*leading, m, n), math.nan), torch.full((*leading, m), math.nan)
     jitgemm.tf32_hc_prenorm_gemm(a, fn, d, squares, splits, precision=precision)
     exact_d, exact_squares = torch.empty_like(d), torch.empty_like(squares)
-    plain._plans.clear()
+    plain.forget_plans()
     for split, (start, end) in enumerate(reference.split_ranges(k, splits or 1)):
         product, sums = reference.hc_prenorm_gemm(a[:, start:end], fn[:, start:end])
         exact_d.view(-1, m, n)[split], exact_squares.view(-1, m)[split] = product, sums
