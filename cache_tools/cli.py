@@ -34,6 +34,7 @@ from jitgemm.cache_tools.console import (
 from jitgemm.device import ARCHITECTURES, PRESETS, Device
 from jitgemm.errors import CacheError, CacheMissError, CompileError, JitGemmError, ProblemError, SettingsError
 from jitgemm.families.gemm import D_DTYPES, LAYOUTS, RECIPES, GemmProblem
+from jitgemm.families.grouped import GROUPINGS, GroupedProblem
 
 if TYPE_CHECKING:
     from jitgemm.cache_tools.models import Layers
@@ -351,8 +352,13 @@ def tune(
     """Measure configs on the GPU at hand; what wins over the cost model goes into a table that calls use."""
     from jitgemm.cache_tools import tune as work
 
+    problems = None
+    if source.given or not check_only:
+        problems = [named for named in source.read("tune").problems if named.is_dense]
+        if not problems:
+            raise UsageError(f"tune: {source.given[0]} has grouped problems only; accepted are dense ones too")
     return work.run(
-        None if check_only and not source.given else source.read("tune").problems,
+        problems,
         out=out,
         check_only=check_only,
         show=print_json if as_json else None,
@@ -438,6 +444,9 @@ def import_bundle(file: Path, as_json: bool) -> int:
 @click.option("--layout", type=click.Choice(LAYOUTS), default="nt", show_default=True)
 @click.option("--d-dtype", type=click.Choice(list(D_DTYPES)), default="bf16", show_default=True)
 @click.option("--fast-accum", is_flag=True, help="Without promotion every 128 of K (row-wise and tensor-wise FP8).")
+@click.option("--groups", type=click.IntRange(1), help="A grouped GEMM of so many groups; m is rows a group expected.")
+@click.option("--kind", type=click.Choice(list(GROUPINGS)), default="masked", show_default=True, help="With --groups.")
+@click.option("--alignment", type=click.IntRange(1), default=128, show_default=True, help="Of groups; with --groups.")
 @click.option("--device", type=click.Choice(list(PRESETS)), default="h200", show_default=True)
 @click.option("--top", type=click.IntRange(1), default=10, show_default=True, help="Candidates to print.")
 @_json_option
@@ -450,6 +459,9 @@ def explain(
     layout: str,
     d_dtype: str,
     fast_accum: bool,
+    groups: int | None,
+    kind: str,
+    alignment: int,
     device: str,
     top: int,
     as_json: bool,
@@ -457,7 +469,11 @@ def explain(
     """Print what the heuristics choose for a problem, and why."""
     from jitgemm.cache_tools import explain as work
 
-    problem = GemmProblem(n, k, recipe, m, layout, d_dtype, fast_accum)
+    problem: GemmProblem | GroupedProblem = GemmProblem(n, k, recipe, m, layout, d_dtype, fast_accum)
+    if groups is not None:
+        if fast_accum:
+            raise UsageError("--fast-accum: grouped GEMMs always promote")
+        problem = GroupedProblem(n, k, recipe, groups, kind, m, layout, d_dtype, alignment)
     work.explain(problem, PRESETS[device], top=top, as_json=as_json)
     return 0
 

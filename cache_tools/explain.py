@@ -11,12 +11,14 @@ from jitgemm.device import Device
 
 if TYPE_CHECKING:
     from jitgemm.families.gemm import GemmProblem
+    from jitgemm.families.grouped import GroupedProblem
     from jitgemm.heuristics import Candidate, Explanation
 
 
-def explain(problem: GemmProblem, device: Device, *, top: int, as_json: bool) -> None:
+def explain(problem: GemmProblem | GroupedProblem, device: Device, *, top: int, as_json: bool) -> None:
     """Print the ``top`` candidates with their predicted cost, why others are illegal, and the winner."""
     from jitgemm import heuristics
+    from jitgemm.families.grouped import GroupedProblem
 
     explanation = heuristics.explain(problem, device)
     legal = _by_cost(explanation)
@@ -35,8 +37,9 @@ def explain(problem: GemmProblem, device: Device, *, top: int, as_json: bool) ->
             ],
         )
         return
+    groups = f"{problem.groups} groups, {problem.kind}, " if isinstance(problem, GroupedProblem) else ""
     print(
-        f"{problem.m} x {problem.n} x {problem.k}, {problem.recipe} {problem.layout}, D in {problem.d_dtype},"
+        f"{groups}{problem.m} x {problem.n} x {problem.k}, {problem.recipe} {problem.layout}, D in {problem.d_dtype},"
         f" on {device.name} with {device.num_sms} SMs: {explanation.winner}\n"
     )
     if entry is not None:

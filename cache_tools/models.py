@@ -17,15 +17,18 @@ from jitgemm.cache_tools import presets
 from jitgemm.cache_tools.console import UsageError
 from jitgemm.cache_tools.problems import NamedProblem
 from jitgemm.families.gemm import SCALE_GROUP, GemmProblem
+from jitgemm.families.grouped import GROUPED_RECIPES, GroupedProblem
 
 BLOCK_FP8 = "fp8_1x128_128x128"
 VOCABULARY_STEP = 64
 """The output head's rows are padded to a multiple of it."""
+EXPERT_LAYOUTS = ("masked", "contiguous")
+"""How frameworks lay out the tokens of experts: mostly so for decoding, and so for prefill."""
 
 
 @dataclass(frozen=True)
 class Layers:
-    """The dense GEMMs of one rank, and remarks for people: what was left out, what was assumed."""
+    """The GEMMs of one rank, and remarks for people: what was left out, what was assumed."""
 
     problems: list[NamedProblem]
     notes: list[str]
@@ -110,7 +113,7 @@ def _recipe(quantization: object, notes: list[str]) -> str:
         quantization = quantization.get("quant_method")
     notes.append(
         f"quantization_config is {reprlib.repr(quantization)}, not fp8 in blocks of 128 x 128:"
-        " dense layers are taken as bf16; --recipe takes another"
+        " layers are taken as bf16; --recipe takes another"
     )
     return "bf16"
 
@@ -189,7 +192,7 @@ class _Rank:
         self.notes.append(f"left out: {what}: {kind} GEMM, which has no kernels yet")
 
     def experts(self, count: str, width: int, shared_width: int = 0) -> None:
-        """A router, routed experts of a width, and maybe one that all tokens take."""
+        """A router, routed experts of a width as grouped GEMMs, and maybe one that all tokens take."""
         self.has_experts = True
         experts = self.size(count)
         if experts % self.ep or (self.tp % self.ep and self.ep % self.tp):
@@ -203,11 +206,22 @@ class _Rank:
         self.whole("router", experts, self.hidden, "bf16", "fp32")
         if shared_width:
             self.mlp("shared_expert", shared_width)
-        part, hidden = width // ranks, self.hidden
-        self.left_out(
-            f"routed experts, {experts // self.ep} of {experts} a rank, {2 * part} x {hidden} and {hidden} x {part}",
-            "grouped",
-        )
+        self._routed_experts(experts, width // ranks, cut=ranks > 1)
+
+    def _routed_experts(self, experts: int, part: int, cut: bool) -> None:
+        """Grouped GEMMs of this rank's experts, of which it has a part of their width."""
+        groups, hidden = experts // self.ep, self.hidden
+        what = f"routed experts, {groups} of {experts} a rank, {2 * part} x {hidden} and {hidden} x {part}"
+        if self.recipe not in GROUPED_RECIPES:
+            self.left_out(what, f"{self.recipe} grouped")
+            return
+        if cut and self.recipe == BLOCK_FP8 and part % SCALE_GROUP:
+            self.notes.append(f"left out: {what}: their width cuts blocks of scales")
+            return
+        for layer, n, k in (("gate_up", 2 * part, hidden), ("down", hidden, part)):
+            for kind in EXPERT_LAYOUTS:
+                problem = GroupedProblem(n, k, self.recipe, groups, kind)
+                self.problems.append(NamedProblem(f"experts.{layer}.{kind}", problem))
 
     def grouped_query_attention(self) -> None:
         """Fused q, k and v by heads, and the output."""

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from jitgemm.cache import KernelCache
     from jitgemm.families.gemm import GemmProblem
+    from jitgemm.families.grouped import GroupedProblem
     from jitgemm.families.small_problem import SmallProblem
 
 HIT, FETCHED, BUILT, FAILED, MISSING = "hit", "fetched", "built", "failed", "missing"
@@ -170,10 +171,11 @@ def print_report(report: Report) -> None:
     if missing:
         states["missing"] = MISSING
 
+    from jitgemm.families.grouped import GroupedProblem
     from jitgemm.families.small_problem import SmallProblem
 
     def row(
-        label: str, kernels: Sequence[Kernel], problem: GemmProblem | SmallProblem | None = None
+        label: str, kernels: Sequence[Kernel], problem: GemmProblem | GroupedProblem | SmallProblem | None = None
     ) -> tuple[object, ...]:
         counts = [len(kernels), *(sum(kernel.state == state for kernel in kernels) for state in states.values())]
         if problem is None:
@@ -181,6 +183,8 @@ def print_report(report: Report) -> None:
         if isinstance(problem, SmallProblem):
             return (label, None, None, str(problem), None, *counts)
         recipe = problem.recipe if problem.layout == "nt" else f"{problem.recipe} {problem.layout}"
+        if isinstance(problem, GroupedProblem):
+            recipe = f"{problem.groups} groups {problem.kind}, {recipe}"
         return (label, problem.n, problem.k, recipe, problem.d_dtype, *counts)
 
     print_table(

@@ -12,6 +12,7 @@ from jitgemm.errors import ProblemError
 
 if TYPE_CHECKING:
     from jitgemm.families.gemm import GemmProblem
+    from jitgemm.families.grouped import GroupedProblem
     from jitgemm.families.small_problem import SmallProblem
 
 
@@ -20,7 +21,7 @@ class NamedProblem:
     """A problem without its m, and the layer that asks it (empty where it has no name)."""
 
     layer: str
-    problem: GemmProblem | SmallProblem
+    problem: GemmProblem | GroupedProblem | SmallProblem
 
     @property
     def dense(self) -> GemmProblem:
@@ -32,8 +33,15 @@ class NamedProblem:
         from jitgemm.families.gemm import GemmProblem
 
         if not isinstance(self.problem, GemmProblem):
-            raise ProblemError(f"{self.problem.to_dict()['kind']} problems are not tuned; accepted is gemm")
+            raise ProblemError(f"a problem is {self.problem.to_dict()['kind']}; accepted is gemm")
         return self.problem
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether there is ``dense``."""
+        from jitgemm.families.gemm import GemmProblem
+
+        return isinstance(self.problem, GemmProblem)
 
 
 def from_shapes_file(path: Path) -> list[NamedProblem]:
@@ -105,6 +113,7 @@ def parse(entry: Mapping[str, Any]) -> NamedProblem:
         ProblemError: it is none.
     """
     from jitgemm.families.gemm import GemmProblem
+    from jitgemm.families.grouped import GroupedProblem
     from jitgemm.families.small_problem import KINDS, SmallProblem
 
     if not isinstance(entry, Mapping):
@@ -116,5 +125,12 @@ def parse(entry: Mapping[str, Any]) -> NamedProblem:
     if not isinstance(layer, str):
         raise ProblemError(f"layer is {layer!r}; accepted is a string")
     values = {name: value for name, value in entry.items() if name != "layer"}
-    problem = SmallProblem.from_dict(values) if values.get("kind") in KINDS else GemmProblem.from_dict(values)
+    kind = str(values.get("kind", "gemm"))
+    problem: GemmProblem | GroupedProblem | SmallProblem
+    if kind in KINDS:
+        problem = SmallProblem.from_dict(values)
+    elif kind.startswith("m_grouped_"):
+        problem = GroupedProblem.from_dict(values)
+    else:
+        problem = GemmProblem.from_dict(values)
     return NamedProblem(layer, problem.without_m())

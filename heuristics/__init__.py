@@ -5,8 +5,9 @@ from __future__ import annotations
 from jitgemm.device import Device
 from jitgemm.families.base import KernelSpec
 from jitgemm.families.gemm import GemmProblem
+from jitgemm.families.grouped import GroupedProblem
 from jitgemm.families.small_problem import SmallProblem
-from jitgemm.heuristics import gemm
+from jitgemm.heuristics import gemm, grouped
 from jitgemm.heuristics.gemm import (
     ANCHORS,
     Candidate,
@@ -15,16 +16,26 @@ from jitgemm.heuristics.gemm import (
     choose_config,
     chooser,
     enumerate_configs,
-    explain,
     prepare,
 )
 
 
-def enumerate_specs(problem: GemmProblem | SmallProblem, device: Device) -> tuple[KernelSpec, ...]:
+def enumerate_specs(problem: GemmProblem | GroupedProblem | SmallProblem, device: Device) -> tuple[KernelSpec, ...]:
     """Every kernel that calls of the problem can need: of any m, with scales in any layout, with or without C."""
     if isinstance(problem, SmallProblem):
         return problem.specs(device.arch.name)
+    if isinstance(problem, GroupedProblem):
+        return grouped.enumerate_specs(problem, device)
     return gemm.enumerate_specs(problem, device)
+
+
+def explain(problem: GemmProblem | GroupedProblem, device: Device) -> Explanation:
+    """Predicted cost of every config that a choice is made from, and why others are illegal.
+
+    Raises:
+        ConfigError: no legal config meets the overrides in force.
+    """
+    return grouped.explain(problem, device) if isinstance(problem, GroupedProblem) else gemm.explain(problem, device)
 
 
 __all__ = [

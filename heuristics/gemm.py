@@ -347,6 +347,14 @@ class _Traits(NamedTuple):
     reduction: float  # us
     relaunch: float  # us
     correction: float  # of the whole
+    warpgroup_rows: int  # of D that one warpgroup computes, all of them where operands are swapped
+
+
+class Groups(NamedTuple):
+    """What the cost model knows of grouped GEMMs, whose m, n and k are those of one group."""
+
+    number: int
+    alignment: int = 0  # of their first rows where tiles end at multiples of their height, else 0
 
 
 @functools.lru_cache(maxsize=4096)
@@ -408,6 +416,7 @@ def _traits(problem: GemmProblem, config: GemmConfig) -> _Traits:
         reduction=reduction if config.split_k > 1 else 0.0,
         relaunch=sm90a.RELAUNCH_US if config.split_k > 1 else 0.0,
         correction=corrections(problem).get(config, 1.0),
+        warpgroup_rows=config.tile_m if config.swap_ab else waves * MMA_M,
     )
 
 
@@ -451,16 +460,20 @@ def _predictor(problem: GemmProblem, config: GemmConfig, device: Device) -> Call
 
 
 def predict_all(
-    problem: GemmProblem, configs: Sequence[GemmConfig], device: Device, ms: Sequence[int]
+    problem: GemmProblem,
+    configs: Sequence[GemmConfig],
+    device: Device,
+    ms: Sequence[int],
+    groups: Groups | None = None,
 ) -> list[list[float]]:
     """Predicted times in us of legal configs for a problem without m: a row for each m, a column for each config."""
     kernels = _traits_of_all(_signature(problem), tuple(configs))
-    total = _terms(kernels, problem, device, _OF_ARRAYS)(numpy.array(ms)[:, None])[0]
+    total = _terms(kernels, problem, device, _OF_ARRAYS, groups)(numpy.array(ms)[:, None])[0]
     return cast("list[list[float]]", total.round(_DIGITS).tolist())  # powers differ in the last bits between CPUs
 
 
 def _terms(
-    kernel: _Traits, problem: GemmProblem, device: Device, operations: _Operations
+    kernel: _Traits, problem: GemmProblem, device: Device, operations: _Operations, groups: Groups | None = None
 ) -> Callable[[Any], tuple[Any, ...]]:
     """The cost model: from m to ``TERMS``, of one kernel, or of many where all are arrays."""
     least, most, sqrt, nearest, ceil, where = operations
@@ -488,26 +501,40 @@ def _terms(
     tensor_bound, throttled_cycles = sm90a.TENSOR_BOUND, sm90a.THROTTLED_CYCLES
     bytes_of_a_row, bytes_of_b, bytes_of_d_row = k * size, n * k * size, n * (2 if problem.d_dtype == "bf16" else 4)
     shared = sm90a.HBM_SHARED
-    hbm_rate, hbm_of_sm = device.hbm_bytes_per_s * sm90a.HBM_UTILIZATION / 1e6, sm90a.HBM_BYTES_PER_US_AND_SM
+    utilization = sm90a.HBM_UTILIZATION if groups is None else 1.0  # L2 has nothing of all groups' weights
+    hbm_rate, hbm_of_sm = device.hbm_bytes_per_s * utilization / 1e6, sm90a.HBM_BYTES_PER_US_AND_SM
     repeated = sm90a.EPILOGUE_REPEATED
 
     def terms(m: Any) -> tuple[Any, ...]:
         # How the tiles fall on the chip: rounds of them, each with so many CTAs; of these, CTAs on one SM.
         tiles_m = -(-m // rows)
+        if (
+            groups is not None and groups.alignment
+        ):  # at the first tile's end, any multiple of the alignment into the group
+            tiles_m = most(tiles_m, (m + rows - groups.alignment) / rows)
         ctas = tiles_m * tiles_n * cluster
+        if groups is not None:
+            ctas = ctas * groups.number
         rounds = -(-ctas // slots)
         active = -(-ctas // rounds)
         sharing = least((active - 1) // num_sms, blocks_per_sm - 1) + 1
         sms = least(num_sms, active)
         # Rows that all CTAs of a round load for a stage, each counted once: of tiles that lie near a square.
         at_once = active / cluster
+        if groups is not None:
+            groups_at_once = least(groups.number, ceil(at_once / (tiles_m * tiles_n)))
+            at_once = at_once / groups_at_once
         tall = least(tiles_m, most(1, nearest(sqrt(at_once * columns / rows))))
         wide = least(tiles_n, ceil(at_once / tall))
         tall = least(tiles_m, ceil(at_once / wide))
         unique = (least(m, tall * rows) + least(n, wide * columns)) * split_k / sms * 128
+        if groups is not None:
+            unique = unique * groups_at_once
         # One stage of the CTAs of one SM, cycles.
         loaded = where(tiles_m > 1, tokens, least(tokens, m))
         tensor = sharing * mma + exposed
+        if groups is not None:  # warpgroups without rows leave the tensor cores to the others
+            tensor = tensor * -(-m // kernel.warpgroup_rows) / (-(-m // rows) * (rows / kernel.warpgroup_rows))
         smem = sharing * (reads + (loaded + weights) * 128) / smem_rate + exposed_smem
         asked = sharing * (loaded / token_sharing + weights_asked) * 128
         ingress = asked * most(1 / of_one, sms / num_sms / of_all) + unique / unique_rate
@@ -520,6 +547,8 @@ def _terms(
         loop = iterations / cycles_per_us
         operands = m * bytes_of_a_row + bytes_of_b * (1 + shared * (1 - 1 / tiles_m))
         hbm = operands / least(hbm_rate, sms * hbm_of_sm) + m * bytes_of_d_row / hbm_rate
+        if groups is not None:
+            hbm = hbm * groups.number
         epilogue = (1 + (rounds - 1) * repeated) * kernel.epilogue / cycles_per_us
         reduction = rounds * kernel.reduction + (rounds - 1) * kernel.relaunch
         main = ((loop * stage) ** main_norm + hbm**main_norm) ** (1 / main_norm)
@@ -681,8 +710,13 @@ def _legal(problem: GemmProblem, device: Device, rules: _Rules) -> tuple[GemmCon
     legal = tuple(config for config, reason in assessed if reason is None)
     if legal:
         return legal
-    reasons = collections.Counter(reason for _, reason in assessed if reason is not None)
+    raise no_legal_config(overrides, [reason for _, reason in assessed if reason is not None])
+
+
+def no_legal_config(overrides: Overrides, found: Sequence[str]) -> ConfigError:
+    """The error for overrides whose candidates are all illegal, for these reasons."""
+    reasons = collections.Counter(found)
     written = [f"{settings.PREFIX}{name.upper()}={settings.as_written(value)}" for name, value in overrides]
     named = ", ".join(written) or "no overrides"
     why = "; ".join(reason for reason, _ in reasons.most_common()) or "they contradict each other"
-    raise ConfigError(f"no legal config with {named}: {why}")
+    return ConfigError(f"no legal config with {named}: {why}")

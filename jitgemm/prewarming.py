@@ -24,9 +24,10 @@ from jitgemm.resources import compile_jobs
 
 if TYPE_CHECKING:
     from jitgemm.families.gemm import GemmProblem
+    from jitgemm.families.grouped import GroupedProblem
     from jitgemm.families.small_problem import SmallProblem
 
-    AnyProblem = GemmProblem | SmallProblem
+    AnyProblem = GemmProblem | GroupedProblem | SmallProblem
 
 
 @dataclass(frozen=True)
@@ -88,14 +89,18 @@ def prewarm(
     return Prewarmed(len(specs), compiled, time.perf_counter() - start)
 
 
-def _problems(given: str | os.PathLike[str] | Iterable[AnyProblem | Mapping[str, Any]]) -> list[AnyProblem]:
+def _problems(
+    given: str | os.PathLike[str] | Iterable[AnyProblem | Mapping[str, Any]],
+) -> list[AnyProblem]:
     from jitgemm.cache_tools.problems import from_shapes_file, parse
     from jitgemm.families.gemm import GemmProblem
+    from jitgemm.families.grouped import GroupedProblem
     from jitgemm.families.small_problem import SmallProblem
 
     if isinstance(given, (str, os.PathLike)):
         return [named.problem for named in from_shapes_file(Path(given))]
-    return [one.without_m() if isinstance(one, (GemmProblem, SmallProblem)) else parse(one).problem for one in given]
+    kinds = (GemmProblem, GroupedProblem, SmallProblem)
+    return [one.without_m() if isinstance(one, kinds) else parse(one).problem for one in given]
 
 
 def _devices(names: Sequence[str] | None) -> list[Device]:

@@ -231,6 +231,13 @@ VARIABLES: tuple[Variable, ...] = (
         default=False,
         default_text="0",
     ),
+    _variable(
+        "mk_alignment",
+        _integer(1, 1 << 16),
+        "Rows, or elements of K, to whose multiples the groups of a contiguous grouped GEMM are padded.",
+        default=128,
+        default_text="128",
+    ),
     _variable("tile_m", _integer(1, 1024), "Rows of D in one tile."),
     _variable("tile_n", _integer(1, 1024), "Columns of D in one tile."),
     _variable("tile_k", _integer(1, 1024), "Elements of K in one pipeline stage."),
@@ -271,6 +278,13 @@ VARIABLES: tuple[Variable, ...] = (
         default_text="none",
     ),
     _variable(
+        "debug",
+        (_boolean, "0 or 1"),
+        "Check the layouts of grouped GEMMs, which only the device knows, ahead of each launch; waits for the device.",
+        default=False,
+        default_text="0",
+    ),
+    _variable(
         "nvtx",
         (_boolean, "0 or 1"),
         "Whether launches and loads of kernels are NVTX ranges, for profilers.",
@@ -302,6 +316,7 @@ class Settings:
     remote_timeout: float = 2.0
     num_sms: int = 0
     pdl: bool = False
+    mk_alignment: int = 128
     tile_m: int | None = None
     tile_n: int | None = None
     tile_k: int | None = None
@@ -314,6 +329,7 @@ class Settings:
     autotune: bool = False
     batch_invariant: bool = False
     record: Path | None = None
+    debug: bool = False
     nvtx: bool = False
     generation: int = dataclasses.field(default=0, compare=False)
 
@@ -409,6 +425,20 @@ def get_pdl() -> bool:
     return current().pdl
 
 
+def set_mk_alignment_for_contiguous_layout(new_value: int) -> None:
+    """Declare that groups start at multiples of ``new_value``: rows along m, elements along K; 128 by default.
+
+    Raises:
+        SettingsError: ``new_value`` is not an integer from 1 to 65536.
+    """
+    assign("set_mk_alignment_for_contiguous_layout", "mk_alignment", new_value)
+
+
+def get_mk_alignment_for_contiguous_layout() -> int:
+    """At which multiples of rows, or of elements of K, groups start."""
+    return current().mk_alignment
+
+
 @contextlib.contextmanager
 def override(**values: Any) -> Iterator[Settings]:
     """Change settings for one block of code: ``with override(tile_m=128, jit="forbid"): ...``.
@@ -476,6 +506,11 @@ def in_force() -> list[tuple[str, Any, str]]:
         return "environment" if os.environ.get(v.name) else "default"
 
     return [(v.name, getattr(here, v.field), source(v)) for v in VARIABLES]
+
+
+def other_profiler() -> bool:
+    """Whether ``DG_USE_NVIDIA_TOOLS`` says that another tool watches the GPU; profilers can't share it."""
+    return os.environ.get("DG_USE_NVIDIA_TOOLS", "0") not in ("", "0")
 
 
 def cuda_home() -> Path | None:

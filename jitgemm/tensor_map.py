@@ -13,10 +13,11 @@ _TYPES = {"uint8": (0, 1), "bf16": (9, 2), "fp32": (7, 4)}  # CUtensorMapDataTyp
 _SWIZZLES = {16: 0, 32: 1, 64: 2, 128: 3}  # CUtensorMapSwizzle by the bytes of a box row
 _L2_PROMOTION_128B = 2  # as fast as 256 or faster: the boxes are 128 bytes wide
 _Geometry = ctypes.c_uint64 * 5  # two dimensions, stride in bytes, and pairs of 32 bits: box, steps through the box
+_GroupedGeometry = ctypes.c_uint64 * 9  # three dimensions, two strides, and box and steps in 32 bits each
 
 
 class OperandMap:
-    """A 2-D operand as TMA sees it, for any base address.
+    """A 2-D operand as TMA sees it, for any base address; 3-D where it has groups, of which a box takes one.
 
     Args:
         dtype: ``uint8`` (FP8 too), ``bf16`` or ``fp32``.
@@ -26,17 +27,36 @@ class OperandMap:
         box_width: elements of a row that one copy takes.
         box_height: rows that one copy takes.
         swizzle: bytes of the swizzle's span (16 means none); a box row must not be wider.
+        groups: number of such operands; 0 for one that has no third dimension.
+        group_stride: elements between them; a multiple of 16 bytes.
     """
 
-    __slots__ = ("_arguments", "_geometry", "_type")
+    __slots__ = ("_arguments", "_geometry", "_rank", "_type")
+    _geometry: ctypes.Array[ctypes.c_uint64]
 
     def __init__(
-        self, dtype: str, width: int, height: int, stride: int, box_width: int, box_height: int, swizzle: int
+        self,
+        dtype: str,
+        width: int,
+        height: int,
+        stride: int,
+        box_width: int,
+        box_height: int,
+        swizzle: int,
+        groups: int = 0,
+        group_stride: int = 0,
     ) -> None:
         code, size = _TYPES[dtype]
-        geometry = self._geometry = _Geometry(width, height, stride * size, box_width | box_height << 32, 1 | 1 << 32)
-        at = ctypes.addressof(geometry)
-        self._arguments = at, at + 16, at + 24, at + 32, 0, _SWIZZLES[swizzle], _L2_PROMOTION_128B, 0
+        box, once = box_width | box_height << 32, 1 | 1 << 32
+        if groups:
+            strides = stride * size, group_stride * size
+            self._geometry = _GroupedGeometry(width, height, groups, *strides, box, 1, once, 1)
+            self._rank, offsets = 3, (0, 24, 40, 56)
+        else:
+            self._geometry = _Geometry(width, height, stride * size, box, once)
+            self._rank, offsets = 2, (0, 16, 24, 32)
+        at = ctypes.addressof(self._geometry)
+        self._arguments = *(at + offset for offset in offsets), 0, _SWIZZLES[swizzle], _L2_PROMOTION_128B, 0
         self._type = code
 
     def write(self, target: int, address: int) -> None:
@@ -45,8 +65,13 @@ class OperandMap:
         Raises:
             DriverError: the driver refuses the geometry or the address.
         """
-        status = encode_tensor_map_function()(target, self._type, 2, address, *self._arguments)
+        status = encode_tensor_map_function()(target, self._type, self._rank, address, *self._arguments)
         if status:
-            width, height, stride, box, _ = self._geometry
-            what = f"{width}x{height}, {stride} bytes between rows, box {box & 0xFFFFFFFF}x{box >> 32}"
+            numbers = list(self._geometry)
+            sizes, strides, box = (
+                numbers[: self._rank],
+                numbers[self._rank : 2 * self._rank - 1],
+                numbers[2 * self._rank - 1],
+            )
+            what = f"{'x'.join(map(str, sizes))}, strides {strides} bytes, box {box & 0xFFFFFFFF}x{box >> 32}"
             raise error_of(status, f"tensor map of {what} at {address:#x}")

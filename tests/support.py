@@ -32,7 +32,7 @@ def make_cubin(key: str = KEY, version: str = "13.5", image: bytes = b"\x7fELF m
     metadata = CubinMetadata(
         key=key,
         spec=SPEC.to_dict(),
-        kernel_name="jitgemm_transpose_scales",
+        kernel_name="transpose_scales",
         arch="sm_90a",
         nvrtc_version=version,
         build=BUILDS.get(key) or build_digest(SPEC.arch),

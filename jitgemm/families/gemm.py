@@ -257,6 +257,8 @@ class KernelShape:
 
     problem: GemmProblem
     config: GemmConfig
+    scale_slack: int = 0
+    """Rows of scales beside the tile's that a stage holds: where tiles start at any row, TMA loads start before it."""
 
     @functools.cached_property
     def mma_m(self) -> int:
@@ -328,7 +330,7 @@ class KernelShape:
             for rows, scales in ((self.mma_m, self.m_side_scales), (self.mma_n, self.n_side_scales))
             if scales == "row_k"
         ]
-        return sum(-(-row_count * 4 // 128) * 128 for row_count in rows)
+        return sum(-(-(row_count + self.scale_slack) * 4 // 128) * 128 for row_count in rows)
 
     @functools.cached_property
     def stage_bytes(self) -> int:
@@ -480,6 +482,15 @@ class Gemm:
     def render_context(self, spec: KernelSpec) -> dict[str, object]:
         """Values that the template names."""
         shape = self.shape(spec)
+        return {
+            **self.context_of(shape),
+            "kernel_name": self.kernel_name(spec),
+            "description": self.describe(spec),
+            "grouping": "",
+        }
+
+    def context_of(self, shape: KernelShape) -> dict[str, object]:
+        """What the template names of a shape alone; grouped kernels share it."""
         derived = (
             "mma_m",
             "mma_n",
@@ -502,13 +513,12 @@ class Gemm:
             "blocks_per_sm",
             "chain",
             "unroll",
+            "scale_slack",
         )
         config = shape.config
         return {
             **config.to_dict(),
             **{name: getattr(shape, name) for name in derived},
-            "kernel_name": self.kernel_name(spec),
-            "description": self.describe(spec),
             "few_boundaries_step": FEW_BOUNDARIES_STEP,
             "fp8": shape.problem.traits.is_fp8,
             "promotes": shape.problem.promotes,

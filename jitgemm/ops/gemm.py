@@ -22,7 +22,7 @@ from jitgemm.heuristics import chooser, prepare
 from jitgemm.kernel import load
 from jitgemm.nvtx import in_range
 from jitgemm.ops.dispatch import are_plain, dispatch_modes, function_modes, needs_dispatch
-from jitgemm.ops.layout import copy_to_mn_major
+from jitgemm.ops.layout import copy_to_mn_major, fp4_note
 from jitgemm.plan import BOUND_LAUNCHES, Sizes, Table, current_device, device_facts, matcher, raw_stream
 from jitgemm.record import record
 from jitgemm.reference import gemm as reference
@@ -108,6 +108,75 @@ def fp8_gemm_nt(
     b_data, b_scales = b
     if not _launch_again(a_data, a_scales, b_data, b_scales, d, c, operation):
         _launch(a_data, a_scales, b_data, b_scales, d, c, operation)
+
+
+def fp8_gemm_nn(
+    a: Scaled,
+    b: Scaled,
+    d: Tensor,
+    c: Tensor | None = None,
+    recipe: str | tuple[int, int, int] | None = None,
+    recipe_a: tuple[int, int] | None = None,
+    recipe_b: tuple[int, int] | None = None,
+    compiled_dims: str = "",
+    disable_ue8m0_cast: bool = False,
+) -> None:
+    """``d = a @ b (+ c)``: b ``[k, n]`` with scales ``[ceil(k/128), ceil(n/128)]``; else as ``fp8_gemm_nt``.
+
+    The tensor cores read FP8 along K: an operand whose contiguous dimension is another is copied by each call.
+    """
+    fp8_gemm_nt(a, _transposed("b", b), d, c, recipe, recipe_a, recipe_b, compiled_dims, disable_ue8m0_cast)
+
+
+def fp8_gemm_tn(
+    a: Scaled,
+    b: Scaled,
+    d: Tensor,
+    c: Tensor | None = None,
+    recipe: str | tuple[int, int, int] | None = None,
+    recipe_a: tuple[int, int] | None = None,
+    recipe_b: tuple[int, int] | None = None,
+    compiled_dims: str = "",
+    disable_ue8m0_cast: bool = False,
+) -> None:
+    """``d = a.T @ b (+ c)``: a ``[k, m]`` with scales ``[ceil(k/128), m]``, b as in ``fp8_gemm_nn``."""
+    a, b = _transposed("a", a), _transposed("b", b)
+    fp8_gemm_nt(a, b, d, c, recipe, recipe_a, recipe_b, compiled_dims, disable_ue8m0_cast)
+
+
+def fp8_gemm_tt(
+    a: Scaled,
+    b: Scaled,
+    d: Tensor,
+    c: Tensor | None = None,
+    recipe: str | tuple[int, int, int] | None = None,
+    recipe_a: tuple[int, int] | None = None,
+    recipe_b: tuple[int, int] | None = None,
+    compiled_dims: str = "",
+    disable_ue8m0_cast: bool = False,
+) -> None:
+    """``d = a.T @ b.T (+ c)``: a as in ``fp8_gemm_tn``, b as in ``fp8_gemm_nt``."""
+    fp8_gemm_nt(_transposed("a", a), b, d, c, recipe, recipe_a, recipe_b, compiled_dims, disable_ue8m0_cast)
+
+
+# The peer's names for operands of either type; here FP8 ones only.
+fp8_fp4_gemm_nt, fp8_fp4_gemm_nn, fp8_fp4_gemm_tn, fp8_fp4_gemm_tt = fp8_gemm_nt, fp8_gemm_nn, fp8_gemm_tn, fp8_gemm_tt
+
+
+def _transposed(name: str, operand: Any) -> Scaled:
+    """An operand that is stored with K first, as ``fp8_gemm_nt`` takes it."""
+    data, scales = _pair(name, operand)
+    for part, tensor in ((name, data), (f"{name}_scales", scales)):
+        if not isinstance(tensor, Tensor):
+            raise ProblemError(f"{part} is {type(tensor).__name__}; accepted is a torch.Tensor")
+        if tensor.dim() > 2 or (tensor is data and tensor.dim() < 2):
+            raise ProblemError(f"{part} has {tensor.dim()} dimensions; accepted is 2")
+    data = data.t()
+    if data.stride(1) != 1 and data.dtype == torch.float8_e4m3fn:
+        rows, k = data.shape
+        copy = torch.empty((rows, get_tma_aligned_size(k, 1)), dtype=torch.uint8, device=data.device)[:, :k]
+        data = copy.copy_(data.view(torch.uint8)).view(data.dtype)
+    return data, scales.t()
 
 
 def bf16_gemm_nt(a: Tensor, b: Tensor, d: Tensor, c: Tensor | None = None, compiled_dims: str = "") -> None:
@@ -451,7 +520,7 @@ class _ReferencePlan:
 
     def __init__(self, extents: _Extents, recipe: str, layout: str, d_dtype: str) -> None:
         self._extents = extents
-        self._arguments = {"recipe": recipe, "layout": layout, "d_dtype": d_dtype}
+        self._arguments: dict[str, Any] = {"recipe": recipe, "layout": layout, "d_dtype": d_dtype}
 
     def __call__(
         self, a: Tensor, a_scales: Tensor | None, b: Tensor, b_scales: Tensor | None, d: Tensor, c: Tensor | None
@@ -528,7 +597,9 @@ class _Operands:
         operand_dtype = torch.float8_e4m3fn if traits.is_fp8 else torch.bfloat16
         for name, tensor in (("a", a), ("b", b)):
             if tensor.dtype != operand_dtype:
-                raise ProblemError(f"{name} has dtype {tensor.dtype}; recipe {recipe} accepts {operand_dtype}")
+                raise ProblemError(
+                    f"{name} has dtype {tensor.dtype}; recipe {recipe} accepts {operand_dtype}{fp4_note(tensor)}"
+                )
         if d.dtype not in _D_DTYPES:
             raise ProblemError(f"d has dtype {d.dtype}; accepted are torch.bfloat16 and torch.float32")
         for name, tensor in (("a", a), ("b", b), ("d", d)) if c is None else (("a", a), ("b", b), ("d", d), ("c", c)):

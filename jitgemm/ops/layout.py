@@ -5,12 +5,19 @@ Scales handed to ``fp8_gemm_*`` in this layout spare it the transform.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import overload
+
 import torch
 from torch import Tensor
 
 from jitgemm.errors import ProblemError
 from jitgemm.ops.dispatch import needs_dispatch
 from jitgemm.reference import layout as reference
+from jitgemm.reference.quantize import align, ceil_div
+from jitgemm.settings import get_mk_alignment_for_contiguous_layout
+
+_ALIGNMENTS = (8, 16, 32, 64, 128)
 
 
 def get_tma_aligned_size(mn: int, element_size: int) -> int:
@@ -73,6 +80,175 @@ def get_mn_major_tma_aligned_packed_ue8m0_tensor(sf: Tensor) -> Tensor:
     return reference.get_mn_major_tma_aligned_packed_ue8m0_tensor(sf)
 
 
+def get_k_grouped_mn_major_tma_aligned_packed_ue8m0_tensor(
+    sf: Tensor,
+    grouped_layout: Tensor,
+    ks_cpu: Sequence[int] | None,
+    gran_k: int,
+    k_alignment: int | None = None,
+    use_psum_layout: bool = False,
+) -> Tensor:
+    """The exponents of scales of groups along K, packed group by group.
+
+    Args:
+        sf: fp32 [sum of ceil(k / gran_k), mn], the groups one after the other; powers of two, of which only the
+            exponents are read.
+        grouped_layout: int32 [groups], each group's k; in the psum layout where each ends, which the next one follows
+            at the next multiple of ``k_alignment``. Read on the host in the psum layout alone.
+        ks_cpu: each group's k; not used in the psum layout.
+        gran_k: elements of K that share a scale.
+        k_alignment: by default what ``set_mk_alignment_for_contiguous_layout`` declared.
+        use_psum_layout: what ``grouped_layout`` is.
+
+    Returns:
+        int32 [sum of ceil(ceil(k / gran_k) / 4), mn]: the first k_block of a group in the low byte, unused bytes zero;
+        stride 1 along mn, rows padded to 16 bytes.
+
+    Raises:
+        ProblemError: an argument is not of that kind.
+    """
+    if not isinstance(sf, Tensor) or sf.dtype != torch.float32 or sf.dim() != 2:
+        given = f"{sf.dtype} {tuple(sf.shape)}" if isinstance(sf, Tensor) else type(sf).__name__
+        raise ProblemError(f"sf is {given}; accepted is torch.float32 [sum of k_blocks, mn]")
+    if not isinstance(gran_k, int) or gran_k <= 0:
+        raise ProblemError(f"gran_k is {gran_k!r}; accepted is a positive integer")
+    ks = list(ks_cpu or ())
+    if use_psum_layout:
+        alignment = get_mk_alignment_for_contiguous_layout() if k_alignment is None else k_alignment
+        ends = grouped_layout.tolist()
+        ks = [max(end - align(start, alignment), 0) for start, end in zip([0, *ends], ends, strict=False)]
+    elif grouped_layout.numel() != len(ks):
+        raise ProblemError(f"ks_cpu is {ks_cpu!r}; accepted are {grouped_layout.numel()} numbers, as in grouped_layout")
+    blocks = [ceil_div(k, gran_k) for k in ks]
+    if any(k < 0 for k in ks) or sum(blocks) != sf.shape[0]:
+        raise ProblemError(f"sf has {sf.shape[0]} rows; groups of {ks} in steps of {gran_k} have {sum(blocks)}")
+    return reference.get_k_grouped_mn_major_tma_aligned_packed_ue8m0_tensor(sf, blocks)
+
+
+def transform_sf_into_required_layout(
+    sf: Tensor,
+    mn: int,
+    k: int,
+    recipe: tuple[int, int, int] | tuple[int, int],
+    num_groups: int | None = None,
+    is_sfa: bool | None = None,
+    disable_ue8m0_cast: bool = False,
+    psum_layout: Tensor | None = None,
+) -> Tensor:
+    """Scales as the FP8 GEMM kernels load them; ``sf`` itself where it is so already.
+
+    Args:
+        sf: fp32 [ceil(mn / rows of a group), ceil(k / 128)], with ``num_groups`` before that where it is given.
+        mn: rows of the operand.
+        k: its columns.
+        recipe: what one scale covers: (1, 128) or (128, 128); or (of A, of B, 128) with ``is_sfa``.
+        num_groups: experts.
+        is_sfa: with a recipe of three, whether these are A's scales.
+        disable_ue8m0_cast: accepted for the peer's callers; fp32 scales are never cast here.
+        psum_layout: accepted for the peer's callers, who spare rows between groups by it; all are written here.
+
+    Returns:
+        For 1 x 128, what ``get_mn_major_tma_aligned_tensor`` returns; for 128 x 128, ``sf``.
+
+    Raises:
+        ProblemError: an argument is not of that kind.
+    """
+    check_scales(sf)
+    if (len(recipe) == 3) != (is_sfa is not None):
+        raise ProblemError(f"recipe is {recipe!r} and is_sfa {is_sfa!r}; accepted are three numbers with it, or two")
+    gran_mn, gran_k = (recipe[0] if is_sfa in (None, True) else recipe[1]), recipe[-1]
+    if (gran_mn, gran_k) not in ((1, 128), (128, 128)):
+        raise ProblemError(f"recipe is {recipe!r}; accepted is 1 or 128 by 128")
+    groups = () if num_groups is None else (num_groups,)
+    shape = (*groups, ceil_div(mn, gran_mn), ceil_div(k, gran_k))
+    if tuple(sf.shape) != shape:
+        raise ProblemError(f"sf has shape {tuple(sf.shape)}; accepted is {shape} for {mn} x {k} and {recipe!r}")
+    return get_mn_major_tma_aligned_tensor(sf) if gran_mn == 1 else sf
+
+
+def get_theoretical_mk_alignment_for_contiguous_layout(expected_m: int | None = None) -> int:
+    """The alignment of groups that wastes the fewest rows for groups of about ``expected_m``: 8 to 128, a power of two.
+
+    Groups of any alignment are served; without ``expected_m`` it is 128.
+
+    Raises:
+        ProblemError: ``expected_m`` is not a positive integer.
+    """
+    if expected_m is None:
+        return _ALIGNMENTS[-1]
+    if not isinstance(expected_m, int) or expected_m < 1:
+        raise ProblemError(f"expected_m is {expected_m!r}; accepted is a positive integer")
+    return next((alignment for alignment in _ALIGNMENTS if alignment >= expected_m), _ALIGNMENTS[-1])
+
+
+@overload
+def interleave_gate_up(weights: Tensor, scales: None = None) -> Tensor: ...
+@overload
+def interleave_gate_up(weights: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]: ...
+def interleave_gate_up(weights: Tensor, scales: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+    """Weights of gate and up, one above the other, as SwiGLU in a GEMM's epilogue wants them: 8 rows of each in turn.
+
+    Args:
+        weights: [2h, k] or [groups, 2h, k], of any type; h a multiple of 8.
+        scales: of single rows, [.., 2h, k_blocks]; or of 128 x 128, [.., 2 * ceil(h / 128), k_blocks], where gate and
+            up each have blocks of their own.
+
+    Returns:
+        A copy of the weights, with scales if given: of single rows in the same order; of blocks, gate's and up's in
+        turn, if h is a multiple of 128; else one for each row, for recipe (1, 1, 128).
+
+    Raises:
+        ProblemError: an argument is not of that kind.
+    """
+    rows = _gate_up_rows(weights)
+    interleaved = reference.interleave_gate_up(weights, -2)
+    if scales is None:
+        return interleaved
+    half, blocks = rows // 2, ceil_div(rows // 2, reference.SCALE_BLOCK)
+    _check_gate_up_scales(weights, scales, (rows, 2 * blocks))
+    if scales.shape[-2] == rows:
+        return interleaved, reference.interleave_gate_up(scales, -2)
+    if half % reference.SCALE_BLOCK == 0:
+        return interleaved, reference.interleave_gate_up(scales, -2, run=1)
+    of_rows = [
+        part.repeat_interleave(reference.SCALE_BLOCK, -2).narrow(-2, 0, half)
+        for part in (scales.narrow(-2, 0, blocks), scales.narrow(-2, blocks, blocks))
+    ]
+    return interleaved, reference.interleave_gate_up(torch.cat(of_rows, -2), -2)
+
+
+@overload
+def deinterleave_gate_up(weights: Tensor, scales: None = None) -> Tensor: ...
+@overload
+def deinterleave_gate_up(weights: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]: ...
+def deinterleave_gate_up(weights: Tensor, scales: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+    """Reverse ``interleave_gate_up``; scales that it gave to each row stay those of rows.
+
+    Raises:
+        ProblemError: an argument is not of that kind.
+    """
+    rows = _gate_up_rows(weights)
+    stacked = reference.deinterleave_gate_up(weights, -2)
+    if scales is None:
+        return stacked
+    _check_gate_up_scales(weights, scales, (rows, 2 * ceil_div(rows // 2, reference.SCALE_BLOCK)))
+    run = reference.GATE_UP_RUN if scales.shape[-2] == rows else 1
+    return stacked, reference.deinterleave_gate_up(scales, -2, run)
+
+
+def _gate_up_rows(weights: Tensor) -> int:
+    if weights.dim() not in (2, 3):
+        raise ProblemError(f"weights have shape {tuple(weights.shape)}; accepted is [2h, k] or [groups, 2h, k]")
+    return weights.shape[-2]
+
+
+def _check_gate_up_scales(weights: Tensor, scales: Tensor, rows: tuple[int, int]) -> None:
+    k_blocks = ceil_div(weights.shape[-1], reference.SCALE_BLOCK)
+    accepted = [(*weights.shape[:-2], count, k_blocks) for count in rows]
+    if tuple(scales.shape) not in accepted:
+        raise ProblemError(f"scales have shape {tuple(scales.shape)}; accepted is {accepted[0]} or {accepted[1]}")
+
+
 def check_scales(sf: object) -> None:
     """Check the argument of the layout functions.
 
@@ -104,3 +280,9 @@ def _transpose_on_device(sf: Tensor) -> Tensor:
         with torch.cuda.device(sf.device):
             launch(sf.shape, sf.stride(), sf.data_ptr(), output.data_ptr(), sf.device.index)
     return output
+
+
+def fp4_note(operand: Tensor) -> str:
+    """What an error adds for an operand that looks like packed FP4, which the peer takes on other chips."""
+    packed = (torch.int8, torch.uint8, getattr(torch, "float4_e2m1fn_x2", None))
+    return " (there are no kernels for packed FP4)" if operand.dtype in packed else ""

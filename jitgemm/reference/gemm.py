@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from jitgemm.errors import ProblemError
-from jitgemm.reference.quantize import Group, ceil_div, dequantize
+from jitgemm.reference.quantize import Group, ceil_div, dequantize, scale_shape
 
 D_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -27,7 +27,7 @@ LAYOUTS = ("nt", "nn", "tn", "tt")
 # The float64 copies are made for so many rows at a time, which bounds their memory whatever the problem.
 _CHUNK_ELEMENTS = 1 << 24
 _CHUNK_ROWS = 4096
-_ROW_MULTIPLE = 128  # chunks begin where scale groups do
+_ROW_MULTIPLE = 128
 
 
 def gemm(
@@ -40,6 +40,8 @@ def gemm(
     recipe: str,
     layout: str = "nt",
     d_dtype: str = "bf16",
+    a_offset: int = 0,
+    b_offset: tuple[int, int] = (0, 0),
 ) -> Tensor:
     """``D = A @ B^T (+ C)`` [m, n]: the product of the exactly dequantized operands in float64, rounded once.
 
@@ -52,6 +54,9 @@ def gemm(
         recipe: a key of ``SCALE_GROUPS``.
         layout: ``nt``, ``nn``, ``tn`` or ``tt``.
         d_dtype: ``bf16`` or ``fp32``.
+        a_offset: elements of k between the start of A's first scale group and A, where A was cut from a larger
+            matrix inside a group; its scales then begin with that group's.
+        b_offset: the same for B, along n and k.
 
     Raises:
         ProblemError: an unknown recipe, layout or output type, or shapes that don't fit each other.
@@ -68,17 +73,38 @@ def gemm(
         raise ProblemError(f"b has k = {b.shape[1]} in layout {layout}; a has k = {a.shape[1]}")
     if c is not None and c.shape != (m, n):
         raise ProblemError(f"c has shape {tuple(c.shape)}; accepted is {(m, n)}")
-    a_group, b_group = SCALE_GROUPS[recipe] or (None, None)
-
     d = torch.empty((m, n), dtype=D_DTYPES[d_dtype], device=a.device)
-    for columns in _chunks(b):
-        b_part = _operand("b", b, b_scales, b_group, columns)
-        for rows in _chunks(a):
-            product = _operand("a", a, a_scales, a_group, rows) @ b_part.mT
-            if c is not None:
-                product += c[rows, columns]
-            d[rows, columns] = round_to_bf16(product) if d_dtype == "bf16" else product
+    for rows, columns, block in products(
+        a, b, a_scales=a_scales, b_scales=b_scales, recipe=recipe, a_offset=a_offset, b_offset=b_offset
+    ):
+        if c is not None:
+            block += c[rows, columns]
+        d[rows, columns] = round_to_bf16(block) if d_dtype == "bf16" else block
     return d
+
+
+def products(
+    a: Tensor,
+    b: Tensor,
+    *,
+    a_scales: Tensor | None = None,
+    b_scales: Tensor | None = None,
+    recipe: str,
+    a_offset: int = 0,
+    b_offset: tuple[int, int] = (0, 0),
+) -> Iterator[tuple[slice, slice, Tensor]]:
+    """The blocks of ``A @ B^T`` in float64, each with its rows and columns.
+
+    Args are those of ``gemm``, with A [m, k] and B [n, k].
+
+    Raises:
+        ProblemError: scales that don't fit the operands.
+    """
+    a_group, b_group = SCALE_GROUPS[recipe] or (None, None)
+    for columns in _chunks(b):
+        b_part = _operand("b", b, b_scales, b_group, columns, b_offset)
+        for rows in _chunks(a):
+            yield rows, columns, _operand("a", a, a_scales, a_group, rows, (0, a_offset)) @ b_part.mT
 
 
 def round_to_bf16(x: Tensor) -> Tensor:
@@ -174,7 +200,9 @@ def check_close(
     )
 
 
-def _operand(name: str, x: Tensor, scales: Tensor | None, group: Group | None, rows: slice) -> Tensor:
+def _operand(
+    name: str, x: Tensor, scales: Tensor | None, group: Group | None, rows: slice, offset: tuple[int, int]
+) -> Tensor:
     """Rows of an operand, dequantized to float64."""
     if group is None:
         if scales is not None:
@@ -189,11 +217,13 @@ def _operand(name: str, x: Tensor, scales: Tensor | None, group: Group | None, r
     else:
         if group[1] is None and scales.dim() == 1:
             scales = scales[:, None]
-        groups = (ceil_div(x.shape[0], group[0]), 1 if group[1] is None else ceil_div(x.shape[1], group[1]))
-        if tuple(scales.shape) != groups:
-            raise ProblemError(f"{name}_scales have shape {tuple(scales.shape)}; accepted is {groups}")
-        scales = scales[rows.start // group[0] : ceil_div(rows.stop, group[0])]
-    return dequantize(x[rows], scales, group, torch.float64)
+        expected = scale_shape(x.shape, group, offset)
+        if tuple(scales.shape) != expected:
+            raise ProblemError(f"{name}_scales have shape {tuple(scales.shape)}; accepted is {expected}")
+        start, stop = offset[0] + rows.start, offset[0] + rows.stop
+        scales = scales[start // group[0] : ceil_div(stop, group[0])]
+        offset = start % group[0], offset[1]
+    return dequantize(x[rows], scales, group, torch.float64, offset)
 
 
 def _chunks(x: Tensor) -> Iterator[slice]:

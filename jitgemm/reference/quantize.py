@@ -13,6 +13,9 @@ Every function is written so that its last, partial group counts as if padded wi
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -50,13 +53,15 @@ def pack_ue8m0(sf: Tensor, padding: int) -> Tensor:
     Bytes past the end of the last dimension hold ``padding``. Signs and mantissas are dropped.
     """
     exponents = (sf.contiguous().view(torch.int32) >> 23).to(torch.uint8)
-    missing = -sf.shape[-1] % 4
-    return torch.nn.functional.pad(exponents, (0, missing), value=padding).view(torch.int32)
+    exponents = torch.nn.functional.pad(exponents, (0, -sf.shape[-1] % 4), value=padding)
+    # Flat, because a dimension of size 1 may have any stride.
+    return exponents.flatten().view(torch.int32).view(*sf.shape[:-1], exponents.shape[-1] // 4)
 
 
 def unpack_ue8m0(packed: Tensor) -> Tensor:
     """Reverse ``pack_ue8m0``, padding included: four fp32 powers of two per int32."""
-    return (packed.contiguous().view(torch.uint8).to(torch.int32) << 23).view(torch.float32)
+    exponents = packed.flatten().view(torch.uint8).to(torch.int32)
+    return (exponents << 23).view(torch.float32).view(*packed.shape[:-1], 4 * packed.shape[-1])
 
 
 def per_token_cast_to_fp8(
@@ -90,22 +95,96 @@ def per_block_cast_to_fp8(x: Tensor, use_ue8m0: bool = False, gran_k: int = 128)
     return values.view(align(n, gran_k), align(k, gran_k))[:n, :k].contiguous(), sf.squeeze((1, 3))
 
 
-def dequantize(x: Tensor, scales: Tensor, group: Group, dtype: torch.dtype = torch.float32) -> Tensor:
+def per_custom_dims_cast_to_fp8(x: Tensor, dims: tuple[int, ...], use_ue8m0: bool) -> tuple[Tensor, Tensor]:
+    """E4M3 ``x`` and one scale for each position along ``dims``: all that differ in other dimensions alone share it."""
+    kept = {dim % x.dim() for dim in dims}
+    within = tuple(dim for dim in range(x.dim()) if dim not in kept)
+    values, sf = _cast_groups(x[..., None], (*within, x.dim()), use_ue8m0)  # to reduce no dimension means to reduce all
+    return values.squeeze(-1), sf.squeeze()
+
+
+def per_token_cast_to_fp4(
+    x: Tensor, use_ue8m0: bool, gran_k: int = 128, use_packed_ue8m0: bool = False
+) -> tuple[Tensor, Tensor]:
+    """E2M1 ``x`` [m, k], two to a byte, int8 [m, k / 2], and scales as ``per_token_cast_to_fp8`` returns them.
+
+    An even column's code is in the low half of its byte. Codes are rounded to nearest even; zeros have no sign.
+    """
+    m, k = x.shape
+    groups = _padded(x, 1, gran_k).view(m, ceil_div(k, gran_k), gran_k)
+    sf = groups.abs().float().amax(dim=2, keepdim=True).clamp(min=SMALLEST_AMAX) / E2M1_MAX
+    if use_ue8m0:
+        sf = ceil_to_ue8m0(sf)
+    codes = _e2m1_codes(groups * (1.0 / sf)).view(m, align(k, gran_k))[:, :k]
+    sf = sf.squeeze(2)
+    return _pack_nibbles(codes), pack_ue8m0(sf, padding=127) if use_packed_ue8m0 else sf
+
+
+def cast_back_from_fp4(packed: Tensor, sf: Tensor, gran_k: int = 128, use_packed_ue8m0: bool = False) -> Tensor:
+    """Undo ``per_token_cast_to_fp4``: fp32 [m, k]."""
+    codes = _unpack_nibbles(packed)
+    values = torch.tensor(_E2M1_VALUES + tuple(-value for value in _E2M1_VALUES), device=packed.device)[codes.int()]
+    return cast_back_from_fp8(values, sf, (1, gran_k), use_packed_ue8m0)
+
+
+def transpose_packed_fp4(a: Tensor) -> Tensor:
+    """Packed E2M1 [m, k / 2] as its transpose [k, m / 2]."""
+    return _pack_nibbles(_unpack_nibbles(a).T)
+
+
+E2M1_MAX = 6.0
+_E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+
+
+def _e2m1_codes(x: Tensor) -> Tensor:
+    """The nearest E2M1 codes, as uint8; NaN becomes 6, for E2M1 has none."""
+    magnitude = x.abs()
+    code = torch.zeros_like(x, dtype=torch.uint8)
+    for below, (low, high) in enumerate(itertools.pairwise(_E2M1_VALUES)):
+        middle = (low + high) / 2
+        code += ~(magnitude <= middle) if below % 2 == 0 else ~(magnitude < middle)  # a tie goes to the even code
+    return code | ((x < 0) & (code != 0)).to(torch.uint8) << 3
+
+
+def _pack_nibbles(codes: Tensor) -> Tensor:
+    return (codes[:, ::2] | codes[:, 1::2] << 4).contiguous().view(torch.int8)
+
+
+def _unpack_nibbles(packed: Tensor) -> Tensor:
+    data = packed.contiguous().view(torch.uint8)
+    return torch.stack([data & 0xF, data >> 4], 2).flatten(1)
+
+
+def dequantize(
+    x: Tensor, scales: Tensor, group: Group, dtype: torch.dtype = torch.float32, offset: tuple[int, int] = (0, 0)
+) -> Tensor:
     """``x`` [rows, columns] times its scales, one for each ``group``; float64 holds the products exactly.
 
+    ``offset`` is how many rows and columns of the first group lie before ``x``, a part cut from a larger matrix.
+
     Raises:
-        ValueError: ``scales`` is not [ceil(rows / group rows), ceil(columns / group columns)].
+        ValueError: ``scales`` is not [ceil((offset + rows) / group rows), ceil((offset + columns) / group columns)].
     """
-    expected = tuple(1 if size is None else ceil_div(extent, size) for extent, size in zip(x.shape, group, strict=True))
+    expected = scale_shape(x.shape, group, offset)
     if tuple(scales.shape) != expected:
+        cut = f" from {offset} on" if any(offset) else ""
         raise ValueError(
-            f"scales have shape {tuple(scales.shape)}; groups of {group} in {tuple(x.shape)} are {expected}"
+            f"scales have shape {tuple(scales.shape)}; groups of {group} in {tuple(x.shape)}{cut} are {expected}"
         )
     scales = scales.to(dtype)
-    for dim, size in enumerate(group):
+    for dim, (size, start) in enumerate(zip(group, offset, strict=True)):
         if size is not None and size > 1:
-            scales = scales.repeat_interleave(size, dim).narrow(dim, 0, x.shape[dim])
+            scales = scales.repeat_interleave(size, dim).narrow(dim, start, x.shape[dim])
     return x.to(dtype) * scales
+
+
+def scale_shape(shape: Sequence[int], group: Group, offset: tuple[int, int] = (0, 0)) -> tuple[int, int]:
+    """How many scales a matrix of ``shape`` has, whose first group begins ``offset`` before it."""
+    rows, columns = (
+        1 if size is None else ceil_div(start + extent, size)
+        for extent, size, start in zip(shape, group, offset, strict=True)
+    )
+    return rows, columns
 
 
 def cast_back_from_fp8(

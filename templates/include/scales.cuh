@@ -31,6 +31,22 @@ struct BlockScales {
   __device__ __forceinline__ float at(int index) const { return __shfl_sync(0xffffffff, current, index); }
 };
 
+// The same of one group's matrix, in fewer registers: where the matrix depends on the tile, a pointer takes two of each thread.
+struct GroupBlockScales {
+  int32_t first;  // the block's first scale, in elements from the first group's; negative outside the matrix
+  float current, ahead;
+
+  __device__ __forceinline__ void begin(const ScaleMatrix& scales, int block, int group_offset) {
+    first = block < scales.blocks ? group_offset + block * scales.stride_mn : -1;
+  }
+  __device__ __forceinline__ void fetch(const ScaleMatrix& scales, int first_k, int end) {
+    const int mine = first_k + threadIdx.x % WARP;
+    ahead = first >= 0 && mine < end ? scales.pointer[first + mine * scales.stride_k] : 0.f;
+  }
+  __device__ __forceinline__ void turn() { current = ahead; }
+  __device__ __forceinline__ float at(int index) const { return __shfl_sync(0xffffffff, current, index); }
+};
+
 // The scale of row `index`, or of the whole operand (stride 0). Volatile: loads of many columns at once would spill.
 __device__ __forceinline__ float outer_scale(const ScaleMatrix& scales, int index, int end) {
   float value = 0.f;

@@ -19,7 +19,15 @@ __device__ __forceinline__ void tma_load_2d(uint32_t destination, const TensorMa
       : "memory");
 }
 
-// The same, written to the same offset of every CTA in `cta_mask` and counted by the barrier at that offset in each.
+// The same of an operand with groups, at group z.
+__device__ __forceinline__ void tma_load_3d(uint32_t destination, const TensorMap& map, int x, int y, int z, uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];" ::"r"(destination),
+      "l"(&map), "r"(x), "r"(y), "r"(z), "r"(barrier)
+      : "memory");
+}
+
+// As tma_load_2d, written to the same offset of every CTA in `cta_mask` and counted by the barrier at that offset in each.
 __device__ __forceinline__ void tma_load_2d_multicast(uint32_t destination, const TensorMap& map, int x, int y, uint32_t barrier,
                                                       uint16_t cta_mask) {
   asm volatile(
@@ -32,6 +40,11 @@ __device__ __forceinline__ void tma_load_2d_multicast(uint32_t destination, cons
 // Stores a box; parts outside the tensor are clipped.
 __device__ __forceinline__ void tma_store_2d(uint32_t source, const TensorMap& map, int x, int y) {
   asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];" ::"l"(&map), "r"(x), "r"(y), "r"(source)
+               : "memory");
+}
+
+__device__ __forceinline__ void tma_store_3d(uint32_t source, const TensorMap& map, int x, int y, int z) {
+  asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%0, {%1, %2, %3}], [%4];" ::"l"(&map), "r"(x), "r"(y), "r"(z), "r"(source)
                : "memory");
 }
 

@@ -12,6 +12,7 @@ from command import Jitgemm
 from jitgemm.cache_tools import presets
 from jitgemm.cache_tools.console import UsageError
 from jitgemm.cache_tools.models import ARCHITECTURES, Layers, derive, from_file, from_preset
+from jitgemm.families.grouped import GroupedProblem
 
 CONFIGS = Path(__file__).with_name("configs")
 BLOCK = "fp8_1x128_128x128"
@@ -20,13 +21,31 @@ Shapes = dict[str, tuple[int, int]]
 
 
 def shapes(layers: Layers) -> Shapes:
+    """N and K of dense layers."""
     found = {named.layer: (named.problem.n, named.problem.k) for named in layers.problems}
     assert len(found) == len(layers.problems)
-    return found
+    return {layer: size for layer, size in found.items() if not layer.startswith("experts.")}
+
+
+def experts(layers: Layers) -> tuple[int, tuple[int, int], tuple[int, int], str]:
+    """Experts of a rank, N and K of gate and up and of down, and their recipe; both layouts have the same."""
+    grouped = {named.layer: named.problem for named in layers.problems if isinstance(named.problem, GroupedProblem)}
+    kinds = ("masked", "contiguous")
+    assert list(grouped) == [f"experts.{layer}.{kind}" for layer in ("gate_up", "down") for kind in kinds]
+    assert all(layer.endswith(problem.kind) for layer, problem in grouped.items())
+    found = set()
+    for kind in kinds:
+        gate_up, down = grouped[f"experts.gate_up.{kind}"], grouped[f"experts.down.{kind}"]
+        assert (gate_up.groups, gate_up.recipe) == (down.groups, down.recipe)
+        found.add((gate_up.groups, (gate_up.n, gate_up.k), (down.n, down.k), gate_up.recipe))
+    (one,) = found
+    return one
 
 
 def recipes(layers: Layers) -> dict[str, str]:
-    return {named.layer: f"{named.problem.recipe} {named.problem.d_dtype}" for named in layers.problems}
+    return {
+        named.layer: f"{named.problem.recipe} {named.problem.d_dtype}" for named in layers.problems if named.is_dense
+    }
 
 
 def config_of(name: str) -> dict[str, Any]:
@@ -54,7 +73,8 @@ def test_latent_attention_whole() -> None:
     assert shapes(layers) == DEEPSEEK_V3
     full_precision = {"router": "bf16 fp32", "lm_head": "bf16 fp32", "mtp.eh": "bf16 bf16"}
     assert recipes(layers) == {layer: full_precision.get(layer, f"{BLOCK} bf16") for layer in DEEPSEEK_V3}
-    assert "left out: routed experts, 256 of 256 a rank, 4096 x 7168 and 7168 x 2048: grouped" in layers.notes[1]
+    assert experts(layers) == (256, (4096, 7168), (7168, 2048), BLOCK)
+    assert len(layers.notes) == 1
 
 
 def test_latent_attention_cut() -> None:
@@ -70,8 +90,35 @@ def test_latent_attention_cut() -> None:
     }
     layers = from_preset("deepseek-v3", tp=16, ep=32)
     assert shapes(layers) == {**DEEPSEEK_V3, **cut}
-    assert "8 of 256 a rank, 4096 x 7168 and 7168 x 2048" in layers.notes[1]
-    assert "32 of 256 a rank, 2048 x 7168 and 7168 x 1024" in from_preset("deepseek-v3", tp=16, ep=8).notes[1]
+    assert experts(layers) == (8, (4096, 7168), (7168, 2048), BLOCK)
+    assert experts(from_preset("deepseek-v3", tp=16, ep=8)) == (32, (2048, 7168), (7168, 1024), BLOCK)
+
+
+@pytest.mark.parametrize(
+    ("name", "tp", "ep", "groups", "width", "hidden", "recipe"),
+    [
+        ("kimi-k2", 16, 16, 24, 2048, 7168, BLOCK),
+        ("deepseek-v4-flash", 8, 8, 32, 2048, 4096, BLOCK),
+        ("glm-4.5", 8, 8, 20, 1536, 5120, "bf16"),
+        ("glm-4.5-air", 8, 1, 128, 176, 4096, "bf16"),
+        ("qwen3-235b-a22b", 4, 2, 64, 768, 4096, "bf16"),
+        ("qwen3-30b-a3b", 1, 1, 128, 768, 2048, "bf16"),
+        ("minimax-m2", 4, 1, 256, 384, 3072, BLOCK),
+        ("llama-4-maverick", 8, 8, 16, 8192, 5120, "bf16"),
+        ("gpt-oss-20b", 1, 4, 8, 2880, 2880, "bf16"),
+    ],
+)
+def test_routed_experts(name: str, tp: int, ep: int, groups: int, width: int, hidden: int, recipe: str) -> None:
+    assert experts(from_preset(name, tp=tp, ep=ep)) == (groups, (2 * width, hidden), (hidden, width), recipe)
+
+
+def test_routed_experts_that_no_kernel_serves_are_left_out() -> None:
+    layers = from_preset("minimax-m2", tp=8)
+    assert shapes(layers)
+    assert "left out: routed experts, 256 of 256 a rank, 384 x 3072 and 3072 x 192: their width cuts" in layers.notes[0]
+    layers = from_preset("minimax-m2", recipe="fp8_rowwise")
+    assert "3072 x 1536: fp8_rowwise grouped GEMM, which has no kernels yet" in layers.notes[0]
+    assert all(named.is_dense for named in layers.problems)
 
 
 def test_sparse_attention_adds_an_indexer() -> None:
@@ -280,10 +327,12 @@ def test_the_command_derives_layers_from_a_file_or_its_folder(jitgemm: Jitgemm, 
     arguments = ("--tp", 8, "--ep", 4, "--device", "h200", "--dry-run")
     text = jitgemm("prewarm", "--model", tmp_path, *arguments).stdout
     assert "attention.qkv  " in text
-    assert "note: left out: routed experts, 64 of 256 a rank, 1536 x 3072 and 3072 x 768: grouped GEMM" in text
+    assert "experts.down.masked  " in text
+    assert "64 groups contiguous, fp8_1x128_128x128" in text
+    assert "note:" not in text
     report = jitgemm.json("prewarm", "--model", tmp_path / "config.json", *arguments)
     assert report["needed"] > 0
-    assert [note.split(",")[0] for note in report["notes"]] == ["left out: routed experts"]
+    assert report["notes"] == []
     assert jitgemm.json("prewarm", "--preset", "minimax-m2", *arguments)["kernels"] == report["kernels"]
     given = jitgemm.json("prewarm", "--model", tmp_path, "--recipe", "fp8_rowwise", *arguments)
     assert any("fp8_rowwise" in kernel["config"] for kernel in given["kernels"])

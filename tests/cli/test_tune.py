@@ -178,6 +178,7 @@ def test_anchors_that_cannot_be_measured_are_failures(
         ["--preset", "nothing"],
         ["--preset", "deepseek-v3", "--shapes", "x"],
         ["--preset", "deepseek-v3", "--m", "0"],
+        ["--problem", '{"kind": "m_grouped_masked", "groups": 4, "n": 64, "k": 64, "recipe": "bf16"}'],
     ],
 )
 def test_usage(gpu: FakeGpu, arguments: list[str]) -> None:

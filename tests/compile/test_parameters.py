@@ -10,7 +10,7 @@ import pytest
 from jitgemm.compiler import compile_source
 from jitgemm.device import SM90A
 from jitgemm.errors import CompileError
-from jitgemm.families import KernelSpec, gemm_launch, transpose_scales
+from jitgemm.families import KernelSpec, gemm_launch, grouped, grouped_launch, transpose_scales
 from jitgemm.families.gemm import FAMILY, GemmConfig, GemmProblem
 from jitgemm.render import render
 from jitgemm.tensor_map import BYTES
@@ -33,6 +33,17 @@ TAIL: Fields = {
         for field in ("multiplier", "shift")
     },
     **dict.fromkeys(("m", "n", "k_blocks", "d_aligned"), "i"),
+}
+GROUPED_TAIL: Fields = {
+    "d_plain.pointer": "Q",
+    "d_plain.row_stride": "q",
+    **{f"{side}_scale_matrix.{field}": code for side in ("row", "column") for field, code in SCALES.items()},
+    "d_group_stride": "q",
+    "scale_matrix_group_stride": "i4x",
+    "layout.values": "Q",
+    **dict.fromkeys((f"layout.{field}" for field in ("groups", "m", "alignment", "tiles_n", "band", "positions")), "i"),
+    "layout.step": "i4x",
+    **dict.fromkeys(("n", "k_blocks", "d_aligned", "zero_padding"), "i"),
 }
 TRANSPOSE: Fields = {
     "input": "Q",
@@ -63,6 +74,14 @@ def gemm_spec() -> KernelSpec:
 def test_gemm() -> None:
     assert gemm_launch._TAIL.format.replace(" ", "") == "<" + "".join(TAIL.values())
     compile_with_asserts(gemm_spec(), {**MAPS, **TAIL}, gemm_launch.PARAMS_BYTES)
+
+
+def test_grouped_gemm() -> None:
+    assert grouped_launch.TAIL.format.replace(" ", "") == "<" + "".join(GROUPED_TAIL.values())
+    problem = grouped.GroupedProblem(64, 64, "bf16", 2, "masked")
+    spec = grouped.FAMILY.spec(problem, GemmConfig.from_text("64x8x64 s2"), SM90A.name)
+    fields = {**dict.fromkeys(grouped_launch.MAPS, f"{BYTES}s"), **GROUPED_TAIL}
+    compile_with_asserts(spec, fields, grouped_launch.PARAMS_BYTES)
 
 
 def test_transpose_scales() -> None:

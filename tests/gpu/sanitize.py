@@ -5,8 +5,9 @@
 
 (Without that option memcheck also counts the entry points that cuda-bindings and torch ask older drivers for.)
 
-Operands are made, and results checked, on the CPU, so that little else runs under the tool; torch's allocator does not
-cache, so that what lies beside a tensor is nobody's. Exit code 1 if a result is wrong.
+Operands are made, and results checked, on the CPU, so that little else runs under the tool; kernels are compiled ahead,
+in parallel; torch's allocator does not cache, so that what lies beside a tensor is nobody's. Exit code 1 if a result is
+wrong or a kernel fails to compile.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -24,8 +26,17 @@ import torch
 from torch import Tensor
 
 import jitgemm
+from benchmarks.harness import build_all
 from benchmarks.operands import quantize, random_matrix
 from jitgemm import settings
+from jitgemm.device import H200
+from jitgemm.families import gemm, grouped
+from jitgemm.families.gemm import GemmConfig, GemmProblem
+from jitgemm.families.grouped import GroupedProblem
+from jitgemm.families.transpose_scales import FAMILY as TRANSPOSE_SCALES
+from jitgemm.heuristics import gemm as gemm_heuristics
+from jitgemm.heuristics import grouped as grouped_heuristics
+from jitgemm.reference import grouped as reference
 from jitgemm.reference.gemm import D_DTYPES, check_close
 
 DEEPSEEK, GROUPS, ROWWISE, TENSORWISE = "fp8_1x128_128x128", "fp8_1x128_1x128", "fp8_rowwise", "fp8_tensorwise"
@@ -49,42 +60,159 @@ class Case:
     n: int = 232
     k: int = 400
 
+    @property
+    def problem(self) -> GemmProblem:
+        """The problem that is asked."""
+        return GemmProblem(self.n, self.k, self.recipe, self.m, self.layout, self.d_dtype, self.fast_accum)
+
+    def config(self) -> GemmConfig:
+        """The config that runs: the best of those with the case's values."""
+        forced = {"tile_m": self.tile[0], "tile_n": self.tile[1], "cluster": self.cluster, "split_k": self.split_k}
+        with settings.override(**forced, swap_ab=self.swap_ab):
+            return gemm_heuristics.choose_config(self.problem, H200)
+
 
 CASES = [
     Case(DEEPSEEK, (192, 128), m=300, n=264),  # three warpgroups
-    Case(DEEPSEEK, (256, 128), m=300, k=1100),  # the main loop is unrolled
-    Case(DEEPSEEK, (16, 64), swap_ab=True, split_k=3, m=13, k=1100),
-    Case(DEEPSEEK, (64, 32), split_k=5, m=60, k=1100),
-    Case("bf16", (256, 192)),
-    Case("bf16", (192, 64), d_dtype="fp32"),
-    Case(DEEPSEEK, (128, 64)),  # MMAs overlap with promotion
-    Case(DEEPSEEK, (128, 64), k=1100, m=100),
+    Case(DEEPSEEK, (256, 128), m=300, k=1100),  # two waves; the main loop is unrolled
+    Case(DEEPSEEK, (256, 64), d_dtype="fp32", c="in_place"),
+    Case(DEEPSEEK, (128, 64), k=1100, m=100),  # MMAs overlap with promotion
     Case(DEEPSEEK, (128, 192), c="given"),  # they do not
     Case(DEEPSEEK, (128, 72), d_padding=1),  # columns straddle scale blocks
-    Case(DEEPSEEK, (256, 64), d_dtype="fp32", c="in_place"),  # two waves
-    Case(DEEPSEEK, (64, 32)),  # one math warpgroup
+    Case(DEEPSEEK, (64, 32), split_k=5, m=60, k=1100),  # one math warpgroup
+    Case(DEEPSEEK, (128, 64), split_k=2, c="given"),
+    Case(DEEPSEEK, (64, 128), split_k=8, k=1024, m=64, n=128),
     Case(DEEPSEEK, (128, 64), cluster=(2, 1), m=256),
     Case(DEEPSEEK, (128, 64), cluster=(1, 2), n=120),  # a block without a tile
-    Case(DEEPSEEK, (128, 64), split_k=2, c="given"),
-    Case(DEEPSEEK, (64, 64), split_k=4, d_dtype="fp32", k=512),
-    Case(DEEPSEEK, (64, 128), split_k=8, k=1024, m=64, n=128),
     Case(DEEPSEEK, (32, 64), swap_ab=True, m=33),
+    Case(DEEPSEEK, (16, 64), swap_ab=True, split_k=3, m=13, k=1100, d_dtype="fp32"),
     Case(DEEPSEEK, (16, 128), swap_ab=True, cluster=(1, 2), m=30, d_padding=3, c="given"),
     Case(DEEPSEEK, (32, 64), swap_ab=True, cluster=(2, 1), m=60),
-    Case(DEEPSEEK, (8, 64), swap_ab=True, split_k=2, m=7, d_dtype="fp32"),
-    Case(GROUPS, (128, 64)),
+    Case(GROUPS, (128, 64), k=1100),
     Case(GROUPS, (64, 128), swap_ab=True, n=130, k=130),
     Case(ROWWISE, (128, 64), c="in_place"),
     Case(ROWWISE, (128, 128), fast_accum=True, n=201),
     Case(TENSORWISE, (16, 64), swap_ab=True, m=5),
+    Case("bf16", (256, 192)),
+    Case("bf16", (192, 64), d_dtype="fp32"),
     Case("bf16", (128, 128), c="given"),
-    Case("bf16", (128, 64), d_dtype="fp32", cluster=(2, 1)),
     Case("bf16", (128, 64), layout="nn", cluster=(1, 2)),
-    Case("bf16", (128, 64), layout="tn", cluster=(2, 1)),
+    Case("bf16", (128, 64), layout="tn", cluster=(2, 1), d_padding=1),
     Case("bf16", (64, 40), layout="tt", split_k=2),
-    Case("bf16", (256, 64), layout="tn", d_padding=1),
     Case("bf16", (32, 64), layout="tt", swap_ab=True),
 ]
+
+
+EXPECTED_M = 20
+
+
+@dataclass(frozen=True)
+class GroupedCase:
+    """One call of a grouped GEMM; ``counts`` are the groups' rows, masked ones of at most ``max_m``."""
+
+    kind: str  # of families.grouped.GROUPINGS
+    recipe: str
+    tile: tuple[int, int]
+    counts: tuple[int, ...] = (3, 0, 70, 130, 64)
+    swap_ab: bool = False
+    alignment: int = 128
+    layout: str = "nt"
+    d_dtype: str = "bf16"
+    d_padding: int = 0  # elements after each row of D; odd ones keep TMA from storing it
+    zero_padding: bool = True
+    max_m: int = 130
+    n: int = 232
+    k: int = 400
+
+    @property
+    def problem(self) -> GroupedProblem:
+        """The problem that is asked."""
+        groups, layout = len(self.counts), (self.layout, self.d_dtype, self.alignment)
+        return GroupedProblem(self.n, self.k, self.recipe, groups, self.kind, EXPECTED_M, *layout)
+
+    def config(self) -> GemmConfig:
+        """The config that runs: the best of those with the case's values."""
+        with settings.override(tile_m=self.tile[0], tile_n=self.tile[1], swap_ab=self.swap_ab):
+            return grouped_heuristics.choose_config(self.problem, H200)
+
+
+GROUPED_CASES = [
+    GroupedCase("masked", DEEPSEEK, (8, 64), swap_ab=True),
+    GroupedCase("masked", DEEPSEEK, (96, 128), swap_ab=True, counts=(3, 0, 170), max_m=200),
+    GroupedCase("masked", DEEPSEEK, (64, 128), counts=(0, 1, 130, 1000, -5), n=264),
+    GroupedCase("masked", DEEPSEEK, (128, 64), d_padding=1, k=1100),  # a warpgroup without rows
+    GroupedCase("masked", DEEPSEEK, (192, 64), d_dtype="fp32", counts=(3, 0, 130, 200), max_m=200),  # three warpgroups
+    GroupedCase("masked", "bf16", (32, 128), swap_ab=True, d_dtype="fp32"),
+    GroupedCase("masked", "bf16", (64, 64), counts=(0,) * 32 + (9, 50), max_m=50),  # more groups than a window has
+    GroupedCase("psum", DEEPSEEK, (128, 128)),
+    GroupedCase("psum", DEEPSEEK, (64, 64), alignment=1, d_padding=3),  # scales that start within 16 bytes
+    GroupedCase("psum", DEEPSEEK, (24, 64), alignment=2, swap_ab=True, zero_padding=False),
+    GroupedCase("psum", "bf16", (256, 64), alignment=8, counts=(3, 0, 300, 0, 64), layout="nn"),
+    GroupedCase("contiguous", DEEPSEEK, (256, 64), alignment=256, counts=(3, 0, 300, 64)),
+    GroupedCase("contiguous", DEEPSEEK, (16, 64), alignment=1, swap_ab=True),
+    GroupedCase("contiguous", "bf16", (64, 128), layout="nn", swap_ab=True, alignment=16, d_padding=1),
+    GroupedCase("contiguous", "bf16", (64, 128), counts=(0, 0, 0)),  # nothing but padding
+]
+
+
+def run_grouped(case: GroupedCase) -> None:
+    """Call and compare.
+
+    Raises:
+        AssertionError: the result is wrong.
+    """
+    generator = torch.Generator().manual_seed(0)
+    groups, n, k, masked = len(case.counts), case.n, case.k, case.kind == "masked"
+    ends, index = [], []
+    for group, count in enumerate(case.counts):
+        index += [] if masked else [-1] * (-len(index) % case.alignment) + [group] * count
+        ends.append(len(index) if count else (ends or [0])[-1])
+    index += [-1] * (-len(index) % case.alignment + 40)
+    rows = groups * case.max_m if masked else len(index)
+    values = {"masked": list(case.counts), "psum": ends, "contiguous": index}[case.kind]
+    grouped_layout = torch.tensor(values, dtype=torch.int32)
+
+    parts = [
+        quantize(case.recipe, random_matrix(1 if group else rows, k, generator), random_matrix(n, k, generator))
+        for group in range(groups)
+    ]
+    stacked = (groups, case.max_m) if masked else (rows,)
+    a, b = parts[0].a.view(*stacked, k), _stack([part.b for part in parts])
+    fp8 = parts[0].a_scales is not None
+    a_scales = parts[0].a_scales.view(*stacked, -1) if parts[0].a_scales is not None else None
+    b_scales = torch.stack([part.b_scales for part in parts if part.b_scales is not None]) if fp8 else None
+
+    dtype = D_DTYPES[case.d_dtype]
+    before = torch.full((*stacked, n), 7.0, dtype=dtype)
+    expected = before.clone()
+    scales = {"a_scales": a_scales, "b_scales": b_scales, "recipe": case.recipe}
+    if masked:
+        reference.m_grouped_masked(a, b, expected, grouped_layout, **scales)
+    else:
+        layouts = {
+            "use_psum_layout": case.kind == "psum",
+            "alignment": case.alignment,
+            "zero_padding": case.zero_padding,
+        }
+        reference.m_grouped_contiguous(a, b, expected, grouped_layout, **scales, **layouts)
+
+    d = torch.full((*stacked, n + case.d_padding), 7.0, dtype=dtype).cuda()[..., :n]
+    a_given: Any = a.cuda() if a_scales is None else (a.cuda(), a_scales.cuda())
+    weights = (b.transpose(1, 2).contiguous() if case.layout == "nn" else b).cuda()
+    b_given: Any = weights if b_scales is None else (weights, b_scales.cuda())
+    name = f"m_grouped_{'fp8' if fp8 else 'bf16'}_gemm_{case.layout}_{'masked' if masked else 'contiguous'}"
+    with settings.override(config=str(case.config()), mk_alignment=case.alignment):
+        if masked:
+            getattr(jitgemm, name)(a_given, b_given, d, grouped_layout.cuda(), EXPECTED_M)
+        else:
+            more = {"use_psum_layout": case.kind == "psum", "ensure_zero_padding": case.zero_padding}
+            getattr(jitgemm, name)(a_given, b_given, d, grouped_layout.cuda(), **more)
+    torch.cuda.synchronize()
+    check_close(d.cpu().reshape(-1, n), expected.reshape(-1, n), recipe=case.recipe, d_dtype=case.d_dtype)
+
+
+def _stack(tensors: list[Tensor]) -> Tensor:
+    return torch.stack([tensor.view(torch.uint8) for tensor in tensors]).view(tensors[0].dtype)
 
 
 def run(case: Case) -> None:
@@ -106,8 +234,7 @@ def run(case: Case) -> None:
         d, c_on_gpu = c_on_gpu, c_on_gpu
     assert d is not None
     a, b = stored(x.a, case.layout[0] == "t"), stored(x.b, case.layout[1] == "n")
-    forced = {"tile_m": case.tile[0], "tile_n": case.tile[1], "cluster": case.cluster, "split_k": case.split_k}
-    with settings.override(**forced, swap_ab=case.swap_ab):
+    with settings.override(config=str(case.config())):
         if x.a_scales is None or x.b_scales is None:
             getattr(jitgemm, f"bf16_gemm_{case.layout}")(a, b, d, c_on_gpu)
         else:
@@ -132,15 +259,21 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("no GPU", file=sys.stderr)
         return 3
-    failed = 0
-    for index, case in enumerate(CASES):
+    dense = [gemm.FAMILY.spec(case.problem, case.config(), H200.arch.name) for case in CASES]
+    groups = [grouped.FAMILY.spec(case.problem, case.config(), H200.arch.name) for case in GROUPED_CASES]
+    failed = len(build_all([*dense, *groups, TRANSPOSE_SCALES.spec(H200.arch.name)], min(16, os.cpu_count() or 1)))
+    cases: list[Case | GroupedCase] = [*CASES, *GROUPED_CASES]
+    for index, case in enumerate(cases):
         start = time.perf_counter()
         try:
-            run(case)
+            if isinstance(case, GroupedCase):
+                run_grouped(case)
+            else:
+                run(case)
             outcome = "ok"
         except Exception as error:
             outcome, failed = f"FAILED: {error}", failed + 1
-        print(f"{index + 1:2d}/{len(CASES)} {time.perf_counter() - start:6.2f} s  {case}  {outcome}", flush=True)
+        print(f"{index + 1:2d}/{len(cases)} {time.perf_counter() - start:6.2f} s  {case}  {outcome}", flush=True)
     for shape in ((1, 1), (33, 31), (3, 65, 5)):
         sf = torch.randn(shape)
         same = torch.equal(jitgemm.get_mn_major_tma_aligned_tensor(sf.cuda()).cpu(), sf)

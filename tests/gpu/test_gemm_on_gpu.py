@@ -294,6 +294,27 @@ def test_scales_in_every_layout_give_the_same_bits(recipe: str, m: int) -> None:
     assert same_bits(d, first)
 
 
+@pytest.mark.parametrize("recipe", ["fp8_1x128_128x128", "fp8_1x128_1x128"])
+@pytest.mark.parametrize(
+    ("layout", "k_major", "k"),
+    [*itertools.product(LAYOUTS, (True, False), (400,)), ("tn", False, 404)],  # copies have rows of whole 16 bytes
+)
+def test_fp8_operands_with_k_first(recipe: str, layout: str, k_major: bool, k: int) -> None:
+    x = operands(recipe, 128, 256, k)
+    assert x.a_scales is not None and x.b_scales is not None
+
+    def stored(data: Tensor, scales: Tensor, transposed: bool) -> tuple[Tensor, Tensor]:
+        if not transposed:
+            return data, scales
+        data = data.t()
+        return (data if k_major else data.view(torch.uint8).contiguous().view(data.dtype)), scales.t().contiguous()
+
+    a, b = stored(x.a, x.a_scales, layout[0] == "t"), stored(x.b, x.b_scales, layout[1] == "n")
+    d = output(x)
+    getattr(jitgemm, f"fp8_gemm_{layout}")(a, b, d, recipe=recipe)
+    right(x, d)
+
+
 @pytest.mark.parametrize("first_row", [0, 1, 4])
 @pytest.mark.parametrize("m", [1, 40, 130])
 def test_rows_of_longer_prepared_scales(m: int, first_row: int) -> None:

@@ -16,7 +16,7 @@ from torch._subclasses import FakeTensorMode
 
 import jitgemm
 from benchmarks.operands import Embedded, Operands, quantize, random_matrix
-from jitgemm.errors import ProblemError
+from jitgemm.errors import ProblemError, SettingsError
 from jitgemm.families.gemm import LAYOUTS, RECIPES
 from jitgemm.ops.gemm import _OPERATIONS, _Operands
 from jitgemm.reference import gemm as reference
@@ -83,6 +83,64 @@ def test_the_peers_ways_to_name_a_recipe(given: dict[str, Any], recipe: str) -> 
     d = torch.empty(M, N, dtype=torch.bfloat16)
     jitgemm.fp8_gemm_nt((x.a, x.a_scales), [x.b, x.b_scales], d, **given)  # type: ignore[arg-type]
     assert torch.equal(d, x.product("bf16"))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("recipe", FP8_RECIPES)
+@pytest.mark.parametrize("k_major", [True, False])
+def test_fp8_operands_with_k_first(layout: str, recipe: str, k_major: bool) -> None:
+    x = operands(recipe)
+    assert x.a_scales is not None and x.b_scales is not None
+
+    def stored(data: Tensor, scales: Tensor, transposed: bool) -> tuple[Tensor, Tensor]:
+        if not transposed:
+            return data, scales
+        data, scales = data.t(), scales.t()
+        return (data if k_major else data.view(torch.uint8).contiguous().view(data.dtype)), scales.contiguous()
+
+    a, b = stored(x.a, x.a_scales, layout[0] == "t"), stored(x.b, x.b_scales, layout[1] == "n")
+    for name in ("fp8_gemm", "fp8_fp4_gemm"):
+        d = torch.ones(M, N)
+        getattr(jitgemm, f"{name}_{layout}")(a, b, d, d, recipe)
+        assert torch.equal(d, x.product("fp32", c=torch.ones(M, N)))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_fp4_operands_are_refused_by_name(layout: str) -> None:
+    x = operands("fp8_1x128_128x128")
+    a = x.a.view(torch.int8).t().contiguous() if layout[0] == "t" else x.a.view(torch.int8)
+    with pytest.raises(ProblemError, match=r"a has dtype torch.int8; .* \(there are no kernels for packed FP4\)"):
+        b = x.b.t() if layout[1] == "n" else x.b
+        getattr(jitgemm, f"fp8_fp4_gemm_{layout}")((a, x.a_scales), (b, x.b_scales), torch.empty(M, N))
+
+
+def test_bad_operands_with_k_first() -> None:
+    x = operands("fp8_1x128_128x128")
+    d = torch.empty(M, N)
+    for b, message in (
+        (x.b, "b is Tensor; accepted is a pair"),
+        ((x.b[0], x.b_scales), "b has 1 dimensions; accepted is 2"),
+        ((x.b, x.b_scales[None]), "b_scales has 3 dimensions; accepted is 2"),  # type: ignore[index]
+        ((x.b, None), "b_scales is NoneType"),
+    ):
+        with pytest.raises(ProblemError, match=message):
+            jitgemm.fp8_gemm_nn((x.a, x.a_scales), b, d)  # type: ignore[arg-type]
+
+
+def test_knobs_of_the_peer_remember_what_they_are_given() -> None:
+    assert (jitgemm.get_tc_util(), jitgemm.get_deterministic_algorithms()) == (100, False)
+    try:
+        jitgemm.set_tc_util(50)
+        jitgemm.use_deterministic_algorithms(True)
+        assert (jitgemm.get_tc_util(), jitgemm.get_deterministic_algorithms()) == (50, True)
+    finally:
+        jitgemm.set_tc_util(100)
+        jitgemm.use_deterministic_algorithms(False)
+    for value in (101, -1, True, "50"):
+        with pytest.raises(SettingsError, match="new_tc_util is"):
+            jitgemm.set_tc_util(value)  # type: ignore[arg-type]
+    with pytest.raises(SettingsError, match="mode is 1"):
+        jitgemm.use_deterministic_algorithms(1)  # type: ignore[arg-type]
 
 
 def test_fast_accum_and_one_element_scales() -> None:

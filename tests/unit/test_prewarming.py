@@ -19,8 +19,9 @@ from jitgemm.cache_key import cache_key
 from jitgemm.compiler import Cubin
 from jitgemm.device import H20, H200
 from jitgemm.errors import CompileError, ProblemError
-from jitgemm.families import KernelSpec
+from jitgemm.families import KernelSpec, family_of
 from jitgemm.families.gemm import GemmProblem
+from jitgemm.families.grouped import GroupedProblem
 from jitgemm.heuristics import enumerate_specs
 from jitgemm.render import KernelSource
 
@@ -73,6 +74,14 @@ def test_everything_that_calls_can_need_is_ready(compiler: Compiler) -> None:
     assert (again.kernels, again.compiled) == (len(specs), 0)
     everywhere = jitgemm.prewarm([PROBLEM])  # without a GPU, for all chips
     assert everywhere.kernels >= len({*specs, *enumerate_specs(PROBLEM, H20)})
+
+
+def test_grouped_problems(compiler: Compiler) -> None:
+    problem = GroupedProblem(256, 512, "fp8_1x128_128x128", 4, "psum", m=3, alignment=1)
+    specs = enumerate_specs(problem, H200)
+    assert any("any-row" in family_of(spec).describe(spec) for spec in specs)
+    assert jitgemm.prewarm([problem, problem.to_dict()], devices=["h200"]).compiled == len(specs)
+    assert sorted(compiler.compiled) == sorted(map(cache_key, specs))
 
 
 def test_a_shapes_file(compiler: Compiler, tmp_path: Path) -> None:

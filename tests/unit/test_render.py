@@ -15,7 +15,7 @@ from jitgemm.render import render, template_digest
 
 def test_a_rendered_kernel_is_complete() -> None:
     source = render(SPEC)
-    assert source.name == "jitgemm_transpose_scales"
+    assert source.name == "transpose_scales"
     assert f"{source.name}(const __grid_constant__" in source.text
     assert "constexpr int TILE = 32;" in source.text
     assert not any(mark in source.text for mark in ("{{", "{%", "{#"))

@@ -35,6 +35,7 @@ def test_an_empty_environment_gives_the_defaults_of_the_table() -> None:
         ("JITGEMM_REMOTE", "memory://name", "remote", "memory://name"),
         ("JITGEMM_REMOTE_TIMEOUT", "0.25", "remote_timeout", 0.25),
         ("JITGEMM_REMOTE_WRITE", "1", "remote_write", True),
+        ("JITGEMM_DEBUG", "1", "debug", True),
         ("JITGEMM_TILE_M", "128", "tile_m", 128),
         ("JITGEMM_CLUSTER", "2x1", "cluster", (2, 1)),
         ("JITGEMM_SWAP_AB", "0", "swap_ab", False),
