@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from jitgemm import settings
 from jitgemm.errors import ProblemError
 from jitgemm.families.moe import (
     COMBINE_THREADS,
@@ -54,6 +55,7 @@ _INDEX_DTYPES = (torch.int32, torch.int64)
 _ROW_DTYPES = (torch.float8_e4m3fn, torch.bfloat16, torch.float16, torch.float32, torch.uint8, torch.int8)
 _SCALE_DTYPES = (torch.float32, torch.int32)
 _MAX_ITEMS = 2**30
+_MAX_ALIGNMENT = 1024
 
 
 class MoePermutation(NamedTuple):
@@ -176,7 +178,7 @@ def moe_permutation(
     topk_weights: Tensor | None = None,
     *,
     layout: str = "contiguous",
-    alignment: int = 128,
+    alignment: int | None = None,
     max_m: int | None = None,
     first_expert: int = 0,
 ) -> MoePermutation:
@@ -190,7 +192,8 @@ def moe_permutation(
         num_experts: that are here, up to 1024.
         topk_weights: fp32 [tokens, topk], contiguous, for ``row_weights``.
         layout: ``"contiguous"``, ``"psum"`` or ``"masked"``, which the grouped GEMMs take.
-        alignment: rows, 1 to 1024.
+        alignment: rows, 1 to 1024; by default what the grouped GEMMs count with
+            (``get_mk_alignment_for_contiguous_layout``).
         max_m: rows of an expert, with masked only.
         first_expert: the index of the first expert that is here (expert parallelism).
 
@@ -200,6 +203,8 @@ def moe_permutation(
     """
     if (layout == "masked") != (max_m is not None):
         raise ProblemError(f"max_m is {max_m!r} with layout {layout!r}; accepted is a number with masked, None else")
+    if alignment is not None:
+        check_number("alignment", alignment, 1, _MAX_ALIGNMENT)
     of_an_expert = 0 if max_m is None else max_m
     arguments = (topk_indices, topk_weights, num_experts, layout, alignment, of_an_expert, first_expert)
     if needs_dispatch(topk_indices, topk_weights):
@@ -395,20 +400,29 @@ def _dtype_name(dtype: torch.dtype) -> str:
 # -- Permutation
 
 
+def _aligned_to(alignment: int | None) -> int:
+    return settings.current().mk_alignment if alignment is None else alignment
+
+
 def _check_permutation(
-    indices: Tensor, weights: Tensor | None, experts: int, layout: str, alignment: int, max_m: int, first_expert: int
+    indices: Tensor,
+    weights: Tensor | None,
+    experts: int,
+    layout: str,
+    alignment: int | None,
+    max_m: int,
+    first_expert: int,
 ) -> None:
     check_tensor("topk_indices", indices, _INDEX_DTYPES, ("tokens", "topk"))
     check_number("num_experts", experts, 1, MAX_EXPERTS)
     check_choice("layout", layout, LAYOUTS)
-    check_number("alignment", alignment, 1, 1024)
     check_number("first_expert", first_expert, 0, 2**30)
     if weights is not None:
         check_tensor("topk_weights", weights, torch.float32, tuple(indices.shape), indices)
     check_contiguous(topk_indices=indices, topk_weights=weights)
     if layout == "masked":
         check_number("max_m", max_m, 1, 2**30)
-    rows = reference.num_rows(indices.numel(), experts, layout, alignment, max_m)
+    rows = reference.num_rows(indices.numel(), experts, layout, 1 if alignment is None else alignment, max_m)
     if indices.numel() >= _MAX_ITEMS or rows >= 2**31:
         raise ProblemError(f"topk_indices have shape {list(indices.shape)}, which may take {rows} rows; too many")
 
@@ -428,15 +442,30 @@ def _empty_permutation(
 
 
 def _fake_permutation(
-    indices: Tensor, weights: Tensor | None, experts: int, layout: str, alignment: int, max_m: int, first_expert: int
+    indices: Tensor,
+    weights: Tensor | None,
+    experts: int,
+    layout: str,
+    alignment_given: int | None,
+    max_m: int,
+    first_expert: int,
 ) -> _Permutation:
+    alignment = _aligned_to(alignment_given)
     _check_permutation(indices, weights, experts, layout, alignment, max_m, first_expert)
     return _empty_permutation(indices, weights, experts, layout, alignment, max_m)
 
 
 def _permutation(
-    indices: Tensor, weights: Tensor | None, experts: int, layout: str, alignment: int, max_m: int, first_expert: int
+    indices: Tensor,
+    weights: Tensor | None,
+    experts: int,
+    layout: str,
+    alignment_given: int | None,
+    max_m: int,
+    first_expert: int,
 ) -> _Permutation:
+    alignment = _aligned_to(alignment_given)
+
     def make() -> Call:
         _check_permutation(indices, weights, experts, layout, alignment, max_m, first_expert)
         gpu, items = on_gpu(indices), indices.numel()
@@ -680,7 +709,7 @@ define(
     _fake_gate,
 )
 define(
-    "moe_permutation(Tensor topk_indices, Tensor? topk_weights, int num_experts, str layout, int alignment, int max_m,"
+    "moe_permutation(Tensor topk_indices, Tensor? topk_weights, int num_experts, str layout, int? alignment, int max_m,"
     " int first_expert) -> (Tensor, Tensor, Tensor, Tensor)",
     _permutation,
     _fake_permutation,
