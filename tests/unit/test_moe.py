@@ -228,6 +228,14 @@ def test_permutation_of_many_items(emulated: Any, layout: str) -> None:  # noqa:
     assert [spec["phase"] for spec in emulated] == ["count", "assign"]
 
 
+def test_rows_are_aligned_as_the_grouped_gemms_count_with() -> None:
+    indices = torch.tensor([[0, 2], [2, 1]], dtype=torch.int32)
+    for alignment in (16, 128):
+        with settings.override(mk_alignment=alignment):
+            made = jitgemm.moe_permutation(indices, 3, layout="psum")
+            assert made.grouped_layout.tolist() == [1, alignment + 1, 2 * alignment + 2]
+
+
 def test_rows_never_run_out() -> None:
     # As many choices as can be, spread so that each expert wastes as much as can be.
     for items, experts, alignment in ((6, 256, 128), (256 * 3, 256, 128), (1000, 7, 16)):
