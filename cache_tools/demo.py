@@ -50,7 +50,7 @@ def check(problems: Sequence[NamedProblem]) -> int:
             NamedProblem(p.layer, p.dense.with_m(m))
             for p in problems
             for m in GPU_ROWS
-            if p.is_dense and m * p.problem.n <= MAX_OUTPUT
+            if p.is_dense and m * p.dense.n <= MAX_OUTPUT
         ]
     else:
         device = "cpu"

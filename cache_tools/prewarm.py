@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from jitgemm.families.batched import BatchedProblem
     from jitgemm.families.gemm import GemmProblem
     from jitgemm.families.grouped import GroupedProblem
+    from jitgemm.families.small_problem import SmallProblem
 
 HIT, FETCHED, BUILT, FAILED, MISSING = "hit", "fetched", "built", "failed", "missing"
 
@@ -172,13 +173,18 @@ def print_report(report: Report) -> None:
         states["missing"] = MISSING
 
     from jitgemm.families.gemm import GemmProblem
+    from jitgemm.families.small_problem import SmallProblem
 
     def row(
-        label: str, kernels: Sequence[Kernel], problem: GemmProblem | GroupedProblem | BatchedProblem | None = None
+        label: str,
+        kernels: Sequence[Kernel],
+        problem: GemmProblem | GroupedProblem | BatchedProblem | SmallProblem | None = None,
     ) -> tuple[object, ...]:
         counts = [len(kernels), *(sum(kernel.state == state for kernel in kernels) for state in states.values())]
         if problem is None:
             return (label, None, None, None, None, *counts)
+        if isinstance(problem, SmallProblem):
+            return (label, None, None, str(problem), None, *counts)
         recipe = problem.recipe if problem.layout == "nt" else f"{problem.recipe} {problem.layout}"
         if not isinstance(problem, GemmProblem):
             recipe = f"{problem.groups} groups {problem.kind}, {recipe}"

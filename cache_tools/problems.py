@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from jitgemm.families.batched import BatchedProblem
     from jitgemm.families.gemm import GemmProblem
     from jitgemm.families.grouped import GroupedProblem
+    from jitgemm.families.small_problem import SmallProblem
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class NamedProblem:
     """A problem without its m, and the layer that asks it (empty where it has no name)."""
 
     layer: str
-    problem: GemmProblem | GroupedProblem | BatchedProblem
+    problem: GemmProblem | GroupedProblem | BatchedProblem | SmallProblem
 
     @property
     def dense(self) -> GemmProblem:
@@ -117,6 +118,8 @@ def parse(entry: Mapping[str, Any]) -> NamedProblem:
     from jitgemm.families.batched import SHAPES_FILE_KINDS, BatchedProblem
     from jitgemm.families.gemm import GemmProblem
     from jitgemm.families.grouped import GroupedProblem
+    from jitgemm.families.small_problem import KINDS as SMALL_KINDS
+    from jitgemm.families.small_problem import SmallProblem
 
     if not isinstance(entry, Mapping):
         raise ProblemError(f"a problem is {type(entry).__name__}; accepted is a dictionary, a line of a shapes file")
@@ -128,8 +131,10 @@ def parse(entry: Mapping[str, Any]) -> NamedProblem:
         raise ProblemError(f"layer is {layer!r}; accepted is a string")
     values = {name: value for name, value in entry.items() if name != "layer"}
     kind = str(values.get("kind", "gemm"))
-    problem: GemmProblem | GroupedProblem | BatchedProblem
-    if kind in SHAPES_FILE_KINDS:
+    problem: GemmProblem | GroupedProblem | BatchedProblem | SmallProblem
+    if kind in SMALL_KINDS:
+        problem = SmallProblem.from_dict(values)
+    elif kind in SHAPES_FILE_KINDS:
         problem = BatchedProblem.from_dict(values)
     elif kind.startswith("m_grouped_"):
         problem = GroupedProblem.from_dict(values)

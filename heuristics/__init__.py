@@ -7,6 +7,7 @@ from jitgemm.families.base import KernelSpec
 from jitgemm.families.batched import BatchedProblem
 from jitgemm.families.gemm import GemmProblem
 from jitgemm.families.grouped import GroupedProblem
+from jitgemm.families.small_problem import SmallProblem
 from jitgemm.heuristics import batched, gemm, grouped
 from jitgemm.heuristics.gemm import (
     ANCHORS,
@@ -20,8 +21,12 @@ from jitgemm.heuristics.gemm import (
 )
 
 
-def enumerate_specs(problem: GemmProblem | GroupedProblem | BatchedProblem, device: Device) -> tuple[KernelSpec, ...]:
+def enumerate_specs(
+    problem: GemmProblem | GroupedProblem | BatchedProblem | SmallProblem, device: Device
+) -> tuple[KernelSpec, ...]:
     """Every kernel that calls of the problem can need: of any m, with scales in any layout, with or without C."""
+    if isinstance(problem, SmallProblem):
+        return problem.specs(device.arch.name)
     if isinstance(problem, GroupedProblem):
         return grouped.enumerate_specs(problem, device)
     if isinstance(problem, BatchedProblem):

@@ -26,8 +26,9 @@ if TYPE_CHECKING:
     from jitgemm.families.batched import BatchedProblem
     from jitgemm.families.gemm import GemmProblem
     from jitgemm.families.grouped import GroupedProblem
+    from jitgemm.families.small_problem import SmallProblem
 
-    AnyProblem = GemmProblem | GroupedProblem | BatchedProblem
+    AnyProblem = GemmProblem | GroupedProblem | BatchedProblem | SmallProblem
 
 
 @dataclass(frozen=True)
@@ -94,8 +95,9 @@ def _problems(given: str | os.PathLike[str] | Iterable[AnyProblem | Mapping[str,
     from jitgemm.families.batched import BatchedProblem
     from jitgemm.families.gemm import GemmProblem
     from jitgemm.families.grouped import GroupedProblem
+    from jitgemm.families.small_problem import SmallProblem
 
-    known = (GemmProblem, GroupedProblem, BatchedProblem)
+    known = (GemmProblem, GroupedProblem, BatchedProblem, SmallProblem)
     if isinstance(given, (str, os.PathLike)):
         return [named.problem for named in from_shapes_file(Path(given))]
     return [one.without_m() if isinstance(one, known) else parse(one).problem for one in given]

@@ -11,10 +11,18 @@ __all__ = ["FAMILY_MODULES", "Family", "KernelSpec", "family_of"]
 FAMILY_MODULES = {
     "batched_gemm": "jitgemm.families.batched",
     "gemm": "jitgemm.families.gemm",
+    "hc_mix": "jitgemm.families.hyper_connections:HC_MIX",
+    "hc_post": "jitgemm.families.hyper_connections:HC_POST",
+    "hc_prenorm": "jitgemm.families.hyper_connections:HC_PRENORM",
+    "hc_sinkhorn": "jitgemm.families.hyper_connections:HC_SINKHORN",
+    "moe_combine": "jitgemm.families.moe:MOE_COMBINE",
+    "moe_map": "jitgemm.families.moe:MOE_MAP",
+    "moe_permute": "jitgemm.families.moe:MOE_PERMUTE",
+    "topk_gate": "jitgemm.families.moe:TOPK_GATE",
     "m_grouped_gemm": "jitgemm.families.grouped",
     "transpose_scales": "jitgemm.families.transpose_scales",
 }
-"""Family name -> module whose ``FAMILY`` implements the protocol."""
+"""Family name -> module, and after a colon the name in it, ``FAMILY`` by default, that implements the protocol."""
 
 
 def family_of(spec: KernelSpec) -> Family:
@@ -25,5 +33,6 @@ def family_of(spec: KernelSpec) -> Family:
     """
     if spec.family not in FAMILY_MODULES:
         raise ValueError(f"kernel family {spec.family!r} does not exist; there are {', '.join(FAMILY_MODULES)}")
-    family: Family = importlib.import_module(FAMILY_MODULES[spec.family]).FAMILY
+    module, _, name = FAMILY_MODULES[spec.family].partition(":")
+    family: Family = getattr(importlib.import_module(module), name or "FAMILY")
     return family

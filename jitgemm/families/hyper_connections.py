@@ -1,0 +1,156 @@
+"""The kernels around hyper-connections: mixes of four residual streams before and after each sublayer."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from jitgemm.families.base import KernelSpec
+from jitgemm.families.plain import Field, PlainFamily
+
+STREAMS = 4
+MIX_WIDTH = (2 + STREAMS) * STREAMS
+VECTOR = 8  # BF16 of one load
+THREADS = 256
+COLUMNS = THREADS * VECTOR
+"""Columns of a token that one block of hc_mix and hc_post makes."""
+
+HC_SINKHORN = PlainFamily(
+    "hc_sinkhorn",
+    (
+        Field("mixes", "const float*", "[tokens, 24]"),
+        Field("scale", "const float*", "[3]"),
+        Field("base", "const float*", "[24]"),
+        Field("pre", "float4*", "[tokens]"),
+        Field("post", "float4*", "[tokens]"),
+        Field("comb", "float4*", "[tokens, 4]"),
+        Field("tokens", "int32_t"),
+        Field("iterations", "int32_t"),
+        Field("eps", "float"),
+        Field("post_mult", "float"),
+    ),
+    num_threads=32,  # of one token each; small, so that few tokens spread over many multiprocessors
+)
+
+HC_MIX = PlainFamily(
+    "hc_mix",
+    (
+        Field("products", "const float*", "[splits, tokens, mixes]"),
+        Field("squares", "const float*", "[splits, tokens]"),
+        Field("x", "const uint4*", "BF16 [tokens, 4, width]"),
+        Field("scale", "const float*", "[3], or [1] in the head"),
+        Field("base", "const float*", "[mixes]"),
+        Field("y", "uint4*", "BF16 [tokens, width]"),
+        Field("post", "float4*", "[tokens]"),
+        Field("comb", "float4*", "[tokens, 4]"),
+        Field("tokens", "int32_t"),
+        Field("vectors", "int32_t", "width / 8"),
+        Field("splits", "int32_t"),
+        Field("iterations", "int32_t"),
+        Field("mean_factor", "float", "1 / (4 * width)"),
+        Field("norm_eps", "float"),
+        Field("eps", "float"),
+        Field("post_mult", "float"),
+    ),
+    num_threads=THREADS,
+    describe=lambda spec: "head" if spec["head"] else "pre",
+)
+
+HC_POST = PlainFamily(
+    "hc_post",
+    (
+        Field("x", "const uint4*", "BF16 [tokens, width]"),
+        Field("residual", "const uint4*", "BF16 [tokens, 4, width]"),
+        Field("post", "const float4*", "[tokens]"),
+        Field("comb", "const float4*", "[tokens, 4]"),
+        Field("y", "uint4*", "BF16 [tokens, 4, width]; may be residual"),
+        Field("vectors", "int32_t", "width / 8"),
+    ),
+    num_threads=THREADS,
+)
+
+# -- The prenorm GEMM.
+
+MMA_ROWS = 16
+CHUNK = 32  # of K, that a warp loads and multiplies at once
+SPLIT_BLOCK = 64  # of K, that splits are made of
+MAX_N = MIX_WIDTH  # more spills registers
+
+
+class PrenormConfig(NamedTuple):
+    """How the warps of a block share a tile: ``warps_m`` x 16 rows, and parts of each stage of K."""
+
+    warps_m: int
+    warps_k: int
+    stage_k: int
+
+    @property
+    def tile_m(self) -> int:
+        """Rows of a block."""
+        return self.warps_m * MMA_ROWS
+
+
+SHORT = PrenormConfig(1, 8, 256)
+"""For few rows: all warps have the same 16, and each its own chunk of K."""
+TALL = PrenormConfig(8, 1, 128)
+"""For many rows: the warps share B's stage."""
+PRENORM_CONFIGS = (SHORT, TALL)
+
+BLOCKS_PER_SM = 2
+_SHORT_ROWS = 32
+_LEAST_K = 128  # of a split: less would be all latency
+MAX_SPLITS = 128
+
+
+def _pitch(stage_k: int) -> int:
+    return stage_k + 4  # floats: rows start 16 bytes further on in the banks, so that loads of 16 bytes don't collide
+
+
+def _prenorm_smem(spec: KernelSpec) -> int:
+    terms = 2 if spec["precise"] else 1
+    stages = 2 * terms * spec["n_blocks"] * 8 * _pitch(spec["stage_k"])
+    sums = spec["warps_k"] * MMA_ROWS * (spec["n_blocks"] * 8 + 1) if spec["warps_k"] > 1 else 0
+    return int(4 * max(stages, sums))
+
+
+class _PrenormFamily(PlainFamily):
+    def of(self, arch: str, n: int, config: PrenormConfig, precise: bool) -> KernelSpec:
+        """The spec of the kernel for a config and n rows of B."""
+        return self.spec(arch, n_blocks=-(-n // 8), precise=precise, **config._asdict())
+
+    def render_context(self, spec: KernelSpec) -> dict[str, object]:
+        return {**super().render_context(spec), "pitch": _pitch(spec["stage_k"]), "blocks_per_sm": BLOCKS_PER_SM}
+
+
+HC_PRENORM = _PrenormFamily(
+    "hc_prenorm",
+    (
+        Field("a", "const uint16_t*", "BF16 [m, k]"),
+        Field("b", "const float*", "[n, k]"),
+        Field("d", "float*", "[splits, m, n]"),
+        Field("squares", "float*", "[splits, m]"),
+        Field("a_row_stride", "int64_t", "elements"),
+        Field("b_row_stride", "int64_t"),
+        Field("m", "int32_t"),
+        Field("n", "int32_t"),
+        Field("k", "int32_t"),
+        Field("blocks_per_split", "int32_t", "of 64 of K"),
+        Field("longer_splits", "int32_t", "the first ones, which have a block more"),
+    ),
+    num_threads=THREADS,
+    describe=lambda spec: (
+        f"n<={8 * spec['n_blocks']} {'fp32' if spec['precise'] else 'tf32'}"
+        f" {MMA_ROWS * spec['warps_m']}x{spec['stage_k']}"
+    ),
+    smem_bytes=_prenorm_smem,
+)
+
+
+def choose_prenorm(m: int) -> PrenormConfig:
+    """The config for so many rows."""
+    return SHORT if m <= _SHORT_ROWS else TALL
+
+
+def choose_num_splits(m: int, k: int, num_sms: int) -> int:
+    """Parts of K that fill the multiprocessors with one wave of blocks, none shorter than 128."""
+    tiles = max(1, -(-m // choose_prenorm(m).tile_m))
+    return max(1, min(BLOCKS_PER_SM * num_sms // tiles, k // _LEAST_K, MAX_SPLITS))

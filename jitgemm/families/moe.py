@@ -1,0 +1,128 @@
+"""The kernels around the experts' GEMMs: choose experts, give each choice a row, copy rows there, combine."""
+
+from __future__ import annotations
+
+from jitgemm.families.base import KernelSpec
+from jitgemm.families.plain import Field, PlainFamily
+
+WARP = 32  # threads
+MAX_EXPERTS = 1024
+MAX_TOPK = 32
+MAX_COMBINED = 16  # rows of a token that are added up: all are loaded at once
+
+GATE_THREADS = 128
+GATE_TOKENS = GATE_THREADS // WARP  # of a block
+
+TOPK_GATE = PlainFamily(
+    "topk_gate",
+    (
+        Field("logits", "const float*", "[tokens, experts]"),
+        Field("bias", "const float*", "[experts]; null: none"),
+        Field("tid2eid", "const int32_t*", "[vocabulary, topk], the experts of a token id"),
+        Field("input_ids", "const void*", "[tokens]"),
+        Field("mask", "const uint8_t*", "[tokens], 0: routed nowhere; null: none"),
+        Field("indices", "void*", "[tokens, topk]"),
+        Field("weights", "float*", "[tokens, topk]"),
+        Field("logits_row_stride", "int64_t", "elements"),
+        Field("vocabulary", "int64_t"),
+        Field("tokens", "int32_t"),
+        Field("experts", "int32_t"),
+        Field("topk", "int32_t"),
+        Field("ids_are_long", "int32_t", "whether input_ids are int64, not int32"),
+        Field("route_scale", "float"),
+    ),
+    num_threads=GATE_THREADS,
+    describe=lambda spec: (
+        f"{spec['scores']} {'hashed' if spec['hashed'] else 'experts<=' + str(WARP * spec['per_lane'])}"
+        f" {'int64' if spec['long_indices'] else 'int32'}"
+    ),
+)
+
+
+def gate_spec(arch: str, experts: int, scores: str, hashed: bool, long_indices: bool) -> KernelSpec:
+    """The spec of the gate's kernel."""
+    # A lane's experts are in registers: a multiple of 4, or 32 where there are many.
+    per_lane = -(-experts // WARP)
+    per_lane = -(-per_lane // 4) * 4 if per_lane <= 16 else 32
+    return TOPK_GATE.spec(arch, per_lane=per_lane, scores=scores, hashed=hashed, long_indices=long_indices)
+
+
+MAP_THREADS = 512
+MAP_ROUNDS = 8  # items of a lane
+MAP_ITEMS = MAP_THREADS * MAP_ROUNDS
+"""Choices of experts that one block ranks."""
+
+
+class _MapFamily(PlainFamily):
+    def render_context(self, spec: KernelSpec) -> dict[str, object]:
+        return {**super().render_context(spec), "rounds": MAP_ROUNDS, "max_experts": MAX_EXPERTS}
+
+
+MOE_MAP = _MapFamily(
+    "moe_map",
+    (
+        Field("indices", "const void*", "[items], the experts chosen"),
+        Field("weights", "const float*", "[items]; null: none"),
+        Field("block_counts", "int32_t*", "[blocks of items, experts]"),
+        Field("layout", "int32_t*", "as the grouped GEMM takes it"),
+        Field("item_to_row", "int32_t*", "[items]"),
+        Field("row_to_item", "int32_t*", "[rows]"),
+        Field("row_weights", "float*", "[rows]; null: none"),
+        Field("items", "int32_t"),
+        Field("rows", "int32_t"),
+        Field("rows_per_block", "int32_t"),
+        Field("experts", "int32_t"),
+        Field("first_expert", "int32_t", "that is here"),
+        Field("alignment", "int32_t", "rows"),
+        Field("max_m", "int32_t", "rows of an expert in the masked layout"),
+    ),
+    num_threads=MAP_THREADS,
+    describe=lambda spec: f"{spec['layout']} {spec['phase']} {'int64' if spec['long_indices'] else 'int32'}",
+)
+
+EXPAND_THREADS = 256
+
+MOE_PERMUTE = PlainFamily(
+    "moe_permute",
+    (
+        Field("x", "const uint4*", "[tokens, row of vectors]"),
+        Field("scales", "const uint32_t*", "[tokens, scales of a row]; null: none"),
+        Field("token_to_rows", "const int32_t*", "[tokens, topk], -1: none"),
+        Field("row_to_item", "const int32_t*", "[rows], -1: padding"),
+        Field("out", "uint4*", "[rows, row of vectors]"),
+        Field("out_scales", "uint32_t*", "[planes, scales of a row, rows of a plane]"),
+        Field("x_row_stride", "int64_t", "vectors"),
+        Field("out_row_stride", "int64_t", "vectors"),
+        Field("scales_row_stride", "int64_t", "elements"),
+        Field("scales_stride", "int64_t"),
+        Field("out_scales_stride", "int64_t", "elements"),
+        Field("out_plane_stride", "int64_t"),
+        Field("tokens", "int32_t"),
+        Field("topk", "int32_t"),
+        Field("vectors", "int32_t", "of a row, 16 bytes each"),
+        Field("scales_per_row", "int32_t"),
+        Field("plane_rows", "int32_t", "rows of a plane of out_scales"),
+        Field("num_rows", "int32_t"),
+    ),
+    num_threads=EXPAND_THREADS,
+    describe=lambda spec: "zero padding" if spec["zero_padding"] else "",
+)
+
+COMBINE_THREADS = 256
+
+MOE_COMBINE = PlainFamily(
+    "moe_combine",
+    (
+        Field("rows", "const uint4*", "BF16 [rows, width]"),
+        Field("token_to_rows", "const int32_t*", "[tokens, topk], -1: none"),
+        Field("weights", "const float*", "[tokens, topk]; null: all 1"),
+        Field("shared", "const uint4*", "BF16 [tokens, width]; null: none"),
+        Field("out", "uint4*", "BF16 [tokens, width]"),
+        Field("rows_stride", "int64_t", "vectors"),
+        Field("shared_stride", "int64_t", "vectors"),
+        Field("vectors", "int32_t", "width / 8"),
+        Field("num_rows", "int32_t"),
+    ),
+    num_threads=COMBINE_THREADS,
+    describe=lambda spec: f"topk {spec['topk']}",
+)
