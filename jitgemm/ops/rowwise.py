@@ -33,6 +33,7 @@ from jitgemm.ops.rowwise_launch import (
     Staging,
     in_rows,
     launch,
+    on_gpu,
     rows_of,
     tell,
 )
@@ -485,7 +486,7 @@ def cast_rows(x: Tensor, quantizer: Quantizer) -> tuple[Tensor, Tensor]:
 
 
 def _cast(x: Tensor, quantizer: Quantizer) -> tuple[Tensor, Tensor]:
-    if x.is_cuda:
+    if on_gpu(x):
         return cast_rows(x, quantizer)
     codes, scales = quantizer.empty(x, x.shape[:-1], x.shape[-1])
     tell(_cast_operation(quantizer), x, x.shape[-1])
@@ -527,7 +528,7 @@ def _round_trip_of(x: Tensor, quantizer: Quantizer) -> None:
     kind = "pow2" if (quantizer.format, quantizer.scales) == ("e4m3", "ue8m0") else quantizer.scales
     quantizer = Quantizer(quantizer.format, kind, quantizer.group, ties=quantizer.ties)
     operation = _round_trip_operation(quantizer)
-    if x.is_cuda:
+    if on_gpu(x):
         launch(operation, x, x.shape[-1], values=x)
     elif x.numel():
         tell(operation, x, x.shape[-1])
@@ -568,7 +569,7 @@ def _stage_tensors(
 ) -> None:
     staging = Staging(topk_ids, topk_weights, topk_ids_out, topk_weights_out)
     operation = _cast_operation(quantizer)
-    if x.is_cuda:
+    if on_gpu(x):
         launch(operation, in_rows(x), x.shape[1], codes=codes, scales=x_sf, staging=staging)
         return
     tell(operation, x, x.shape[1], staging=staging)
@@ -580,7 +581,7 @@ def _stage_tensors(
 def _swiglu(x: Tensor, weights: Tensor | None, limit: float) -> Tensor:
     columns = x.shape[1] // 2
     operation = Operation("swiglu", limit=limit)
-    if not x.is_cuda:
+    if not on_gpu(x):
         tell(operation, x, columns)
         return reference.swiglu(x, weights, limit).to(x.dtype)
     values = x.new_empty((x.shape[0], columns))
@@ -594,7 +595,7 @@ def _swiglu_quant(
     columns = x.shape[1] // 2
     operation = Operation("swiglu", quantizer, round_first=round_first, limit=limit)
     codes, scales = quantizer.empty(x, x.shape[:1], columns)
-    if x.is_cuda:
+    if on_gpu(x):
         launch(operation, in_rows(x), columns, codes=codes, scales=scales, weight=weights)
     else:
         tell(operation, x, columns)
@@ -605,7 +606,7 @@ def _swiglu_quant(
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     operation = Operation("rms_norm", norm=True, eps=eps)
-    if not x.is_cuda:
+    if not on_gpu(x):
         tell(operation, x, x.shape[-1], weight=weight)
         return _normalized(x, weight, eps)
     values = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -616,7 +617,7 @@ def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def _rms_norm_quant(x: Tensor, weight: Tensor, eps: float, quantizer: Quantizer) -> tuple[Tensor, Tensor, Tensor]:
     operation = Operation("rms_norm", quantizer, round_first=True, norm=True, eps=eps)
     codes, scales = quantizer.empty(x, x.shape[:-1], x.shape[-1])
-    if x.is_cuda:
+    if on_gpu(x):
         values = torch.empty_like(x, memory_format=torch.contiguous_format)
         launch(operation, in_rows(x), x.shape[-1], values=values, codes=codes, scales=scales, weight=weight)
     else:
@@ -642,7 +643,7 @@ def _rope(
 ) -> Tensor:
     trip = quantizer is not None
     operation = Operation("rope", quantizer, round_trip=trip, round_first=trip, norm=norm, inverse=inverse, eps=eps)
-    if not x.is_cuda:
+    if not on_gpu(x):
         tell(operation, x, x.shape[2], weight=weight, positions=positions)
         values = _rotated(x, positions, cos_sin, weight, norm, inverse, eps)
         if quantizer is not None:
@@ -667,7 +668,7 @@ def _rope_quant(
 ) -> tuple[Tensor, Tensor]:
     operation = Operation("rope", quantizer, round_first=True, norm=norm, inverse=inverse, eps=eps)
     codes, scales = quantizer.empty(x, x.shape[:1], x.shape[1] * x.shape[2])
-    if x.is_cuda:
+    if on_gpu(x):
         heads = codes.view(x.shape)
         launch(
             operation, x, x.shape[2], codes=heads, scales=scales, weight=weight, positions=positions, cos_sin=cos_sin

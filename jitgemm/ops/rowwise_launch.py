@@ -134,6 +134,11 @@ class Staging:
         return self.ids, self.weights, self.ids_out, self.weights_out
 
 
+def on_gpu(x: Tensor) -> bool:
+    """Whether a kernel computes; else the reference does."""
+    return x.is_cuda
+
+
 def rows_of(x: Tensor) -> tuple[int, int] | None:
     """How many rows a tensor has, and the elements between two of them; None if that is not one number."""
     if x.dim() == 2:
