@@ -11,6 +11,7 @@ __all__ = ["FAMILY_MODULES", "Family", "KernelSpec", "family_of"]
 FAMILY_MODULES = {
     "gemm": "jitgemm.families.gemm",
     "rowwise": "jitgemm.families.rowwise",
+    "tiles": "jitgemm.families.tiles",
     "transpose_scales": "jitgemm.families.transpose_scales",
 }
 """Family name -> module whose ``FAMILY`` implements the protocol."""

@@ -6,23 +6,22 @@ import ctypes
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from jitgemm import settings
 from jitgemm.errors import ProblemError
+from jitgemm.families import KernelSpec, family_of
 from jitgemm.families import rowwise as family
 from jitgemm.families.rowwise import CHUNK, FAMILY, PARAMS, POINTERS, REALS, SIZES, STRIDES, RowwiseProblem
 from jitgemm.nvtx import in_range
 from jitgemm.plan import BOUND_LAUNCHES, Table, current_device, device_facts, raw_stream
+from jitgemm.problem import Problem
 from jitgemm.record import record
 from jitgemm.reference import layout, rowwise as reference
 from jitgemm.reference.quantize import ceil_div
-
-if TYPE_CHECKING:
-    from jitgemm.driver import Launch
 
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 E8M0: torch.dtype = getattr(torch, "float8_e8m0fnu", torch.uint8)
@@ -212,9 +211,9 @@ def launch(
         None if cos_sin is None else cos_sin.shape,
         None if staging is None else (staging.ids.dtype, *(t.stride() for t in staging.tensors())),
     )  # fmt: skip
-    plan = _plans.get(key)
+    plan = plans.get(key)
     if plan is None:
-        plan = _plans.put(key, _make_plan(operation, tensors, columns, staging, addresses, in_force, device))
+        plan = plans.put(key, _make_plan(operation, tensors, columns, staging, addresses, in_force, device))
     plan(addresses)
 
 
@@ -262,22 +261,49 @@ def problem_of(
     )
 
 
-_plans: Table[Any, _Plan] = Table(4096)
+plans: Table[Any, Plan] = Table(4096)
 
 
 def forget_plans() -> None:
     """Make plans anew."""
-    _plans.clear()
+    plans.clear()
 
 
 os.register_at_fork(after_in_child=forget_plans)
 
 
-class _Plan:
-    """A loaded kernel with all of its parameters but the addresses."""
+class Plan:
+    """A loaded kernel with all of its parameters but the addresses, which come first among them.
 
-    def __init__(self, launch: Launch, params: bytes, device: int, range_name: str | None) -> None:
-        self._launch, self._params, self._device, self._range = launch, params, device, range_name
+    Args:
+        spec: of the kernel.
+        problem: what it is needed for.
+        params: with room for the addresses.
+        grid: blocks.
+        sizes: that a profiler should see.
+        in_force: settings.
+        device: ordinal.
+    """
+
+    def __init__(
+        self,
+        spec: KernelSpec,
+        problem: Problem,
+        params: bytes,
+        grid: tuple[int, int],
+        sizes: str,
+        in_force: settings.Settings,
+        device: int,
+    ) -> None:
+        from jitgemm.driver import Launch  # the CUDA path only: CPU tensors need no driver
+        from jitgemm.kernel import load
+
+        if in_force.record is not None:
+            record(in_force.record, problem)
+        kernel = load(spec, device, problem)
+        self._launch = Launch(kernel.handle, (*grid, 1), kernel.num_threads, 0, device, in_force.pdl)
+        self._params, self._device = params, device
+        self._range = f"jitgemm {family_of(spec).describe(spec)} {sizes}" if in_force.nvtx else None
         self._bound: Table[tuple[int, ...], Callable[[], int]] = Table(BOUND_LAUNCHES)
 
     def __call__(self, addresses: tuple[int, ...]) -> None:
@@ -290,8 +316,8 @@ class _Plan:
     def _bind(self, key: tuple[int, ...]) -> Callable[[], int]:
         from jitgemm.driver import Arguments
 
-        arguments = Arguments(PARAMS.size)
-        ctypes.memmove(arguments.address, self._params, PARAMS.size)
+        arguments = Arguments(len(self._params))
+        ctypes.memmove(arguments.address, self._params, len(self._params))
         for index, address in enumerate(key[1:]):
             arguments.words[arguments.first + index] = address
         run = self._launch.prepare(arguments, key[0])
@@ -306,10 +332,7 @@ def _make_plan(
     addresses: tuple[int, ...],
     in_force: settings.Settings,
     device: int,
-) -> _Plan:
-    from jitgemm.driver import Launch
-    from jitgemm.kernel import load
-
+) -> Plan:
     x, values, codes, scales, weight, positions, cos_sin, *_ = tensors
     assert x is not None
     sizes, strides = dict.fromkeys(SIZES, 0), dict.fromkeys(STRIDES, 0)
@@ -338,8 +361,6 @@ def _make_plan(
     assert problem.m is not None
     if problem.m > MAX_ROWS or columns > MAX_COLUMNS:
         raise ProblemError(f"x has {problem.m} rows of {columns}; accepted are at most {MAX_ROWS} of {MAX_COLUMNS}")
-    if in_force.record is not None:
-        record(in_force.record, problem)
 
     heads = 1 if positions is None else x.shape[1]
     packed = quantizer is not None and quantizer.packed
@@ -355,11 +376,9 @@ def _make_plan(
     )
     preset, num_sms = device_facts(device)
     config = family.choose_config(problem, preset.with_num_sms(min(num_sms, in_force.num_sms or num_sms)))
-    kernel = load(FAMILY.spec(problem, config, preset.arch.name), device, problem)
-    grid = (ceil_div(problem.m, config.rows), ceil_div(max(columns, sizes["scale_columns"]), config.columns), 1)
-    launch = Launch(kernel.handle, grid, kernel.num_threads, 0, device, in_force.pdl)
-    name = f"jitgemm {FAMILY.describe(kernel.spec)} m={problem.m} n={columns}" if in_force.nvtx else None
-    return _Plan(launch, params, device, name)
+    grid = (ceil_div(problem.m, config.rows), ceil_div(max(columns, sizes["scale_columns"]), config.columns))
+    spec = FAMILY.spec(problem, config, preset.arch.name)
+    return Plan(spec, problem, params, grid, f"m={problem.m} n={columns}", in_force, device)
 
 
 def _misalignment(operation: Operation, addresses: tuple[int, ...]) -> int:

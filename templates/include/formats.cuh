@@ -113,18 +113,20 @@ __device__ __forceinline__ float e2m1_to_float(uint32_t code) {
 
 constexpr int CHUNK = 8;  // values that a thread handles together
 
-// The codes of 8 values in a group with this scale, first value in the lowest bits: 8 bytes, or 4 of E2M1.
-template <Format FORMAT, ScaleKind KIND, Ties TIES>
-__device__ __forceinline__ void encode(const float (&x)[CHUNK], const Scale& scale, uint32_t (&words)[2]) {
+// The codes of 8 values, first value in the lowest bits: 8 bytes, or 4 of E2M1. They share a scale, or have one each.
+template <Format FORMAT, ScaleKind KIND, Ties TIES, int COUNT>
+__device__ __forceinline__ void encode(const float (&x)[CHUNK], const Scale (&scales)[COUNT], uint32_t (&words)[2]) {
+  static_assert(COUNT == 1 || COUNT == CHUNK);
+  constexpr int NEXT = COUNT / CHUNK;  // from the scale of a value to that of the next
   float y[CHUNK];
 #pragma unroll
-  for (int i = 0; i < CHUNK; ++i) y[i] = KIND == FP32 ? __fdiv_rn(x[i], scale.value) : __fmul_rn(x[i], scale.inverse);
+  for (int i = 0; i < CHUNK; ++i) {
+    const Scale& scale = scales[i * NEXT];
+    y[i] = KIND == FP32 ? __fdiv_rn(x[i], scale.value) : __fmul_rn(x[i], scale.inverse);
+    if (FORMAT == E4M3 && !scale.finite && magnitude(y[i]) == INFINITY_BITS) y[i] = __uint_as_float(0x7fffffff);  // no Inf
+  }
   words[0] = words[1] = 0;
   if constexpr (FORMAT == E4M3) {
-    if (!scale.finite) {  // E4M3 has no Inf: NaN shows it
-#pragma unroll
-      for (int i = 0; i < CHUNK; ++i) y[i] = magnitude(y[i]) < INFINITY_BITS ? y[i] : __uint_as_float(0x7fffffff);
-    }
 #pragma unroll
     for (int i = 0; i < CHUNK; i += 2) words[i / 4] |= floats_to_e4m3(y[i], y[i + 1]) << i % 4 * 8;
   } else if constexpr (FORMAT == INT8) {
@@ -135,7 +137,7 @@ __device__ __forceinline__ void encode(const float (&x)[CHUNK], const Scale& sca
     }
   } else {
 #pragma unroll
-    for (int i = 0; i < CHUNK; ++i) words[0] |= (scale.blank ? 0 : e2m1_code<TIES>(y[i])) << i * 4;
+    for (int i = 0; i < CHUNK; ++i) words[0] |= (scales[i * NEXT].blank ? 0 : e2m1_code<TIES>(y[i])) << i * 4;
   }
 }
 

@@ -1,4 +1,5 @@
-// The parts that row-wise kernels are made of: chunks of 8 values in and out, sums over a row, quantization of a chunk.
+// The parts that row-wise kernels and casts of tiles are made of: chunks of 8 values and their codes in and out, the largest
+// of some lanes, sums over a row.
 #pragma once
 #include "formats.cuh"
 
@@ -84,6 +85,22 @@ __device__ __forceinline__ void store_codes(uint8_t* target, const uint32_t (&wo
 #pragma unroll
     for (int i = 0; i < (FORMAT == E2M1 ? CHUNK / 2 : CHUNK); ++i) {
       if (i < bytes) target[i] = uint8_t(words[i / 4] >> i % 4 * 8);
+    }
+  }
+}
+
+// Reverse store_codes, of a byte each; zeros behind the first `count`.
+template <bool ALIGNED>
+__device__ __forceinline__ void load_codes(const uint8_t* source, uint32_t (&words)[2], int count) {
+  words[0] = words[1] = 0;
+  if constexpr (ALIGNED) {
+    if (count <= 0) return;
+    const uint2 both = *reinterpret_cast<const uint2*>(source);
+    words[0] = both.x, words[1] = both.y;
+  } else {
+#pragma unroll
+    for (int i = 0; i < CHUNK; ++i) {
+      if (i < count) words[i / 4] |= uint32_t(source[i]) << i % 4 * 8;
     }
   }
 }
