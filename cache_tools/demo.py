@@ -47,7 +47,7 @@ def check(problems: Sequence[NamedProblem]) -> int:
         device = "cuda"
         print(f"\nchecking on {torch.cuda.get_device_name()}, with compiling forbidden")
         cases = [
-            NamedProblem(p.layer, p.problem.with_m(m))
+            NamedProblem(p.layer, p.dense.with_m(m))
             for p in problems
             for m in GPU_ROWS
             if m * p.problem.n <= MAX_OUTPUT
@@ -60,7 +60,7 @@ def check(problems: Sequence[NamedProblem]) -> int:
     rows = []
     with settings.override(jit="forbid"):
         for named in cases:
-            problem = named.problem
+            problem = named.dense
             errors, bounds = _errors(problem, device)
             right = errors.within(bounds)
             shape = (problem.m, problem.n, problem.k, problem.recipe, problem.d_dtype)

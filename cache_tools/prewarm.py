@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from jitgemm.cache import KernelCache
-    from jitgemm.families.gemm import GemmProblem
+    from jitgemm.problem import Problem
 
 HIT, FETCHED, BUILT, FAILED, MISSING = "hit", "fetched", "built", "failed", "missing"
 
@@ -169,10 +169,14 @@ def print_report(report: Report) -> None:
     if missing:
         states["missing"] = MISSING
 
-    def row(label: str, kernels: Sequence[Kernel], problem: GemmProblem | None = None) -> tuple[object, ...]:
+    from jitgemm.families.gemm import GemmProblem
+
+    def row(label: str, kernels: Sequence[Kernel], problem: Problem | None = None) -> tuple[object, ...]:
         counts = [len(kernels), *(sum(kernel.state == state for kernel in kernels) for state in states.values())]
         if problem is None:
             return (label, None, None, None, None, *counts)
+        if not isinstance(problem, GemmProblem):  # of which only n matters, if anything
+            return (label, getattr(problem, "n", None), None, str(problem), None, *counts)
         recipe = problem.recipe if problem.layout == "nt" else f"{problem.recipe} {problem.layout}"
         return (label, problem.n, problem.k, recipe, problem.d_dtype, *counts)
 

@@ -12,6 +12,8 @@ from jitgemm.errors import ProblemError
 
 if TYPE_CHECKING:
     from jitgemm.families.gemm import GemmProblem
+    from jitgemm.families.rowwise import RowwiseProblem
+    from jitgemm.families.tiles import TileProblem
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,20 @@ class NamedProblem:
     """A problem without its m, and the layer that asks it (empty where it has no name)."""
 
     layer: str
-    problem: GemmProblem
+    problem: GemmProblem | RowwiseProblem | TileProblem
+
+    @property
+    def dense(self) -> GemmProblem:
+        """The problem, for what knows dense ones only.
+
+        Raises:
+            ProblemError: it is another.
+        """
+        from jitgemm.families.gemm import GemmProblem
+
+        if not isinstance(self.problem, GemmProblem):
+            raise ProblemError(f"{self.problem.to_dict()['kind']} problems are not tuned; accepted is gemm")
+        return self.problem
 
 
 def from_shapes_file(path: Path) -> list[NamedProblem]:
@@ -90,6 +105,7 @@ def parse(entry: Mapping[str, Any]) -> NamedProblem:
     Raises:
         ProblemError: it is none.
     """
+    from jitgemm.families import rowwise, tiles
     from jitgemm.families.gemm import GemmProblem
 
     if not isinstance(entry, Mapping):
@@ -100,5 +116,9 @@ def parse(entry: Mapping[str, Any]) -> NamedProblem:
     layer = entry.get("layer", "")
     if not isinstance(layer, str):
         raise ProblemError(f"layer is {layer!r}; accepted is a string")
-    problem = GemmProblem.from_dict({name: value for name, value in entry.items() if name != "layer"})
+    values = {name: value for name, value in entry.items() if name != "layer"}
+    kinds = {rowwise.KIND: rowwise.RowwiseProblem, tiles.KIND: tiles.TileProblem}
+    problem: GemmProblem | RowwiseProblem | TileProblem = kinds.get(values.get("kind", ""), GemmProblem).from_dict(
+        values
+    )
     return NamedProblem(layer, problem.without_m())

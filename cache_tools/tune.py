@@ -168,7 +168,7 @@ def tune(
     report = Report([Tuned(named) for named in problems], table, gpu.device)
     todo: list[tuple[Tuned, list[int]]] = []
     for one in report.problems:
-        one.entries = {m: e for m, e in known.get(one.named.problem, {}).items() if m in anchors}
+        one.entries = {m: e for m, e in known.get(one.named.dense, {}).items() if m in anchors}
         kept = set() if force else {m for m, entry in one.entries.items() if not entry.run.differences(gpu.run)}
         if missing := [m for m in anchors if m not in kept]:
             todo.append((one, missing))
@@ -176,14 +176,14 @@ def tune(
         with progress_bar("choosing", "problems", len(todo), shown=progress) as advance:
             needed: dict[KernelSpec, None] = {}
             for one, missing in todo:
-                needed |= dict.fromkeys(specs(one.named.problem, missing, gpu.device, count))
+                needed |= dict.fromkeys(specs(one.named.dense, missing, gpu.device, count))
                 advance()
         _build(list(needed), jobs, progress)
         with progress_bar("tuning", "anchors", sum(len(missing) for _, missing in todo), shown=progress) as advance:
             for one, missing in todo:
-                found = tune_problem(one.named.problem, missing, gpu.device, gpu.run, gpu.measure, count, advance)
+                found = tune_problem(one.named.dense, missing, gpu.device, gpu.run, gpu.measure, count, advance)
                 with tuned.lock(table):
-                    tuned.update(table, gpu.device, one.named.problem, found)
+                    tuned.update(table, gpu.device, one.named.dense, found)
                 one.entries |= found
                 one.measured, one.failed = len(found), len(missing) - len(found)
     except KeyboardInterrupt:
@@ -224,7 +224,7 @@ def print_report(report: Report) -> None:
     """A row for each problem."""
 
     def row(one: Tuned) -> tuple[object, ...]:
-        problem, best = one.named.problem, max(one.entries.values(), key=lambda e: e.margin, default=None)
+        problem, best = one.named.dense, max(one.entries.values(), key=lambda e: e.margin, default=None)
         changed = [entry for entry in one.entries.values() if entry.config != entry.model_config]
         recipe = problem.recipe if problem.layout == "nt" else f"{problem.recipe} {problem.layout}"
         return (
@@ -274,7 +274,7 @@ def check(
     from jitgemm.heuristics import tuned
     from jitgemm.tuning import stale
 
-    wanted = None if problems is None else {named.problem for named in problems}
+    wanted = None if problems is None else {named.dense for named in problems}
     entries = [
         (path, problem, of_problem[m])
         for path in tables

@@ -1,5 +1,14 @@
 """From a problem and a device to a config: candidates, limits, cost model, overrides."""
 
+from __future__ import annotations
+
+from jitgemm.device import Device
+from jitgemm.families import rowwise, tiles
+from jitgemm.families.base import KernelSpec
+from jitgemm.families.gemm import GemmProblem
+from jitgemm.families.rowwise import RowwiseProblem
+from jitgemm.families.tiles import TileProblem
+from jitgemm.heuristics import gemm
 from jitgemm.heuristics.gemm import (
     ANCHORS,
     Candidate,
@@ -8,10 +17,19 @@ from jitgemm.heuristics.gemm import (
     choose_config,
     chooser,
     enumerate_configs,
-    enumerate_specs,
     explain,
     prepare,
 )
+
+
+def enumerate_specs(problem: GemmProblem | RowwiseProblem | TileProblem, device: Device) -> tuple[KernelSpec, ...]:
+    """Every kernel that calls of the problem can need: of any m, with scales in any layout, with or without C."""
+    if isinstance(problem, RowwiseProblem):
+        return rowwise.enumerate_specs(problem, device)
+    if isinstance(problem, TileProblem):
+        return tiles.enumerate_specs(problem, device)
+    return gemm.enumerate_specs(problem, device)
+
 
 __all__ = [
     "ANCHORS",

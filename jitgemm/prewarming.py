@@ -24,6 +24,10 @@ from jitgemm.resources import compile_jobs
 
 if TYPE_CHECKING:
     from jitgemm.families.gemm import GemmProblem
+    from jitgemm.families.rowwise import RowwiseProblem
+    from jitgemm.families.tiles import TileProblem
+
+    AnyProblem = GemmProblem | RowwiseProblem | TileProblem
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,7 @@ class Prewarmed:
 
 
 def prewarm(
-    problems: str | os.PathLike[str] | Iterable[GemmProblem | Mapping[str, Any]],
+    problems: str | os.PathLike[str] | Iterable[AnyProblem | Mapping[str, Any]],
     *,
     devices: Sequence[str] | None = None,
     jobs: int | None = None,
@@ -85,13 +89,16 @@ def prewarm(
     return Prewarmed(len(specs), compiled, time.perf_counter() - start)
 
 
-def _problems(given: str | os.PathLike[str] | Iterable[GemmProblem | Mapping[str, Any]]) -> list[GemmProblem]:
+def _problems(given: str | os.PathLike[str] | Iterable[AnyProblem | Mapping[str, Any]]) -> list[AnyProblem]:
     from jitgemm.cache_tools.problems import from_shapes_file, parse
     from jitgemm.families.gemm import GemmProblem
+    from jitgemm.families.rowwise import RowwiseProblem
+    from jitgemm.families.tiles import TileProblem
 
+    known = (GemmProblem, RowwiseProblem, TileProblem)
     if isinstance(given, (str, os.PathLike)):
         return [named.problem for named in from_shapes_file(Path(given))]
-    return [one.without_m() if isinstance(one, GemmProblem) else parse(one).problem for one in given]
+    return [one.without_m() if isinstance(one, known) else parse(one).problem for one in given]
 
 
 def _devices(names: Sequence[str] | None) -> list[Device]:
@@ -108,7 +115,7 @@ def _devices(names: Sequence[str] | None) -> list[Device]:
     return [PRESETS[name] for name in names]
 
 
-def _specs(problems: Iterable[GemmProblem], devices: Sequence[Device]) -> list[KernelSpec]:
+def _specs(problems: Iterable[AnyProblem], devices: Sequence[Device]) -> list[KernelSpec]:
     from jitgemm.heuristics import enumerate_specs
 
     found = (spec for problem in problems for device in devices for spec in enumerate_specs(problem, device))

@@ -99,9 +99,7 @@ class RowwiseProblem:
             if getattr(self, name) not in accepted:
                 raise ProblemError(f"{name} is {getattr(self, name)!r}; accepted are {', '.join(accepted)}")
         if self.scales not in SCALES[self.format]:
-            raise ProblemError(
-                f"scales is {self.scales!r}; {self.format} accepts {', '.join(SCALES[self.format])}"
-            )
+            raise ProblemError(f"scales is {self.scales!r}; {self.format} accepts {', '.join(SCALES[self.format])}")
         groups = GROUPS if self.format != "values" else (0,)
         if self.group not in groups or isinstance(self.group, bool):
             raise ProblemError(f"group is {self.group!r}; {self.format} accepts {', '.join(map(str, groups))}")

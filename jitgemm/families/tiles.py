@@ -69,9 +69,7 @@ class TileProblem:
         columns = 1 if self.op == "per_channel" else self.group_rows
         if self.op != "cast_back" and (self.group_rows not in GROUPS or self.group_columns != columns):
             groups = ", ".join(f"{rows}x{1 if self.op == 'per_channel' else rows}" for rows in GROUPS)
-            raise ProblemError(
-                f"groups are {self.group_rows}x{self.group_columns}; {self.op} accepts {groups}"
-            )
+            raise ProblemError(f"groups are {self.group_rows}x{self.group_columns}; {self.op} accepts {groups}")
 
     def without_m(self) -> TileProblem:
         """The same: there is no m."""

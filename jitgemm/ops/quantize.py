@@ -18,7 +18,7 @@ from jitgemm.families.rowwise import GROUPS
 from jitgemm.ops.dispatch import needs_dispatch
 from jitgemm.ops.rowwise import cast_rows
 from jitgemm.ops.rowwise_launch import Operation, Quantizer, on_gpu, tell
-from jitgemm.ops.tiles_launch import cast_back_tiles, cast_tiles
+from jitgemm.ops.tiles_launch import cast_back_tiles, cast_tiles, tell_tiles
 from jitgemm.reference import quantize as reference
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -149,30 +149,30 @@ def _per_token_quantizer(use_ue8m0: bool, gran_k: int, use_packed_ue8m0: bool) -
 
 def per_channel(x: Tensor, use_ue8m0: bool, gran_k: int) -> tuple[Tensor, Tensor]:
     """``per_channel_cast_to_fp8``."""
-    if gran_k in GROUPS and on_gpu(x) and x.numel():
-        return cast_tiles("per_channel", x, use_ue8m0, gran_k)
+    if gran_k in GROUPS and x.numel():
+        if on_gpu(x):
+            return cast_tiles("per_channel", x, use_ue8m0, gran_k)
+        tell_tiles("per_channel", x, use_ue8m0, gran_k)
     return reference.per_channel_cast_to_fp8(x, use_ue8m0, gran_k)
 
 
 def per_block(x: Tensor, use_ue8m0: bool, gran_k: int) -> tuple[Tensor, Tensor]:
     """``per_block_cast_to_fp8``."""
-    if gran_k in GROUPS and on_gpu(x) and x.numel():
-        return cast_tiles("per_block", x, use_ue8m0, gran_k)
+    if gran_k in GROUPS and x.numel():
+        if on_gpu(x):
+            return cast_tiles("per_block", x, use_ue8m0, gran_k)
+        tell_tiles("per_block", x, use_ue8m0, gran_k)
     return reference.per_block_cast_to_fp8(x, use_ue8m0, gran_k)
 
 
-def cast_back(
-    x: Tensor, sf: Tensor, rows: int, columns: int, use_packed_ue8m0: bool, dtype: torch.dtype
-) -> Tensor:
+def cast_back(x: Tensor, sf: Tensor, rows: int, columns: int, use_packed_ue8m0: bool, dtype: torch.dtype) -> Tensor:
     """``cast_back_from_fp8``; 0 stands for all rows or columns."""
     if on_gpu(x):
         return cast_back_tiles(x, sf, rows, columns, use_packed_ue8m0, dtype)
     return reference.cast_back_from_fp8(x, sf, (rows or None, columns or None), use_packed_ue8m0).to(dtype)
 
 
-def check_cast_back(
-    x: object, sf: object, group: object, use_packed_ue8m0: bool, dtype: object
-) -> tuple[int, int]:
+def check_cast_back(x: object, sf: object, group: object, use_packed_ue8m0: bool, dtype: object) -> tuple[int, int]:
     """Check the arguments of ``cast_back_from_fp8``; the group, with 0 for None.
 
     Raises:
@@ -202,7 +202,9 @@ def check_cast_back(
     if use_packed_ue8m0:
         expected[1] = reference.ceil_div(expected[1], 4)
     if list(sf.shape) != expected:
-        raise ProblemError(f"sf has shape {tuple(sf.shape)}; groups of {group} in {tuple(x.shape)} are {tuple(expected)}")
+        raise ProblemError(
+            f"sf has shape {tuple(sf.shape)}; groups of {group} in {tuple(x.shape)} are {tuple(expected)}"
+        )
     return group[0] or 0, group[1] or 0
 
 

@@ -138,7 +138,9 @@ def fp4_act_quant(
         ProblemError: an argument is not of these.
         CacheMissError: as ``act_quant``.
     """
-    quantizer = _quantizer("e2m1", "ue8m0", block_size, scale_layout, _is_packed(scale_dtype, (E8M0, torch.int32)), ties)
+    quantizer = _quantizer(
+        "e2m1", "ue8m0", block_size, scale_layout, _is_packed(scale_dtype, (E8M0, torch.int32)), ties
+    )
     if inplace:
         return _round_trip(x, quantizer, "fp4_act_quant_")
     _check_rows("x", x, quantizer)
@@ -371,9 +373,7 @@ def rope_cos_sin(
     Frequencies are fp32, ``theta ** (-2i / rope_dim)``, with a ``factor`` above 1 by YaRN (arXiv:2309.00071) without
     its factor of attention; angles are their fp32 products with the position, as the models that use them compute them.
     """
-    frequencies = reference.rope_frequencies(
-        rope_dim, theta, factor, original_max_position, beta_fast, beta_slow
-    )
+    frequencies = reference.rope_frequencies(rope_dim, theta, factor, original_max_position, beta_fast, beta_slow)
     angles = torch.arange(num_positions, dtype=torch.float32)[:, None] * frequencies
     return torch.cat([angles.double().cos(), angles.double().sin()], 1).float().to(device or "cpu")
 
@@ -824,7 +824,9 @@ def _check_rope(
     _check_vector("positions", positions, x.shape[0], (torch.int32, torch.int64), x)
     _check_tensor("cos_sin", cos_sin)
     if cos_sin.dtype != torch.float32 or not cos_sin.is_contiguous():
-        raise ProblemError(f"cos_sin has dtype {cos_sin.dtype} and strides {cos_sin.stride()}; accepted is contiguous fp32")
+        raise ProblemError(
+            f"cos_sin has dtype {cos_sin.dtype} and strides {cos_sin.stride()}; accepted is contiguous fp32"
+        )
     if cos_sin.dim() != 2 or cos_sin.shape[1] % 8 or not 8 <= cos_sin.shape[1] <= x.shape[2]:
         raise ProblemError(
             f"cos_sin has shape {tuple(cos_sin.shape)}; accepted is [positions, rope_dim], a multiple of 8 up to n"
@@ -931,9 +933,7 @@ def _define_all() -> None:
     _define(
         "fp4_act_quant_",
         "(Tensor(a!) x, int block_size, str ties) -> ()",
-        lambda x, block_size, ties: _round_trip_of(
-            x, _quantizer("e2m1", "ue8m0", block_size, "row_major", ties=ties)
-        ),
+        lambda x, block_size, ties: _round_trip_of(x, _quantizer("e2m1", "ue8m0", block_size, "row_major", ties=ties)),
         _nothing,
     )
     staged = (

@@ -10,6 +10,7 @@ from jitgemm.families.rowwise import CHUNK
 from jitgemm.families.tiles import COLUMNS, FAMILY, PARAMS, TileProblem
 from jitgemm.ops.rowwise_launch import DTYPES, Plan, in_rows, plans
 from jitgemm.plan import current_device, device_facts
+from jitgemm.record import record
 from jitgemm.reference.quantize import ceil_div
 
 _ALIGNMENT = 16  # bytes, of a vector load
@@ -24,6 +25,15 @@ def cast_tiles(op: str, x: Tensor, use_ue8m0: bool, gran: int) -> tuple[Tensor, 
     scales = x.new_empty((ceil_div(rows, gran), ceil_div(columns, group_columns)), dtype=torch.float32)
     _launch(op, "pow2" if use_ue8m0 else "fp32_reciprocal", (gran, group_columns), x, codes, scales)
     return codes, scales
+
+
+def tell_tiles(op: str, x: Tensor, use_ue8m0: bool, gran: int) -> None:
+    """Record the problem of a call that the reference computes, if the settings ask for it."""
+    path = settings.current().record
+    if path is not None and x.numel():
+        group = gran, 1 if op == "per_channel" else gran
+        kind = "pow2" if use_ue8m0 else "fp32_reciprocal"
+        record(path, TileProblem(op, kind, *group, DTYPES[x.dtype], x.shape[1] % CHUNK == 0))
 
 
 def cast_back_tiles(x: Tensor, sf: Tensor, rows: int, columns: int, packed: bool, dtype: torch.dtype) -> Tensor:

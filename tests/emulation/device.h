@@ -94,6 +94,8 @@ inline T __shfl_xor_sync(uint32_t, T value, int distance) {
   return value;
 }
 inline void grid_dependency_wait() {}
+template <typename T>
+inline constexpr T min_of(T x, T y) { return x < y ? x : y; }
 
 // -- Single instructions and intrinsic functions.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -17,7 +16,7 @@ from jitgemm import driver, kernel
 from jitgemm.device import H200
 from jitgemm.families import KernelSpec, family_of, rowwise
 from jitgemm.kernel import Kernel
-from jitgemm.ops import rowwise_launch
+from jitgemm.ops import quantize, rowwise_launch, tiles_launch
 from jitgemm.ops.rowwise_launch import E8M0
 from jitgemm.problem import Problem
 
@@ -42,8 +41,7 @@ class Emulator:
         class Launch:
             def prepare(self, arguments: driver.Arguments, stream: int) -> Callable[[], int]:
                 def run() -> int:
-                    params = ctypes.string_at(arguments.address, rowwise.PARAMS.size)
-                    emulation.emulate(emulator.specs[handle])(params, grid, threads)
+                    emulation.emulate(emulator.specs[handle])(arguments.address, grid, threads)
                     return 0
 
                 return run
@@ -53,14 +51,22 @@ class Emulator:
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[bool], None]]:
-    """Says where the calls that follow compute: by a kernel, or by the reference."""
+    """Says where the calls that follow compute: by a kernel, or by the reference. Outputs begin as NaN or garbage."""
     emulator = Emulator()
+    torch.use_deterministic_algorithms(True)
     monkeypatch.setattr(kernel, "load", emulator.load)
     monkeypatch.setattr(driver, "Launch", emulator.launch)
-    monkeypatch.setattr(rowwise_launch, "device_facts", lambda _: (H200, H200.num_sms))
+    for module in (rowwise_launch, tiles_launch):
+        monkeypatch.setattr(module, "device_facts", lambda _: (H200, H200.num_sms))
+
+    def use(emulated: bool) -> None:
+        for module in (ops, quantize):
+            monkeypatch.setattr(module, "on_gpu", lambda _: emulated)
+
     rowwise_launch.forget_plans()
-    yield lambda used: monkeypatch.setattr(ops, "on_gpu", lambda _: used)
+    yield use
     rowwise_launch.forget_plans()
+    torch.use_deterministic_algorithms(False)
 
 
 def rows(m: int, n: int, dtype: torch.dtype, special: bool = True) -> Tensor:
@@ -70,7 +76,7 @@ def rows(m: int, n: int, dtype: torch.dtype, special: bool = True) -> Tensor:
     x[torch.rand((m, n), generator=generator) < 0.1] = 0
     x[0, : n // 2] = 0
     if special:
-        x[-1, 3], x[-1, -1], x[m // 2, n // 2] = math.inf, -math.inf, math.nan
+        x[-1, n // 3], x[-1, -1], x[m // 2, n // 2] = math.inf, -math.inf, math.nan
         x[m // 3, :8] = 1e-7 if dtype == torch.float16 else 1e-39
     return x.to(dtype)
 
@@ -182,7 +188,9 @@ def test_staging(gpu: Callable[[bool], None], index: torch.dtype) -> None:
     check(gpu, lambda: call("nvfp4"))
 
 
-@pytest.mark.parametrize(("m", "n", "dtype"), [(1, 8, BF16), (5, 200, BF16), (3, 777, BF16), (2, 4096, BF16), (4, 520, FP32)])
+@pytest.mark.parametrize(
+    ("m", "n", "dtype"), [(1, 8, BF16), (5, 200, BF16), (3, 777, BF16), (2, 4096, BF16), (4, 520, FP32)]
+)
 def test_rms_norm(gpu: Callable[[bool], None], m: int, n: int, dtype: torch.dtype) -> None:
     x = rows(m, n, dtype)
     for weight_dtype in (BF16, FP32):
@@ -207,7 +215,13 @@ def test_rope(gpu: Callable[[bool], None], inverse: bool) -> None:
     check(
         gpu,
         lambda: ops.head_norm_rope_act_quant(
-            x, positions, table, norm=False, inverse=inverse, scale_dtype=torch.int32, scale_layout="mn_major_tma_aligned"
+            x,
+            positions,
+            table,
+            norm=False,
+            inverse=inverse,
+            scale_dtype=torch.int32,
+            scale_layout="mn_major_tma_aligned",
         ),
     )
 
@@ -250,3 +264,33 @@ def test_every_bf16_number(gpu: Callable[[bool], None], format: str) -> None:
         filled[: len(usable)] = usable
         x[:, 1:] = filled.view(-1, 31)
         check(gpu, lambda x=x: call(x, 32))
+
+
+@pytest.mark.parametrize("cast", [quantize.per_block_cast_to_fp8, quantize.per_channel_cast_to_fp8])
+@pytest.mark.parametrize("use_ue8m0", [False, True])
+def test_casts_of_tiles(gpu: Callable[[bool], None], cast: Callable[..., Any], use_ue8m0: bool) -> None:
+    for m, n, gran, dtype in ((130, 264, 128, BF16), (70, 129, 32, BF16), (33, 200, 16, FP32)):
+        x = rows(m, n, dtype)
+        check(gpu, lambda x=x, gran=gran: cast(x, use_ue8m0, gran))
+    check(gpu, lambda: cast(rows(70, 130, BF16).t(), use_ue8m0, 64))
+
+
+def test_per_token_casts(gpu: Callable[[bool], None]) -> None:
+    for m, n in ((5, 200), (3, 1), (4, 384)):
+        x = rows(m, n, BF16)
+        check(gpu, lambda x=x: quantize.per_token_cast_to_fp8(x))
+        check(gpu, lambda x=x: quantize.per_token_cast_to_fp8(x, True, 32, True))
+
+
+@pytest.mark.parametrize("group", [(1, 128), (128, 128), (128, 1), (1, None), (None, None), (3, 20)], ids=str)
+def test_casting_back(gpu: Callable[[bool], None], group: tuple[int | None, int | None]) -> None:
+    for m, n in ((3, 136), (130, 131)):
+        codes = torch.arange(m * n).to(torch.uint8).view(m, n).view(torch.float8_e4m3fn)
+        sf = torch.rand(*(1 if g is None else -(-size // g) for size, g in zip((m, n), group, strict=True)))
+        check(gpu, lambda c=codes, s=sf: quantize.cast_back_from_fp8(c, s, group))
+        check(gpu, lambda c=codes, s=sf.t().contiguous().t(): quantize.cast_back_from_fp8(c, s, group, dtype=BF16))
+
+
+def test_casting_back_packed_scales(gpu: Callable[[bool], None]) -> None:
+    codes, sf = quantize.per_token_cast_to_fp8(rows(9, 700, BF16, special=False), True, 64, True)
+    check(gpu, lambda: quantize.cast_back_from_fp8(codes, sf, (1, 64), True))
