@@ -1,4 +1,4 @@
-"""Casts of tiles: matrices to E4M3 with a scale for each block or for a part of each column, and E4M3 back to values."""
+"""Casts of tiles: matrices to E4M3, with a scale for each block or part of a column, and E4M3 back to values."""
 
 from __future__ import annotations
 

@@ -117,8 +117,8 @@ _define(
     _per_block_fake,
 )
 _define(
-    "cast_back_from_fp8(Tensor x, Tensor sf, int group_rows, int group_columns, bool use_packed_ue8m0, ScalarType dtype)"
-    " -> Tensor",
+    "cast_back_from_fp8(Tensor x, Tensor sf, int group_rows, int group_columns, bool use_packed_ue8m0,"
+    " ScalarType dtype) -> Tensor",
     _cast_back,
     _cast_back_fake,
 )

@@ -107,8 +107,8 @@ def cast_back_from_fp8(
 
     Args:
         x: E4M3 [rows, columns], any strides.
-        sf: fp32 [ceil(rows / group rows), ceil(columns / group columns)], any strides; or, packed, int32 with a quarter of
-            the columns, rounded up.
+        sf: fp32 [ceil(rows / group rows), ceil(columns / group columns)], any strides; or, packed, int32 with a
+            quarter of the columns, rounded up.
         group: rows and columns that share a scale, None for all: (1, gran_k) per token, (gran_k, 1) per channel,
             (gran_k, gran_k) per block.
         use_packed_ue8m0: the scales are exponents, four to an int32 along the columns.

@@ -216,7 +216,7 @@ def stage_fp8(
     topk_ids_out: Tensor,
     topk_weights_out: Tensor,
 ) -> None:
-    """As ``stage_nvfp4``, with E4M3 rows ``[m, n]`` and int32 ``[m, n / 128]``: four powers of two of 32 columns each."""
+    """As ``stage_nvfp4``, with E4M3 rows ``[m, n]`` and a power of two for each 32 columns, int32 ``[m, n / 128]``."""
     quantizer = _quantizer("e4m3", "ue8m0", 32, "row_major", packed=True)
     _stage(x, topk_ids, topk_weights, x_fp8, x_sf, topk_ids_out, topk_weights_out, quantizer, "stage_fp8")
 
@@ -393,7 +393,7 @@ def head_norm_rope(
 
     Args:
         x: ``[tokens, heads, n]``, columns contiguous; n a multiple of 8.
-        positions: int32 or int64 ``[tokens]``, contiguous. Of positions that the table lacks the rotated columns are NaN.
+        positions: int32 or int64 ``[tokens]``, contiguous. Where the table lacks one, rotated columns are NaN.
         cos_sin: fp32 ``[positions, rope_dim]`` as ``rope_cos_sin`` makes it, contiguous; rope_dim a multiple of 8.
         weight: of the norm ``[n]``, contiguous; None: all ones.
         norm: divide by the root mean square first.

@@ -20,7 +20,8 @@ from jitgemm.nvtx import in_range
 from jitgemm.plan import BOUND_LAUNCHES, Table, current_device, device_facts, raw_stream
 from jitgemm.problem import Problem
 from jitgemm.record import record
-from jitgemm.reference import layout, rowwise as reference
+from jitgemm.reference import layout
+from jitgemm.reference import rowwise as reference
 from jitgemm.reference.quantize import ceil_div
 
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -307,6 +308,7 @@ class Plan:
         self._bound: Table[tuple[int, ...], Callable[[], int]] = Table(BOUND_LAUNCHES)
 
     def __call__(self, addresses: tuple[int, ...]) -> None:
+        """Launch with tensors at these addresses, on the current stream."""
         key = (raw_stream(self._device), *addresses)
         run = self._bound.get(key) or self._bind(key)
         status = run()

@@ -2,10 +2,10 @@
 
 All but SwiGLU's exponential is defined to the bit: the same on every device, for every number of rows.
 
-Groups: the largest magnitude of a group of columns gives its scale; its elements are divided by the scale, or multiplied
-with its exact reciprocal where it is a power of two, and rounded to nearest. What is not finite shows in what depends on
-it: E4M3 has a NaN, and takes it for Inf too; where a format has none, the scale of the group is NaN (INT8: Inf or NaN)
-and its codes are 0.
+Groups: the largest magnitude of a group of columns gives its scale; its elements are divided by the scale, or
+multiplied with its exact reciprocal where it is a power of two, and rounded to nearest. What is not finite shows in
+what depends on it: E4M3 has a NaN, and takes it for Inf too; where a format has none, the scale of the group is NaN
+(INT8: Inf or NaN) and its codes are 0.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ def e4m3_to_float(codes: Tensor) -> Tensor:
 def round_to_e2m1(x: Tensor, ties: str = "even") -> Tensor:
     """E2M1 codes of fp32 ``x``, as uint8, beyond 6 saturated; NaN is 6.
 
-    A tie goes to the ``even`` code, ``away`` from zero or toward ``zero``. A negative number that becomes zero keeps its
-    sign, as do negative zeros with ``even``; no zero has a sign with ``zero``.
+    A tie goes to the ``even`` code, ``away`` from zero or toward ``zero``. A negative number that becomes zero keeps
+    its sign, as do negative zeros with ``even``; no zero has a sign with ``zero``.
     """
     magnitude = x.abs()
     code = torch.zeros_like(x, dtype=torch.uint8)
@@ -108,8 +108,8 @@ def quantize(x: Tensor, format: str, scales: str, group: int, ties: str = "even"
     Args:
         x: fp32, or a type that fp32 holds.
         format: ``e4m3``, ``int8`` or ``e2m1``.
-        scales: ``fp32`` (elements are divided by them), ``fp32_reciprocal`` (multiplied with their rounded reciprocals),
-            ``pow2`` or ``ue8m0`` (rounded up to powers of two), ``ue4m3`` (rounded to nearest E4M3).
+        scales: ``fp32`` (elements are divided by them), ``fp32_reciprocal`` (multiplied with their rounded
+            reciprocals), ``pow2`` or ``ue8m0`` (rounded up to powers of two), ``ue4m3`` (rounded to nearest E4M3).
         group: columns that share a scale.
         ties: of E2M1.
     """
@@ -190,7 +190,7 @@ def normalize(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> Tensor:
-    """Rotate pairs of neighbouring columns at the end of fp32 rows ``x`` [..., n] by the angles of [..., rope_dim / 2]."""
+    """Rotate pairs of columns at the end of fp32 rows ``x`` [..., n] by angles [..., rope_dim / 2]."""
     rope_dim = 2 * cos.shape[-1]
     rest, pairs = x[..., : x.shape[-1] - rope_dim], x[..., x.shape[-1] - rope_dim :].unflatten(-1, (-1, 2))
     even, odd = pairs.unbind(-1)

@@ -288,7 +288,8 @@ def test_casting_back(gpu: Callable[[bool], None], group: tuple[int | None, int 
         codes = torch.arange(m * n).to(torch.uint8).view(m, n).view(torch.float8_e4m3fn)
         sf = torch.rand(*(1 if g is None else -(-size // g) for size, g in zip((m, n), group, strict=True)))
         check(gpu, lambda c=codes, s=sf: quantize.cast_back_from_fp8(c, s, group))
-        check(gpu, lambda c=codes, s=sf.t().contiguous().t(): quantize.cast_back_from_fp8(c, s, group, dtype=BF16))
+        mn_major = sf.t().contiguous().t()
+        check(gpu, lambda c=codes, s=mn_major: quantize.cast_back_from_fp8(c, s, group, dtype=BF16))
 
 
 def test_casting_back_packed_scales(gpu: Callable[[bool], None]) -> None:
