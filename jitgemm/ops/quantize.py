@@ -121,6 +121,7 @@ def cast_back_from_fp8(
         ProblemError: an argument is not of that kind.
     """
     rows, columns = check_cast_back(x, sf, group, use_packed_ue8m0, dtype)
+    x, sf = x.detach() if x.requires_grad else x, sf.detach() if sf.requires_grad else sf
     if needs_dispatch(x, sf):
         result: Tensor = torch.ops.jitgemm.cast_back_from_fp8(x, sf, rows, columns, use_packed_ue8m0, dtype)
         return result

@@ -16,10 +16,11 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from jitgemm.errors import ProblemError
 from jitgemm.families.rowwise import GROUPS, MAX_NORM_COLUMNS, TIES
@@ -39,7 +40,19 @@ from jitgemm.ops.rowwise_launch import (
 )
 from jitgemm.reference import rowwise as reference
 
+_Result = TypeVar("_Result")
 _SCALE_FORMATS = (None, "ue8m0")
+
+
+def _cached(function: Callable[..., _Result]) -> Callable[..., _Result]:
+    """Remember results; but not where torch traces, which warns of it."""
+    remembered = functools.lru_cache(maxsize=256)(function)
+
+    @functools.wraps(function)
+    def call(*arguments: Any, **options: Any) -> _Result:
+        return function(*arguments, **options) if is_dynamo_compiling() else remembered(*arguments, **options)
+
+    return call
 
 
 # -- Quantizers.
@@ -695,7 +708,7 @@ def _rotated(
 # -- Checks. All raise ProblemError.
 
 
-@functools.lru_cache(maxsize=256)
+@_cached
 def _e4m3(block_size: int, scale_fmt: str | None, scale_dtype: torch.dtype, scale_layout: str) -> Quantizer:
     if scale_fmt not in _SCALE_FORMATS:
         raise ProblemError(f"scale_fmt is {scale_fmt!r}; accepted are None and 'ue8m0'")
@@ -711,7 +724,7 @@ def _is_packed(scale_dtype: object, accepted: tuple[torch.dtype, ...], why: str 
     return scale_dtype == torch.int32
 
 
-@functools.lru_cache(maxsize=256)
+@_cached
 def _quantizer(
     format: str,
     kind: str,
