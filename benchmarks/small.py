@@ -329,9 +329,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     large = [row["of_copy"] for row in rows if row["of_copy"] and row["megabytes"] >= 16 and row["m"] >= 4096]
     say(f"ratio to the best torch peer: geomean {harness.fixed(harness.geomean(ratios))}")
     if large:
-        say(
-            f"share of the copy's bandwidth, 16 MB and more: least {min(large):.2f}, geomean {harness.geomean(large):.2f}"
-        )
+        say(f"share of the copy's bandwidth from 16 MB: least {min(large):.2f}, geomean {harness.geomean(large):.2f}")
     if ratios:
         worst = min((row for row in rows if row["ratio"]), key=lambda row: row["ratio"])
         say(f"worst: {worst['case']} m={worst['m']} n={worst['n']}: {worst['ratio']:.2f}")

@@ -47,10 +47,7 @@ def check(problems: Sequence[NamedProblem]) -> int:
         device = "cuda"
         print(f"\nchecking on {torch.cuda.get_device_name()}, with compiling forbidden")
         cases = [
-            NamedProblem(p.layer, p.dense.with_m(m))
-            for p in problems
-            for m in GPU_ROWS
-            if m * p.problem.n <= MAX_OUTPUT
+            NamedProblem(p.layer, p.dense.with_m(m)) for p in problems for m in GPU_ROWS if m * p.dense.n <= MAX_OUTPUT
         ]
     else:
         device = "cpu"

@@ -117,8 +117,12 @@ def parse(entry: Mapping[str, Any]) -> NamedProblem:
     if not isinstance(layer, str):
         raise ProblemError(f"layer is {layer!r}; accepted is a string")
     values = {name: value for name, value in entry.items() if name != "layer"}
-    kinds = {rowwise.KIND: rowwise.RowwiseProblem, tiles.KIND: tiles.TileProblem}
-    problem: GemmProblem | RowwiseProblem | TileProblem = kinds.get(values.get("kind", ""), GemmProblem).from_dict(
-        values
-    )
+    kind = values.get("kind")
+    problem: GemmProblem | RowwiseProblem | TileProblem
+    if kind == rowwise.KIND:
+        problem = rowwise.RowwiseProblem.from_dict(values)
+    elif kind == tiles.KIND:
+        problem = tiles.TileProblem.from_dict(values)
+    else:
+        problem = GemmProblem.from_dict(values)
     return NamedProblem(layer, problem.without_m())

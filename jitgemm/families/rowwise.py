@@ -279,7 +279,7 @@ class Rowwise:
 
     def _problem_text(self, spec: KernelSpec) -> str:
         names = {field.name for field in dataclasses.fields(RowwiseProblem)}
-        fields = {name: value for name, value in spec.constants if name in names}
+        fields: dict[str, Any] = {name: value for name, value in spec.constants if name in names}
         return str(RowwiseProblem(n=CHUNK, **fields))
 
 

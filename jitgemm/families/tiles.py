@@ -147,7 +147,8 @@ class Tiles:
 
     def describe(self, spec: KernelSpec) -> str:
         """One line for people."""
-        return str(TileProblem(**dict(spec.constants)))
+        fields: dict[str, Any] = dict(spec.constants)
+        return str(TileProblem(**fields))
 
 
 FAMILY = Tiles()

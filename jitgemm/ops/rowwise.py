@@ -956,13 +956,13 @@ def _define_all() -> None:
     _define(
         "stage_nvfp4",
         f"({staged}, str ties) -> ()",
-        lambda *tensors_and_ties: _stage_tensors(*tensors_and_ties[:-1], nvfp4(tensors_and_ties[-1], True)),
+        lambda *tensors_and_ties: _stage_tensors(*tensors_and_ties[:-1], quantizer=nvfp4(tensors_and_ties[-1], True)),
         _nothing,
     )
     _define(
         "stage_fp8",
         f"({staged}) -> ()",
-        lambda *tensors: _stage_tensors(*tensors, _quantizer("e4m3", "ue8m0", 32, "row_major", True)),
+        lambda *tensors: _stage_tensors(*tensors, quantizer=_quantizer("e4m3", "ue8m0", 32, "row_major", True)),
         _nothing,
     )
     _define(
@@ -994,7 +994,7 @@ def _define_all() -> None:
     def rope_implementation(x: Tensor, *rest: Any) -> Tensor:
         *arguments, nope = rest
         quantizer = None if nope is None else _quantizer("e4m3", "pow2", nope, "row_major", name="nope_block_size")
-        return _rope(x, *arguments, quantizer)
+        return _rope(x, *arguments, quantizer=quantizer)
 
     _define(
         "head_norm_rope",
@@ -1005,7 +1005,7 @@ def _define_all() -> None:
     _define(
         "head_norm_rope_act_quant",
         f"({rope}, {fp8}) -> (Tensor, Tensor)",
-        lambda x, *rest: _rope_quant(x, *rest[:6], _e4m3(*rest[6:])),
+        lambda x, *rest: _rope_quant(x, *rest[:6], quantizer=_e4m3(*rest[6:])),
         lambda x, *rest: _e4m3(*rest[6:]).empty(x, x.shape[:1], x.shape[1] * x.shape[2]),
     )
 

@@ -192,8 +192,8 @@ def normalize(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> Tensor:
     """Rotate pairs of columns at the end of fp32 rows ``x`` [..., n] by angles [..., rope_dim / 2]."""
     rope_dim = 2 * cos.shape[-1]
-    rest, pairs = x[..., : x.shape[-1] - rope_dim], x[..., x.shape[-1] - rope_dim :].unflatten(-1, (-1, 2))
-    even, odd = pairs.unbind(-1)
+    rest, turned = x[..., : x.shape[-1] - rope_dim], x[..., x.shape[-1] - rope_dim :]
+    even, odd = turned[..., ::2], turned[..., 1::2]
     if inverse:
         sin = -sin
     rotated = torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2)
