@@ -911,6 +911,10 @@ def _nothing(*_: object) -> None:
 
 
 def _define_all() -> None:
+    # Operators get their arguments by position, which the functions' types can't follow.
+    stage: Callable[..., None] = _stage_tensors
+    rope_values: Callable[..., Tensor] = _rope
+    rope_codes: Callable[..., tuple[Tensor, Tensor]] = _rope_quant
     fp8 = "int block_size, str? scale_fmt, ScalarType scale_dtype, str scale_layout"
 
     def fp4(block_size: int, scale_dtype: torch.dtype, scale_layout: str, ties: str) -> Quantizer:
@@ -956,13 +960,13 @@ def _define_all() -> None:
     _define(
         "stage_nvfp4",
         f"({staged}, str ties) -> ()",
-        lambda *tensors_and_ties: _stage_tensors(*tensors_and_ties[:-1], quantizer=nvfp4(tensors_and_ties[-1], True)),
+        lambda *tensors_and_ties: stage(*tensors_and_ties[:-1], quantizer=nvfp4(tensors_and_ties[-1], True)),
         _nothing,
     )
     _define(
         "stage_fp8",
         f"({staged}) -> ()",
-        lambda *tensors: _stage_tensors(*tensors, quantizer=_quantizer("e4m3", "ue8m0", 32, "row_major", True)),
+        lambda *tensors: stage(*tensors, quantizer=_quantizer("e4m3", "ue8m0", 32, "row_major", True)),
         _nothing,
     )
     _define(
@@ -994,7 +998,7 @@ def _define_all() -> None:
     def rope_implementation(x: Tensor, *rest: Any) -> Tensor:
         *arguments, nope = rest
         quantizer = None if nope is None else _quantizer("e4m3", "pow2", nope, "row_major", name="nope_block_size")
-        return _rope(x, *arguments, quantizer=quantizer)
+        return rope_values(x, *arguments, quantizer=quantizer)
 
     _define(
         "head_norm_rope",
@@ -1005,7 +1009,7 @@ def _define_all() -> None:
     _define(
         "head_norm_rope_act_quant",
         f"({rope}, {fp8}) -> (Tensor, Tensor)",
-        lambda x, *rest: _rope_quant(x, *rest[:6], quantizer=_e4m3(*rest[6:])),
+        lambda x, *rest: rope_codes(x, *rest[:6], quantizer=_e4m3(*rest[6:])),
         lambda x, *rest: _e4m3(*rest[6:]).empty(x, x.shape[:1], x.shape[1] * x.shape[2]),
     )
 
