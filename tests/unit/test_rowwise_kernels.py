@@ -251,12 +251,17 @@ def test_swiglu_with_quantization(gpu: Callable[[bool], None]) -> None:
         assert different.float().mean() < 0.01  # where an exponential rounds differently
 
 
-@pytest.mark.parametrize("format", ["e4m3", "int8", "e2m1"])
+@pytest.mark.parametrize("format", ["e4m3", "e4m3 pow2", "int8", "e2m1"])
 def test_every_bf16_number(gpu: Callable[[bool], None], format: str) -> None:
     """All 65536 patterns, 31 beside one that sets the group's scale."""
     patterns = torch.arange(65536).to(torch.int16).view(BF16)
-    call = {"e4m3": ops.act_quant, "int8": ops.int8_act_quant, "e2m1": ops.fp4_act_quant}[format]
-    for largest in (1.0, 1.75, 448.0):
+    call = {
+        "e4m3": ops.act_quant,
+        "e4m3 pow2": lambda x, group: ops.act_quant(x, group, "ue8m0"),
+        "int8": ops.int8_act_quant,
+        "e2m1": ops.fp4_act_quant,
+    }[format]
+    for largest in (1.75, 6.0, 448.0):  # of which 6 and 448 have scales that are powers of two
         usable = patterns[patterns.abs() <= largest]
         x = torch.zeros(len(usable) // 31 + 1, 32, dtype=BF16)
         x[:, 0] = largest
