@@ -17,7 +17,7 @@ from jitgemm.errors import ProblemError
 from jitgemm.families.rowwise import GROUPS
 from jitgemm.ops.dispatch import needs_dispatch
 from jitgemm.ops.rowwise import cast_rows
-from jitgemm.ops.rowwise_launch import Operation, Quantizer, on_gpu, tell
+from jitgemm.ops.rowwise_launch import Quantizer, on_gpu, operation_of, tell
 from jitgemm.ops.tiles_launch import cast_back_tiles, cast_tiles, tell_tiles
 from jitgemm.reference import quantize as reference
 
@@ -138,7 +138,7 @@ def per_token(x: Tensor, use_ue8m0: bool, gran_k: int, use_packed_ue8m0: bool) -
     quantizer = _per_token_quantizer(use_ue8m0, gran_k, use_packed_ue8m0)
     if on_gpu(x):
         return cast_rows(x, quantizer)
-    tell(Operation("cast", quantizer), x, x.shape[1])
+    tell(operation_of("cast", quantizer), x, x.shape[1])
     return reference.per_token_cast_to_fp8(x, use_ue8m0, gran_k, use_packed_ue8m0)
 
 

@@ -29,12 +29,12 @@ from jitgemm.ops.rowwise_launch import (
     DTYPES,
     E8M0,
     LAYOUTS,
-    Operation,
     Quantizer,
     Staging,
     in_rows,
     launch,
     on_gpu,
+    operation_of,
     rows_of,
     tell,
 )
@@ -494,7 +494,7 @@ def head_norm_rope_act_quant(
 def cast_rows(x: Tensor, quantizer: Quantizer) -> tuple[Tensor, Tensor]:
     """Codes and scales of a checked CUDA tensor; a last, partial group counts as it is."""
     codes, scales = quantizer.empty(x, x.shape[:-1], x.shape[-1])
-    launch(_cast_operation(quantizer), in_rows(x), x.shape[-1], codes=codes, scales=scales)
+    launch(operation_of("cast", quantizer), in_rows(x), x.shape[-1], codes=codes, scales=scales)
     return codes, scales
 
 
@@ -502,20 +502,10 @@ def _cast(x: Tensor, quantizer: Quantizer) -> tuple[Tensor, Tensor]:
     if on_gpu(x):
         return cast_rows(x, quantizer)
     codes, scales = quantizer.empty(x, x.shape[:-1], x.shape[-1])
-    tell(_cast_operation(quantizer), x, x.shape[-1])
+    tell(operation_of("cast", quantizer), x, x.shape[-1])
     rows = x.reshape(-1, x.shape[-1]) if x.shape[-1] else x.flatten(0, -2)
     quantizer.write(_quantize(rows, quantizer), codes, scales)
     return codes, scales
-
-
-@functools.cache
-def _cast_operation(quantizer: Quantizer) -> Operation:
-    return Operation("cast", quantizer)
-
-
-@functools.cache
-def _round_trip_operation(quantizer: Quantizer) -> Operation:
-    return Operation("cast", quantizer, round_trip=True)
 
 
 def _quantize(rows: Tensor, quantizer: Quantizer) -> reference.Quantized:
@@ -539,8 +529,8 @@ def _round_trip(x: Tensor, quantizer: Quantizer, operator: str) -> Tensor:
 def _round_trip_of(x: Tensor, quantizer: Quantizer) -> None:
     # Scales are not stored, so that neither their type nor their layout matters.
     kind = "pow2" if (quantizer.format, quantizer.scales) == ("e4m3", "ue8m0") else quantizer.scales
-    quantizer = Quantizer(quantizer.format, kind, quantizer.group, ties=quantizer.ties)
-    operation = _round_trip_operation(quantizer)
+    quantizer = _quantizer(quantizer.format, kind, quantizer.group, "row_major", ties=quantizer.ties)
+    operation = operation_of("cast", quantizer, round_trip=True)
     if on_gpu(x):
         launch(operation, x, x.shape[-1], values=x)
     elif x.numel():
@@ -581,7 +571,7 @@ def _stage_tensors(
     quantizer: Quantizer,
 ) -> None:
     staging = Staging(topk_ids, topk_weights, topk_ids_out, topk_weights_out)
-    operation = _cast_operation(quantizer)
+    operation = operation_of("cast", quantizer)
     if on_gpu(x):
         launch(operation, in_rows(x), x.shape[1], codes=codes, scales=x_sf, staging=staging)
         return
@@ -593,7 +583,7 @@ def _stage_tensors(
 
 def _swiglu(x: Tensor, weights: Tensor | None, limit: float) -> Tensor:
     columns = x.shape[1] // 2
-    operation = Operation("swiglu", limit=limit)
+    operation = operation_of("swiglu", limit=limit)
     if not on_gpu(x):
         tell(operation, x, columns)
         return reference.swiglu(x, weights, limit).to(x.dtype)
@@ -606,7 +596,7 @@ def _swiglu_quant(
     x: Tensor, weights: Tensor | None, limit: float, quantizer: Quantizer, round_first: bool
 ) -> tuple[Tensor, Tensor]:
     columns = x.shape[1] // 2
-    operation = Operation("swiglu", quantizer, round_first=round_first, limit=limit)
+    operation = operation_of("swiglu", quantizer, round_first=round_first, limit=limit)
     codes, scales = quantizer.empty(x, x.shape[:1], columns)
     if on_gpu(x):
         launch(operation, in_rows(x), columns, codes=codes, scales=scales, weight=weights)
@@ -618,7 +608,7 @@ def _swiglu_quant(
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    operation = Operation("rms_norm", norm=True, eps=eps)
+    operation = operation_of("rms_norm", norm=True, eps=eps)
     if not on_gpu(x):
         tell(operation, x, x.shape[-1], weight=weight)
         return _normalized(x, weight, eps)
@@ -628,7 +618,7 @@ def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def _rms_norm_quant(x: Tensor, weight: Tensor, eps: float, quantizer: Quantizer) -> tuple[Tensor, Tensor, Tensor]:
-    operation = Operation("rms_norm", quantizer, round_first=True, norm=True, eps=eps)
+    operation = operation_of("rms_norm", quantizer, round_first=True, norm=True, eps=eps)
     codes, scales = quantizer.empty(x, x.shape[:-1], x.shape[-1])
     if on_gpu(x):
         values = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -655,7 +645,7 @@ def _rope(
     quantizer: Quantizer | None,
 ) -> Tensor:
     trip = quantizer is not None
-    operation = Operation("rope", quantizer, round_trip=trip, round_first=trip, norm=norm, inverse=inverse, eps=eps)
+    operation = operation_of("rope", quantizer, round_trip=trip, round_first=trip, norm=norm, inverse=inverse, eps=eps)
     if not on_gpu(x):
         tell(operation, x, x.shape[2], weight=weight, positions=positions)
         values = _rotated(x, positions, cos_sin, weight, norm, inverse, eps)
@@ -679,7 +669,7 @@ def _rope_quant(
     eps: float,
     quantizer: Quantizer,
 ) -> tuple[Tensor, Tensor]:
-    operation = Operation("rope", quantizer, round_first=True, norm=norm, inverse=inverse, eps=eps)
+    operation = operation_of("rope", quantizer, round_first=True, norm=norm, inverse=inverse, eps=eps)
     codes, scales = quantizer.empty(x, x.shape[:1], x.shape[1] * x.shape[2])
     if on_gpu(x):
         heads = codes.view(x.shape)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -34,9 +35,9 @@ _ALIGNMENT = 16  # bytes, of a vector load
 _CODES = {"e4m3": torch.float8_e4m3fn, "int8": torch.int8, "e2m1": torch.uint8}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Quantizer:
-    """How rows become codes and scales.
+    """How rows become codes and scales. Made once for each set of arguments: keys of plans compare by identity.
 
     Args:
         format: of the codes: e4m3, int8 or e2m1 (two to a byte).
@@ -60,17 +61,16 @@ class Quantizer:
         """Codes [*rows, columns] (E2M1: half as many) and their scales, on the device of ``x``."""
         width = columns // 2 if self.format == "e2m1" else columns
         codes = x.new_empty((*rows, width), dtype=_CODES[self.format])
-        groups = ceil_div(columns, self.group)
-        if self.packed:
-            groups = ceil_div(groups, 4)
-        shape, dtype = (*rows, groups), self._scale_dtype()
+        groups = -(-columns // (4 * self.group if self.packed else self.group))
         if self.layout == "row_major":
-            return codes, x.new_empty(shape, dtype=dtype)
+            return codes, x.new_empty((*rows, groups), dtype=self.scale_dtype)
         if self.layout == "col_major":
-            return codes, x.new_empty((groups, shape[0]), dtype=dtype).t()
-        return codes, layout.empty_mn_major(shape, dtype, x.device)
+            return codes, x.new_empty((groups, rows[0]), dtype=self.scale_dtype).t()
+        return codes, layout.empty_mn_major((rows[0], groups), self.scale_dtype, x.device)
 
-    def _scale_dtype(self) -> torch.dtype:
+    @functools.cached_property
+    def scale_dtype(self) -> torch.dtype:
+        """The dtype of the scales."""
         if self.packed:
             return torch.int32
         return {"ue8m0": E8M0, "ue4m3": torch.float8_e4m3fn}.get(self.scales, torch.float32)
@@ -95,9 +95,9 @@ class Quantizer:
             scales.view(torch.uint8).copy_(quantized.scale_codes.reshape(scales.shape))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Operation:
-    """What is done with each row, but for sizes and types of tensors.
+    """What is done with each row, but for sizes and types of tensors. Made by ``operation_of``.
 
     Args:
         op: a name in ``families.rowwise.OPS``.
@@ -118,6 +118,10 @@ class Operation:
     inverse: bool = False
     eps: float = 0.0
     limit: float = float("inf")
+
+
+operation_of = functools.lru_cache(maxsize=1024)(Operation)
+"""``Operation``, the same object for the same arguments."""
 
 
 @dataclass(frozen=True)
@@ -157,6 +161,8 @@ def rows_of(x: Tensor) -> tuple[int, int] | None:
 
 def in_rows(x: Tensor) -> Tensor:
     """``x``, or a copy whose rows are contiguous and equally far apart."""
+    if x.is_contiguous():
+        return x
     return x if (x.stride(-1) == 1 or x.shape[-1] == 1) and rows_of(x) is not None else x.contiguous()
 
 
@@ -198,22 +204,28 @@ def launch(
                 positions=positions, cos_sin=cos_sin, staging=staging,
             )  # fmt: skip
         return
-    staged = (None, None, None, None) if staging is None else staging.tensors()
-    tensors = (x, values, codes, scales, weight, positions, cos_sin, *staged)
-    addresses = tuple(0 if tensor is None else tensor.data_ptr() for tensor in tensors)
+    addresses = (
+        x.data_ptr(),
+        0 if values is None else values.data_ptr(),
+        0 if codes is None else codes.data_ptr(),
+        0 if scales is None else scales.data_ptr(),
+        0 if weight is None else weight.data_ptr(),
+        0 if positions is None else positions.data_ptr(),
+        0 if cos_sin is None else cos_sin.data_ptr(),
+        *((0, 0, 0, 0) if staging is None else (tensor.data_ptr() for tensor in staging.tensors())),
+    )
     in_force = settings.current()
-    # Of freshly made outputs all but the address follows from the rest; strides tell those that are the caller's.
+    # All but the address of an output follows from these, unless it is the caller's: ``x`` itself, or with staging.
     key = (
-        operation, columns, in_force.generation, device, x.shape, x.stride(), x.dtype,
-        _misalignment(operation, addresses),
-        None if values is None else values.stride(), None if codes is None else codes.stride(),
-        None if scales is None else (scales.stride(), scales.dtype),
+        operation, in_force.generation, device, x.shape, x.stride(), x.dtype, _misalignment(operation, addresses),
         None if weight is None else weight.dtype, None if positions is None else positions.dtype,
         None if cos_sin is None else cos_sin.shape,
-        None if staging is None else (staging.ids.dtype, *(t.stride() for t in staging.tensors())),
+        None if staging is None or codes is None or scales is None
+        else (codes.stride(), scales.stride(), staging.ids.dtype, *(tensor.stride() for tensor in staging.tensors())),
     )  # fmt: skip
     plan = plans.get(key)
     if plan is None:
+        tensors = (x, values, codes, scales, weight, positions, cos_sin)
         plan = plans.put(key, _make_plan(operation, tensors, columns, staging, addresses, in_force, device))
     plan(addresses)
 
@@ -335,7 +347,7 @@ def _make_plan(
     in_force: settings.Settings,
     device: int,
 ) -> Plan:
-    x, values, codes, scales, weight, positions, cos_sin, *_ = tensors
+    x, values, codes, scales, weight, positions, cos_sin = tensors
     assert x is not None
     sizes, strides = dict.fromkeys(SIZES, 0), dict.fromkeys(STRIDES, 0)
     strides["x_row"], strides["x_head"] = _row_and_head(x, positions)
