@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from jitgemm.device import Device
-from jitgemm.families import rowwise, tiles
 from jitgemm.families.base import KernelSpec
 from jitgemm.families.gemm import GemmProblem
 from jitgemm.families.rowwise import RowwiseProblem
+from jitgemm.families.tiles import FAMILY as TILES
 from jitgemm.families.tiles import TileProblem
-from jitgemm.heuristics import gemm
+from jitgemm.heuristics import gemm, rowwise
 from jitgemm.heuristics.gemm import (
     ANCHORS,
     Candidate,
@@ -27,7 +27,7 @@ def enumerate_specs(problem: GemmProblem | RowwiseProblem | TileProblem, device:
     if isinstance(problem, RowwiseProblem):
         return rowwise.enumerate_specs(problem, device)
     if isinstance(problem, TileProblem):
-        return tiles.enumerate_specs(problem, device)
+        return (TILES.spec(problem, device.arch.name),)
     return gemm.enumerate_specs(problem, device)
 
 

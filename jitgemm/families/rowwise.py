@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from jitgemm.device import Device
 from jitgemm.errors import ProblemError
 from jitgemm.families.base import KernelSpec
 
@@ -21,12 +20,9 @@ CHUNK = 8
 MAX_CHUNKS = 8
 """Chunks of a row that one thread may hold in registers."""
 
-WARP, BLOCK, MAX_BLOCK = 32, 256, 1024  # threads
+WARP, MAX_BLOCK = 32, 1024  # threads
 MAX_NORM_COLUMNS = MAX_BLOCK * MAX_CHUNKS * CHUNK // 2
 """Columns of a row whose sums one block can form, whatever the type."""
-
-_LOADED_BYTES = 64
-"""What a thread of a large problem has in flight: 1024 threads of an SM then cover the latency of memory."""
 
 OPS = ("cast", "swiglu", "rms_norm", "rope")
 VALUE_TYPES = {"bf16": "Bf16", "fp16": "Fp16", "fp32": "float"}
@@ -182,54 +178,10 @@ class RowwiseConfig:
         return self.threads_per_row * self.chunks * CHUNK
 
 
-def choose_config(problem: RowwiseProblem, device: Device) -> RowwiseConfig:
-    """The config for a problem with its m."""
-    assert problem.m is not None
-    few, many = enumerate_configs(problem)
-    if problem.norm != "none":
-        # A block of few rows has many threads for each: for as long as two waves of them hold all rows.
-        blocks = 2 * device.num_sms * max(1, 2048 // (few.threads_per_row * few.rows))
-        return few if problem.m <= blocks * few.rows else many
-    threads = problem.m * -(-problem.n // CHUNK)
-    return few if threads <= device.num_sms * 2048 else many
-
-
-def enumerate_configs(problem: RowwiseProblem) -> tuple[RowwiseConfig, RowwiseConfig]:
-    """The configs that ``choose_config`` can return: for few rows, and for many."""
-    columns = -(-scale_columns(problem) // CHUNK)  # in chunks
-    loaded = CHUNK * VALUE_BYTES[problem.dtype] * (2 if problem.op == "swiglu" else 1)  # bytes of a chunk
-    most = _LOADED_BYTES // loaded
-    if problem.norm == "none":
-        threads = min(WARP, max(_power(columns), WARP // 2))
-        fitting = max(1, min(most, -(-columns // threads)))
-        return RowwiseConfig(threads, BLOCK // 2 // threads, 1), RowwiseConfig(threads, BLOCK // threads, fitting)
-    # Whole rows in registers.
-    per_thread = MAX_CHUNKS * 2 // VALUE_BYTES[problem.dtype]
-    least = max(WARP // 2, _power(-(-columns // per_thread)))
-    wide = min(MAX_BLOCK // 2, max(least, _power(columns)))
-    wide = max(wide, least) if columns > WARP * 4 else min(WARP, max(least, _power(columns)))
-    few, many = (
-        RowwiseConfig(threads, max(1, size // threads), -(-columns // threads))
-        for threads, size in ((wide, BLOCK // 2), (least, BLOCK))
-    )
-    return few, many
-
-
 def scale_columns(problem: RowwiseProblem) -> int:
     """Columns up to the end of the last word of scales, which threads write."""
     unit = 4 * problem.group if problem.scales == "ue8m0" else max(problem.group, CHUNK)
     return -(-problem.n // unit) * unit
-
-
-def enumerate_specs(problem: RowwiseProblem, device: Device) -> tuple[KernelSpec, ...]:
-    """Every kernel that calls of the problem can need, whatever their m."""
-    configs = dict.fromkeys(enumerate_configs(problem))
-    return tuple(FAMILY.spec(problem, config, device.arch.name) for config in configs)
-
-
-def _power(count: int) -> int:
-    """The least power of two that is not below a count."""
-    return 1 << (count - 1).bit_length()
 
 
 class Rowwise:

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from jitgemm.device import Device
 from jitgemm.errors import ProblemError
 from jitgemm.families.base import KernelSpec
 from jitgemm.families.rowwise import CHUNK, GROUPS, VALUE_TYPES
@@ -101,11 +100,6 @@ class TileProblem:
         group = "x".join(str(size or "all") for size in (self.group_rows, self.group_columns))
         unaligned = "" if self.aligned else " unaligned"
         return f"{self.op} {self.dtype} e4m3 {group} {self.scales}{unaligned}"
-
-
-def enumerate_specs(problem: TileProblem, device: Device) -> tuple[KernelSpec, ...]:
-    """Every kernel that calls of the problem can need: one."""
-    return (FAMILY.spec(problem, device.arch.name),)
 
 
 class Tiles:

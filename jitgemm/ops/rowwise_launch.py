@@ -15,8 +15,8 @@ from torch import Tensor
 from jitgemm import settings
 from jitgemm.errors import ProblemError
 from jitgemm.families import KernelSpec, family_of
-from jitgemm.families import rowwise as family
 from jitgemm.families.rowwise import CHUNK, FAMILY, PARAMS, POINTERS, REALS, SIZES, STRIDES, RowwiseProblem
+from jitgemm.heuristics import rowwise as heuristics
 from jitgemm.nvtx import in_range
 from jitgemm.plan import BOUND_LAUNCHES, Table, current_device, device_facts, raw_stream
 from jitgemm.problem import Problem
@@ -389,7 +389,7 @@ def _make_plan(
         *(reals[name] for name in REALS),
     )
     preset, num_sms = device_facts(device)
-    config = family.choose_config(problem, preset.with_num_sms(min(num_sms, in_force.num_sms or num_sms)))
+    config = heuristics.choose_config(problem, preset.with_num_sms(min(num_sms, in_force.num_sms or num_sms)))
     grid = (ceil_div(problem.m, config.rows), ceil_div(max(columns, sizes["scale_columns"]), config.columns))
     spec = FAMILY.spec(problem, config, preset.arch.name)
     return Plan(spec, problem, params, grid, f"m={problem.m} n={columns}", in_force, device)

@@ -17,7 +17,7 @@ from torch import Tensor
 import jitgemm
 from jitgemm import settings
 from jitgemm.errors import CacheMissError
-from jitgemm.families import rowwise
+from jitgemm.heuristics import rowwise as heuristics
 from jitgemm.ops import rowwise_launch
 from jitgemm.ops.rowwise_launch import E8M0
 
@@ -222,7 +222,7 @@ def test_a_row_has_the_same_bits_in_every_batch(monkeypatch: pytest.MonkeyPatch)
     assert_same(jitgemm.rms_norm(x[:7], weight), whole[:7].cpu())
     assert_same(jitgemm.rms_norm(x[2999:], weight), whole[2999:].cpu())
     for index in (0, 1):
-        monkeypatch.setattr(rowwise, "choose_config", lambda p, d, i=index: rowwise.enumerate_configs(p)[i])
+        monkeypatch.setattr(heuristics, "choose_config", lambda p, d, i=index: heuristics.enumerate_configs(p)[i])
         rowwise_launch.forget_plans()
         assert_same(jitgemm.rms_norm(x[:64], weight), whole[:64].cpu())
     rowwise_launch.forget_plans()

@@ -23,6 +23,7 @@ from jitgemm.families import rowwise, tiles
 from jitgemm.families.rowwise import RowwiseProblem
 from jitgemm.families.tiles import TileProblem
 from jitgemm.heuristics import enumerate_specs
+from jitgemm.heuristics import rowwise as heuristics
 from jitgemm.ops.rowwise_launch import E8M0, in_rows, rows_of
 from jitgemm.reference import rowwise as reference
 
@@ -513,7 +514,7 @@ PROBLEMS = [
 @pytest.mark.parametrize("problem", PROBLEMS, ids=lambda p: f"{p} {p.n}")
 def test_configs_cover_the_row(problem: RowwiseProblem) -> None:
     device = PRESETS["h200"]
-    for config in rowwise.enumerate_configs(problem):
+    for config in heuristics.enumerate_configs(problem):
         threads = config.threads_per_row
         assert threads & (threads - 1) == 0 and 16 <= threads <= 1024
         assert 32 <= threads * config.rows <= 1024 and 1 <= config.chunks <= 8
@@ -523,8 +524,10 @@ def test_configs_cover_the_row(problem: RowwiseProblem) -> None:
             assert config.columns >= rowwise.scale_columns(problem)
         if problem.group:
             assert threads * 8 >= problem.group
-    chosen = {rowwise.choose_config(RowwiseProblem(**{**vars(problem), "m": m}), device) for m in (1, 64, 4096, 65536)}
-    assert chosen <= set(rowwise.enumerate_configs(problem))
+    chosen = {
+        heuristics.choose_config(RowwiseProblem(**{**vars(problem), "m": m}), device) for m in (1, 64, 4096, 65536)
+    }
+    assert chosen <= set(heuristics.enumerate_configs(problem))
     assert len(enumerate_specs(problem, device)) <= 2
 
 

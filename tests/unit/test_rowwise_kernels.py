@@ -14,7 +14,8 @@ from torch import Tensor
 import jitgemm.ops.rowwise as ops
 from jitgemm import driver, kernel
 from jitgemm.device import H200
-from jitgemm.families import KernelSpec, family_of, rowwise
+from jitgemm.families import KernelSpec, family_of
+from jitgemm.heuristics import rowwise as heuristics
 from jitgemm.kernel import Kernel
 from jitgemm.ops import quantize, rowwise_launch, tiles_launch
 from jitgemm.ops.rowwise_launch import E8M0
@@ -137,7 +138,7 @@ def test_other_types(gpu: Callable[[bool], None], name: str, dtype: torch.dtype)
 def test_many_rows_and_few_give_the_same_bits(gpu: Callable[[bool], None], monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight = rows(9, 1152, BF16, special=False), rows(1, 1152, BF16, special=False)[0]
     for index in (0, 1):
-        monkeypatch.setattr(rowwise, "choose_config", lambda p, d, i=index: rowwise.enumerate_configs(p)[i])
+        monkeypatch.setattr(heuristics, "choose_config", lambda p, d, i=index: heuristics.enumerate_configs(p)[i])
         rowwise_launch.forget_plans()
         check(gpu, lambda: ops.rms_norm_act_quant(x, weight))
         check(gpu, lambda: ops.act_quant(x))
