@@ -524,9 +524,8 @@ def test_configs_cover_the_row(problem: RowwiseProblem) -> None:
             assert config.columns >= rowwise.scale_columns(problem)
         if problem.group:
             assert threads * 8 >= problem.group
-    chosen = {
-        heuristics.choose_config(RowwiseProblem(**{**vars(problem), "m": m}), device) for m in (1, 64, 4096, 65536)
-    }
+    problems = [RowwiseProblem(**{**vars(problem), "m": m}) for m in (1, 64, 4096, 65536)]
+    chosen = {heuristics.choose_config(with_m, device) for with_m in problems}
     assert chosen <= set(heuristics.enumerate_configs(problem))
     assert len(enumerate_specs(problem, device)) <= 2
 
