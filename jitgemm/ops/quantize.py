@@ -99,7 +99,7 @@ def per_block_cast_to_fp8(x: Tensor, use_ue8m0: bool = False, gran_k: int = 128)
 def cast_back_from_fp8(
     x: Tensor,
     sf: Tensor,
-    group: tuple[int | None, int | None] = (1, 128),
+    gran_k: int | tuple[int | None, int | None] = 128,
     use_packed_ue8m0: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
@@ -109,8 +109,8 @@ def cast_back_from_fp8(
         x: E4M3 [rows, columns], any strides.
         sf: fp32 [ceil(rows / group rows), ceil(columns / group columns)], any strides; or, packed, int32 with a
             quarter of the columns, rounded up.
-        group: rows and columns that share a scale, None for all: (1, gran_k) per token, (gran_k, 1) per channel,
-            (gran_k, gran_k) per block.
+        gran_k: columns of a row that share a scale, for casts per token; else rows and columns that do, None for all:
+            (gran_k, 1) per channel, (gran_k, gran_k) per block.
         use_packed_ue8m0: the scales are exponents, four to an int32 along the columns.
         dtype: of the result: bf16, fp16 or fp32.
 
@@ -120,6 +120,7 @@ def cast_back_from_fp8(
     Raises:
         ProblemError: an argument is not of that kind.
     """
+    group = (1, gran_k) if isinstance(gran_k, int) else gran_k
     rows, columns = check_cast_back(x, sf, group, use_packed_ue8m0, dtype)
     x, sf = x.detach() if x.requires_grad else x, sf.detach() if sf.requires_grad else sf
     if needs_dispatch(x, sf):
