@@ -29,10 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from jitgemm.cache import KernelCache
-    from jitgemm.families.batched import BatchedProblem
-    from jitgemm.families.gemm import GemmProblem
-    from jitgemm.families.grouped import GroupedProblem
-    from jitgemm.families.small_problem import SmallProblem
+    from jitgemm.problem import Problem
 
 HIT, FETCHED, BUILT, FAILED, MISSING = "hit", "fetched", "built", "failed", "missing"
 
@@ -172,19 +169,16 @@ def print_report(report: Report) -> None:
     if missing:
         states["missing"] = MISSING
 
+    from jitgemm.families.batched import BatchedProblem
     from jitgemm.families.gemm import GemmProblem
-    from jitgemm.families.small_problem import SmallProblem
+    from jitgemm.families.grouped import GroupedProblem
 
-    def row(
-        label: str,
-        kernels: Sequence[Kernel],
-        problem: GemmProblem | GroupedProblem | BatchedProblem | SmallProblem | None = None,
-    ) -> tuple[object, ...]:
+    def row(label: str, kernels: Sequence[Kernel], problem: Problem | None = None) -> tuple[object, ...]:
         counts = [len(kernels), *(sum(kernel.state == state for kernel in kernels) for state in states.values())]
         if problem is None:
             return (label, None, None, None, None, *counts)
-        if isinstance(problem, SmallProblem):
-            return (label, None, None, str(problem), None, *counts)
+        if not isinstance(problem, (GemmProblem, GroupedProblem, BatchedProblem)):  # only n matters, if anything
+            return (label, getattr(problem, "n", None), None, str(problem), None, *counts)
         recipe = problem.recipe if problem.layout == "nt" else f"{problem.recipe} {problem.layout}"
         if not isinstance(problem, GemmProblem):
             recipe = f"{problem.groups} groups {problem.kind}, {recipe}"

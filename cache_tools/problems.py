@@ -14,7 +14,11 @@ if TYPE_CHECKING:
     from jitgemm.families.batched import BatchedProblem
     from jitgemm.families.gemm import GemmProblem
     from jitgemm.families.grouped import GroupedProblem
+    from jitgemm.families.rowwise import RowwiseProblem
     from jitgemm.families.small_problem import SmallProblem
+    from jitgemm.families.tiles import TileProblem
+
+    AnyProblem = GemmProblem | GroupedProblem | BatchedProblem | RowwiseProblem | TileProblem | SmallProblem
 
 
 @dataclass(frozen=True)
@@ -22,7 +26,7 @@ class NamedProblem:
     """A problem without its m, and the layer that asks it (empty where it has no name)."""
 
     layer: str
-    problem: GemmProblem | GroupedProblem | BatchedProblem | SmallProblem
+    problem: AnyProblem
 
     @property
     def dense(self) -> GemmProblem:
@@ -115,6 +119,7 @@ def parse(entry: Mapping[str, Any]) -> NamedProblem:
     Raises:
         ProblemError: it is none.
     """
+    from jitgemm.families import rowwise, tiles
     from jitgemm.families.batched import SHAPES_FILE_KINDS, BatchedProblem
     from jitgemm.families.gemm import GemmProblem
     from jitgemm.families.grouped import GroupedProblem
@@ -131,9 +136,13 @@ def parse(entry: Mapping[str, Any]) -> NamedProblem:
         raise ProblemError(f"layer is {layer!r}; accepted is a string")
     values = {name: value for name, value in entry.items() if name != "layer"}
     kind = str(values.get("kind", "gemm"))
-    problem: GemmProblem | GroupedProblem | BatchedProblem | SmallProblem
+    problem: AnyProblem
     if kind in SMALL_KINDS:
         problem = SmallProblem.from_dict(values)
+    elif kind == rowwise.KIND:
+        problem = rowwise.RowwiseProblem.from_dict(values)
+    elif kind == tiles.KIND:
+        problem = tiles.TileProblem.from_dict(values)
     elif kind in SHAPES_FILE_KINDS:
         problem = BatchedProblem.from_dict(values)
     elif kind.startswith("m_grouped_"):

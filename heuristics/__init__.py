@@ -7,8 +7,11 @@ from jitgemm.families.base import KernelSpec
 from jitgemm.families.batched import BatchedProblem
 from jitgemm.families.gemm import GemmProblem
 from jitgemm.families.grouped import GroupedProblem
+from jitgemm.families.rowwise import RowwiseProblem
 from jitgemm.families.small_problem import SmallProblem
-from jitgemm.heuristics import batched, gemm, grouped
+from jitgemm.families.tiles import FAMILY as TILES
+from jitgemm.families.tiles import TileProblem
+from jitgemm.heuristics import batched, gemm, grouped, rowwise
 from jitgemm.heuristics.gemm import (
     ANCHORS,
     Candidate,
@@ -22,11 +25,15 @@ from jitgemm.heuristics.gemm import (
 
 
 def enumerate_specs(
-    problem: GemmProblem | GroupedProblem | BatchedProblem | SmallProblem, device: Device
+    problem: GemmProblem | GroupedProblem | BatchedProblem | RowwiseProblem | TileProblem | SmallProblem, device: Device
 ) -> tuple[KernelSpec, ...]:
     """Every kernel that calls of the problem can need: of any m, with scales in any layout, with or without C."""
     if isinstance(problem, SmallProblem):
         return problem.specs(device.arch.name)
+    if isinstance(problem, RowwiseProblem):
+        return rowwise.enumerate_specs(problem, device)
+    if isinstance(problem, TileProblem):
+        return (TILES.spec(problem, device.arch.name),)
     if isinstance(problem, GroupedProblem):
         return grouped.enumerate_specs(problem, device)
     if isinstance(problem, BatchedProblem):

@@ -26,9 +26,11 @@ if TYPE_CHECKING:
     from jitgemm.families.batched import BatchedProblem
     from jitgemm.families.gemm import GemmProblem
     from jitgemm.families.grouped import GroupedProblem
+    from jitgemm.families.rowwise import RowwiseProblem
     from jitgemm.families.small_problem import SmallProblem
+    from jitgemm.families.tiles import TileProblem
 
-    AnyProblem = GemmProblem | GroupedProblem | BatchedProblem | SmallProblem
+    AnyProblem = GemmProblem | GroupedProblem | BatchedProblem | RowwiseProblem | TileProblem | SmallProblem
 
 
 @dataclass(frozen=True)
@@ -95,9 +97,11 @@ def _problems(given: str | os.PathLike[str] | Iterable[AnyProblem | Mapping[str,
     from jitgemm.families.batched import BatchedProblem
     from jitgemm.families.gemm import GemmProblem
     from jitgemm.families.grouped import GroupedProblem
+    from jitgemm.families.rowwise import RowwiseProblem
     from jitgemm.families.small_problem import SmallProblem
+    from jitgemm.families.tiles import TileProblem
 
-    known = (GemmProblem, GroupedProblem, BatchedProblem, SmallProblem)
+    known = (GemmProblem, GroupedProblem, BatchedProblem, RowwiseProblem, TileProblem, SmallProblem)
     if isinstance(given, (str, os.PathLike)):
         return [named.problem for named in from_shapes_file(Path(given))]
     return [one.without_m() if isinstance(one, known) else parse(one).problem for one in given]

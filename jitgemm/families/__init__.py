@@ -20,6 +20,8 @@ FAMILY_MODULES = {
     "moe_permute": "jitgemm.families.moe:MOE_PERMUTE",
     "topk_gate": "jitgemm.families.moe:TOPK_GATE",
     "m_grouped_gemm": "jitgemm.families.grouped",
+    "rowwise": "jitgemm.families.rowwise",
+    "tiles": "jitgemm.families.tiles",
     "transpose_scales": "jitgemm.families.transpose_scales",
 }
 """Family name -> module, and after a colon the name in it, ``FAMILY`` by default, that implements the protocol."""

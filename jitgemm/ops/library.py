@@ -13,8 +13,16 @@ from torch import Tensor
 
 from jitgemm.ops import fp4
 from jitgemm.ops.layout import check_scales, copy_to_mn_major
-from jitgemm.ops.quantize import check_cast, check_packing
-from jitgemm.reference import layout, quantize
+from jitgemm.ops.quantize import (
+    cast_back,
+    check_cast,
+    check_cast_back,
+    check_packing,
+    per_block,
+    per_channel,
+    per_token,
+)
+from jitgemm.reference import layout
 from jitgemm.reference.quantize import ceil_div
 
 
@@ -27,7 +35,7 @@ def _define(schema: str, implementation: Callable[..., Any], fake: Callable[...,
 def _per_token(x: Tensor, use_ue8m0: bool, gran_k: int, use_packed_ue8m0: bool) -> tuple[Tensor, Tensor]:
     check_cast(x, gran_k)
     check_packing(use_ue8m0, use_packed_ue8m0)
-    return quantize.per_token_cast_to_fp8(x, use_ue8m0, gran_k, use_packed_ue8m0)
+    return per_token(x, use_ue8m0, gran_k, use_packed_ue8m0)
 
 
 def _per_token_fake(x: Tensor, use_ue8m0: bool, gran_k: int, use_packed_ue8m0: bool) -> tuple[Tensor, Tensor]:
@@ -44,7 +52,7 @@ def _per_token_fake(x: Tensor, use_ue8m0: bool, gran_k: int, use_packed_ue8m0: b
 
 def _per_channel(x: Tensor, use_ue8m0: bool, gran_k: int) -> tuple[Tensor, Tensor]:
     check_cast(x, gran_k)
-    return quantize.per_channel_cast_to_fp8(x, use_ue8m0, gran_k)
+    return per_channel(x, use_ue8m0, gran_k)
 
 
 def _per_channel_fake(x: Tensor, use_ue8m0: bool, gran_k: int) -> tuple[Tensor, Tensor]:
@@ -55,13 +63,23 @@ def _per_channel_fake(x: Tensor, use_ue8m0: bool, gran_k: int) -> tuple[Tensor, 
 
 def _per_block(x: Tensor, use_ue8m0: bool, gran_k: int) -> tuple[Tensor, Tensor]:
     check_cast(x, gran_k)
-    return quantize.per_block_cast_to_fp8(x, use_ue8m0, gran_k)
+    return per_block(x, use_ue8m0, gran_k)
 
 
 def _per_block_fake(x: Tensor, use_ue8m0: bool, gran_k: int) -> tuple[Tensor, Tensor]:
     check_cast(x, gran_k)
     sf = x.new_empty((ceil_div(x.shape[0], gran_k), ceil_div(x.shape[1], gran_k)), dtype=torch.float32)
     return x.new_empty(x.shape, dtype=torch.float8_e4m3fn), sf
+
+
+def _cast_back(x: Tensor, sf: Tensor, rows: int, columns: int, packed: bool, dtype: torch.dtype) -> Tensor:
+    check_cast_back(x, sf, (rows or None, columns or None), packed, dtype)
+    return cast_back(x, sf, rows, columns, packed, dtype)
+
+
+def _cast_back_fake(x: Tensor, sf: Tensor, rows: int, columns: int, packed: bool, dtype: torch.dtype) -> Tensor:
+    check_cast_back(x, sf, (rows or None, columns or None), packed, dtype)
+    return x.new_empty(x.shape, dtype=dtype)
 
 
 def _mn_major(sf: Tensor) -> Tensor:
@@ -100,5 +118,11 @@ _define(
     _per_block_fake,
 )
 _define("prepare_fp4_weights(Tensor packed, Tensor exponents) -> (Tensor, Tensor)", fp4.pack, fp4.pack_fake)
+_define(
+    "cast_back_from_fp8(Tensor x, Tensor sf, int group_rows, int group_columns, bool use_packed_ue8m0,"
+    " ScalarType dtype) -> Tensor",
+    _cast_back,
+    _cast_back_fake,
+)
 _define("get_mn_major_tma_aligned_tensor(Tensor sf) -> Tensor", _mn_major, _mn_major_fake)
 _define("get_mn_major_tma_aligned_packed_ue8m0_tensor(Tensor sf) -> Tensor", _packed, _packed_fake)

@@ -1,12 +1,10 @@
 """Casts to FP8 E4M3 with one fp32 scale per group of elements, and back.
 
-A group's scale is its largest magnitude, at least 1e-4, divided by 448 (the largest E4M3 value);
+A group's scale is its largest magnitude, at least 1e-4, times the fp32 reciprocal of 448 (the largest E4M3 value);
 its elements are multiplied by the scale's reciprocal in fp32 and rounded to nearest even. With
 ``use_ue8m0`` the scale is rounded up to a power of two.
 
-The bits are those of DeepGEMM's casts on the same device. Torch divides by a constant exactly on CPU
-tensors, but multiplies by its fp32 reciprocal on CUDA tensors, so an fp32 scale may differ in its
-last bit between the two.
+The bits are those of DeepGEMM's casts on CUDA tensors, where torch divides by a constant in that way.
 
 Every function is written so that its last, partial group counts as if padded with zeros.
 """
@@ -208,7 +206,7 @@ def _padded(x: Tensor, row_multiple: int, column_multiple: int) -> Tensor:
 def _cast_groups(groups: Tensor, dims: tuple[int, ...], use_ue8m0: bool) -> tuple[Tensor, Tensor]:
     """E4M3 values and scales, where ``dims`` of ``groups`` run within a group; the scales keep them, with size 1."""
     amax = groups.abs().float().amax(dim=dims, keepdim=True).clamp(min=SMALLEST_AMAX)
-    sf = amax / E4M3_MAX
+    sf = amax * amax.new_tensor(1 / E4M3_MAX)
     if use_ue8m0:
         sf = ceil_to_ue8m0(sf)
     scaled = groups * (1.0 / sf)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from jitgemm.errors import ProblemError
 from jitgemm.ops.quantize import (
+    cast_back_from_fp8,
     check_cast,
     check_packing,
     per_block_cast_to_fp8,
@@ -110,15 +111,6 @@ def cast_back_from_fp4(packed: Tensor, sf: Tensor, gran_k: int = 128, use_packed
     """
     _check_dtype("packed", packed, torch.int8)
     return reference.cast_back_from_fp4(packed, sf, gran_k, use_packed_ue8m0)
-
-
-def cast_back_from_fp8(x_fp8: Tensor, sf: Tensor, gran_k: int = 128, use_packed_ue8m0: bool = False) -> Tensor:
-    """Undo ``per_token_cast_to_fp8``: fp32 [m, k].
-
-    Raises:
-        ValueError: ``sf`` has another number of scales.
-    """
-    return reference.cast_back_from_fp8(x_fp8, sf, (1, gran_k), use_packed_ue8m0)
 
 
 def transpose_packed_fp4(a: Tensor) -> Tensor:

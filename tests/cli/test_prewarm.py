@@ -42,6 +42,29 @@ BROKEN_LINES = {
 }
 
 
+def test_problems_that_are_no_gemm(jitgemm: Jitgemm, tmp_path: Path) -> None:
+    lines = [
+        {
+            "kind": "rowwise",
+            "op": "cast",
+            "n": 7168,
+            "format": "e4m3",
+            "scales": "pow2",
+            "group": 128,
+            "layer": "quant",
+        },
+        {"kind": "rowwise", "op": "rms_norm", "n": 4096, "norm": "bf16"},
+        {"kind": "tiles", "op": "per_block", "scales": "pow2", "group_rows": 128, "group_columns": 128},
+    ]
+    file = tmp_path / "small.jsonl"
+    file.write_text("\n".join(map(json.dumps, lines)))
+    built = jitgemm.json("prewarm", "--shapes", file, "--device", "h200", "--jobs", 2)
+    assert (built["needed"], built["built"], built["failed"]) == (5, 5, 0)
+    assert {kernel["config"] for kernel in built["kernels"]} >= {"per_block bf16 e4m3 128x128 pow2"}
+    file.write_text('{"kind": "rowwise", "op": "sort", "n": 1}')
+    assert "op is 'sort'" in jitgemm("prewarm", "--shapes", file, code=2).stderr
+
+
 def test_builds_once_then_finds_all(jitgemm: Jitgemm, shapes: Path) -> None:
     first = jitgemm.json("prewarm", "--shapes", shapes, "--device", "h200", "--jobs", 2, environment=NARROW)
     assert first["needed"] == first["built"] == len(first["kernels"]) > 1

@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -244,6 +245,29 @@ def run(case: Case) -> None:
     check_close(d.cpu(), expected, recipe=case.recipe, d_dtype=case.d_dtype, fast_accum=case.fast_accum)
 
 
+def small_kernels() -> int:
+    """Row-wise kernels and casts of tiles, on sizes that end within a chunk, a group and a tile; how many are wrong."""
+    table, failed = jitgemm.rope_cos_sin(8), 0
+    calls: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]] = {
+        "act_quant": (lambda x: jitgemm.act_quant(x, 64, "ue8m0", torch.int32), (torch.randn(7, 448),)),
+        "per_token": (lambda x: jitgemm.per_token_cast_to_fp8(x, True, 128, True), (torch.randn(3, 203),)),
+        "per_block": (jitgemm.per_block_cast_to_fp8, (torch.randn(131, 203),)),
+        "per_channel": (jitgemm.per_channel_cast_to_fp8, (torch.randn(131, 203),)),
+        "fp4": (jitgemm.fp4_act_quant, (torch.randn(5, 96),)),
+        "nvfp4": (jitgemm.nvfp4_act_quant, (torch.randn(5, 80),)),
+        "rms_norm": (jitgemm.rms_norm, (torch.randn(3, 777), torch.randn(777))),
+        "wide rms_norm": (jitgemm.rms_norm_act_quant, (torch.randn(3, 7168), torch.randn(7168))),
+        "rope": (jitgemm.head_norm_rope, (torch.randn(3, 5, 136), torch.tensor([0, 7, 8]), table)),
+    }
+    for name, (call, tensors) in calls.items():
+        results, expected = call(*(t.cuda() for t in tensors)), call(*tensors)
+        pairs = zip(*((r,) if isinstance(r, Tensor) else r for r in (results, expected)), strict=True)
+        same = all(torch.equal(a.cpu().float().nan_to_num(7), b.float().nan_to_num(7)) for a, b in pairs)
+        failed += not same
+        print(f"{name}  {'ok' if same else 'FAILED'}", flush=True)
+    return failed
+
+
 def stored(x: Tensor, transposed: bool) -> Tensor:
     """A matrix on the GPU, its rows padded to 16 bytes and no further."""
     x = x.t() if transposed else x
@@ -279,6 +303,7 @@ def main() -> int:
         same = torch.equal(jitgemm.get_mn_major_tma_aligned_tensor(sf.cuda()).cpu(), sf)
         failed += not same
         print(f"transpose_scales {shape}  {'ok' if same else 'FAILED'}", flush=True)
+    failed += small_kernels()
     print(f"{failed} failed")
     return int(failed > 0)
 

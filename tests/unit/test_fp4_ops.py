@@ -282,12 +282,13 @@ def test_grouped_launch(grouped_gpu: test_grouped_launches.Gpu, kind: str) -> No
 
 def test_recorded_problems_can_be_prewarmed(tmp_path: Path) -> None:
     path = tmp_path / "shapes.jsonl"
+    dense, grouped_a = activations(5, 128), activations(2, 5, 128)
     with settings.override(record=path):
         d = torch.empty(5, 72, dtype=torch.bfloat16)
-        jitgemm.fp8_fp4_gemm_nt(activations(5, 128), weights(72, 128), d)
+        jitgemm.fp8_fp4_gemm_nt(dense, weights(72, 128), d)
         masked = torch.empty(2, 5, 72, dtype=torch.bfloat16)
         counts = torch.tensor([1, 5], dtype=torch.int32)
-        jitgemm.m_grouped_fp8_fp4_gemm_nt_masked(activations(2, 5, 128), weights(2, 72, 128), masked, counts, 3)
+        jitgemm.m_grouped_fp8_fp4_gemm_nt_masked(grouped_a, weights(2, 72, 128), masked, counts, 3)
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert [line["recipe"] for line in lines] == [FP4, FP4]
     found = prewarming._problems(path)

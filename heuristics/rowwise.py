@@ -1,0 +1,69 @@
+"""How threads share the rows of a row-wise problem: two configs each, for few rows and for many."""
+
+from __future__ import annotations
+
+from jitgemm.device import Device
+from jitgemm.families.base import KernelSpec
+from jitgemm.families.rowwise import (
+    CHUNK,
+    FAMILY,
+    MAX_BLOCK,
+    MAX_CHUNKS,
+    VALUE_BYTES,
+    WARP,
+    RowwiseConfig,
+    RowwiseProblem,
+    scale_columns,
+)
+
+BLOCK = 256
+"""Threads of a block, where a row has fewer."""
+
+THREADS_PER_SM = 2048
+
+_LOADED_BYTES = 64
+"""What a thread of a large problem has in flight: 1024 threads of an SM then cover the latency of memory."""
+
+
+def choose_config(problem: RowwiseProblem, device: Device) -> RowwiseConfig:
+    """The config for a problem with its m."""
+    assert problem.m is not None
+    few, many = enumerate_configs(problem)
+    if problem.norm != "none":
+        # A block of few rows has many threads for each: for as long as two waves of them hold all rows.
+        blocks = 2 * device.num_sms * max(1, THREADS_PER_SM // (few.threads_per_row * few.rows))
+        return few if problem.m <= blocks * few.rows else many
+    threads = problem.m * -(-problem.n // CHUNK)
+    return few if threads <= device.num_sms * THREADS_PER_SM else many
+
+
+def enumerate_configs(problem: RowwiseProblem) -> tuple[RowwiseConfig, RowwiseConfig]:
+    """The configs that ``choose_config`` can return: for few rows, and for many."""
+    columns = -(-scale_columns(problem) // CHUNK)  # in chunks
+    loaded = CHUNK * VALUE_BYTES[problem.dtype] * (2 if problem.op == "swiglu" else 1)  # bytes of a chunk
+    most = _LOADED_BYTES // loaded
+    if problem.norm == "none":
+        threads = min(WARP, max(_power(columns), WARP // 2))
+        fitting = max(1, min(most, -(-columns // threads)))
+        return RowwiseConfig(threads, BLOCK // 2 // threads, 1), RowwiseConfig(threads, BLOCK // threads, fitting)
+    # Whole rows in registers.
+    per_thread = MAX_CHUNKS * 2 // VALUE_BYTES[problem.dtype]
+    least = max(WARP // 2, _power(-(-columns // per_thread)))
+    wide = min(MAX_BLOCK // 2, max(least, _power(columns)))
+    wide = max(wide, least) if columns > WARP * 4 else min(WARP, max(least, _power(columns)))
+    few, many = (
+        RowwiseConfig(threads, max(1, size // threads), -(-columns // threads))
+        for threads, size in ((wide, BLOCK // 2), (least, BLOCK))
+    )
+    return few, many
+
+
+def enumerate_specs(problem: RowwiseProblem, device: Device) -> tuple[KernelSpec, ...]:
+    """Every kernel that calls of the problem can need, whatever their m."""
+    configs = dict.fromkeys(enumerate_configs(problem))
+    return tuple(FAMILY.spec(problem, config, device.arch.name) for config in configs)
+
+
+def _power(count: int) -> int:
+    """The least power of two that is not below a count."""
+    return 1 << (count - 1).bit_length()
