@@ -230,7 +230,7 @@ def test_every_tile(kind: str | None, recipe: str, swiglu: bool, d_dtype: str) -
     # FP8 weights of gate and up come in multiples of 256; else the last group of columns is ragged.
     n = 768 if swiglu and recipe == FP8 else 720 if swiglu else 456
     case = Case(kind, recipe, full_epilogue(kind, n, swiglu), d_dtype, n, 400)
-    for config in case.configs():
+    for config in case.configs()[:: 3 if recipe == FP4 else 1]:
         d = case.output()
         with settings.override(config=str(config)):
             case.call(d)
