@@ -55,7 +55,7 @@ def load(spec: KernelSpec, device: int, problem: Problem | None = None) -> Kerne
         CompileError: it could not be compiled.
         DriverError: the driver refused it, or this process is a fork of one that used CUDA.
     """
-    if _forked_from_user:  # the driver would crash or hang
+    if _forked_from_user:  # CUDA does not survive a fork
         raise DriverError(
             "this process is a fork of one that used CUDA, which no fork survives: start processes by 'spawn'"
         )
