@@ -21,6 +21,7 @@ from jitgemm.families.transpose_scales import FAMILY as TRANSPOSE_SCALES
 from jitgemm.heuristics import chooser, prepare
 from jitgemm.kernel import load
 from jitgemm.nvtx import in_range
+from jitgemm.ops.checks import Scaled, check_tensors, extent, pair
 from jitgemm.ops.dispatch import are_plain, dispatch_modes, function_modes, needs_dispatch
 from jitgemm.ops.layout import copy_to_mn_major, fp4_note
 from jitgemm.plan import BOUND_LAUNCHES, Sizes, Table, current_device, device_facts, matcher, raw_stream
@@ -29,8 +30,6 @@ from jitgemm.reference import gemm as reference
 from jitgemm.reference.layout import get_tma_aligned_size
 from jitgemm.render import template_digest
 from jitgemm.settings import Settings
-
-Scaled = tuple[Tensor, Tensor]
 
 _D_DTYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 _ALIGNMENT = 16  # bytes: TMA's, of addresses and row strides
@@ -103,7 +102,7 @@ def fp8_gemm_nt(
             raise ProblemError(f"fast_accum is {fast_accum!r}; accepted is a boolean")
         operation = _OPERATIONS[_recipe_name(recipe, recipe_a, recipe_b), "nt", fast_accum]
     if type(a) is not tuple or type(b) is not tuple or len(a) != 2 or len(b) != 2:
-        a, b = _pair("a", a), _pair("b", b)
+        a, b = pair("a", a), pair("b", b)
     a_data, a_scales = a
     b_data, b_scales = b
     if not _launch_again(a_data, a_scales, b_data, b_scales, d, c, operation):
@@ -165,10 +164,10 @@ fp8_fp4_gemm_nt, fp8_fp4_gemm_nn, fp8_fp4_gemm_tn, fp8_fp4_gemm_tt = fp8_gemm_nt
 
 def _transposed(name: str, operand: Any) -> Scaled:
     """An operand that is stored with K first, as ``fp8_gemm_nt`` takes it."""
-    data, scales = _pair(name, operand)
-    for part, tensor in ((name, data), (f"{name}_scales", scales)):
-        if not isinstance(tensor, Tensor):
-            raise ProblemError(f"{part} is {type(tensor).__name__}; accepted is a torch.Tensor")
+    data, scales = pair(name, operand)
+    parts = {name: data, f"{name}_scales": scales}
+    check_tensors(**parts)
+    for part, tensor in parts.items():
         if tensor.dim() > 2 or (tensor is data and tensor.dim() < 2):
             raise ProblemError(f"{part} has {tensor.dim()} dimensions; accepted is 2")
     data = data.t()
@@ -233,12 +232,6 @@ def _recipe_name(recipe: object, recipe_a: object, recipe_b: object) -> str:
             return name
     names = ", ".join(name for name, facts in RECIPES.items() if facts.is_fp8)
     raise ProblemError(f"recipe is {recipe!r}; accepted are {names}, (1, 128, 128) and (1, 1, 128)")
-
-
-def _pair(name: str, operand: Any) -> Scaled:
-    if not isinstance(operand, (tuple, list)) or len(operand) != 2:
-        raise ProblemError(f"{name} is {type(operand).__name__}; accepted is a pair (e4m3 tensor, scales)")
-    return operand[0], operand[1]
 
 
 _Recent = tuple[Operation, Settings, int, Callable[..., bool], tuple[int, ...], Callable[[], int], "_GemmPlan"]
@@ -646,13 +639,13 @@ class _Operands:
 
         size, d_size = operand_dtype.itemsize, d.element_size()
         lengths = (
-            _extent(a) * size,
-            _extent(a_scales) * 4,
-            _extent(b) * size,
-            _extent(b_scales) * 4,
-            _extent(c) * d_size,
+            extent(a) * size,
+            extent(a_scales) * 4,
+            extent(b) * size,
+            extent(b_scales) * 4,
+            extent(c) * d_size,
         )
-        self.extents = _Extents(lengths, _extent(d) * d_size, self.c_row_stride == self.d_row_stride)
+        self.extents = _Extents(lengths, extent(d) * d_size, self.c_row_stride == self.d_row_stride)
         self._sizes = size, d_size
 
     def extents_of(self, m: int, a_scales: Tensor | None) -> _Extents:
@@ -662,7 +655,7 @@ class _Operands:
         n, last = self.problem.n, m - 1
         lengths = (
             (last * self.a.matrix().row_stride + self.problem.k) * size,
-            _extent(a_scales) * 4,
+            extent(a_scales) * 4,
             b,
             b_scales,
             c and (last * self.c_row_stride + n) * d_size,
@@ -733,13 +726,8 @@ class _Rows:
 
 
 def _check_tensors(**tensors: object) -> None:
-    for name, tensor in tensors.items():
-        if tensor is None and name in ("a_scales", "b_scales", "c"):
-            continue
-        if not isinstance(tensor, Tensor):
-            raise ProblemError(f"{name} is {type(tensor).__name__}; accepted is a torch.Tensor")
-        if tensor.layout != torch.strided:
-            raise ProblemError(f"{name} has layout {tensor.layout}; accepted is torch.strided")
+    optional = ("a_scales", "b_scales", "c")
+    check_tensors(**{name: tensor for name, tensor in tensors.items() if tensor is not None or name not in optional})
 
 
 def _check_scales(
@@ -754,8 +742,8 @@ def _check_scales(
         raise ProblemError(f"{name} has dtype {scales.dtype}; accepted is torch.float32")
     if scales.device != d.device:
         raise ProblemError(f"{name} is on {scales.device} and d on {d.device}; accepted is one device for all")
-    if _extent(scales) >= 2**31:
-        raise ProblemError(f"{name} spans {_extent(scales)} elements; accepted are less than 2**31")
+    if extent(scales) >= 2**31:
+        raise ProblemError(f"{name} spans {extent(scales)} elements; accepted are less than 2**31")
     shape = tuple(scales.shape)
     if granularity == "tensor":
         if scales.numel() != 1:
@@ -769,18 +757,6 @@ def _check_scales(
     if shape != wanted:
         raise ProblemError(f"{name} has shape {shape}; recipe {recipe} accepts {wanted}")
     return ScaleStrides(scales.stride(0), scales.stride(1))
-
-
-def _extent(tensor: Tensor | None) -> int:
-    """Elements from the first to behind the last."""
-    if tensor is None:
-        return 0
-    extent = 1
-    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
-        if size == 0:
-            return 0
-        extent += (size - 1) * stride
-    return extent
 
 
 def _loads_in_place(strides: ScaleStrides, mn: int, k_blocks: int) -> bool:

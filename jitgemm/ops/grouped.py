@@ -20,14 +20,13 @@ from jitgemm.families.grouped_launch import GroupedGeometry, Stack
 from jitgemm.heuristics.grouped import chooser
 from jitgemm.kernel import load
 from jitgemm.nvtx import in_range
+from jitgemm.ops.checks import Scaled, check_tensors, extent, pair
 from jitgemm.ops.dispatch import needs_dispatch
 from jitgemm.ops.layout import copy_to_mn_major, fp4_note
 from jitgemm.plan import BOUND_LAUNCHES, Table, current_device, device_facts, raw_stream
 from jitgemm.record import record
 from jitgemm.reference.layout import get_tma_aligned_size
 from jitgemm.settings import Settings
-
-Scaled = tuple[Tensor, Tensor]
 
 _D_DTYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 _ALIGNMENT = 16  # bytes: TMA's, of addresses and strides
@@ -77,7 +76,7 @@ def m_grouped_fp8_gemm_nt_contiguous(
     """
     _check_recipe(recipe, recipe_a, recipe_b)
     kind = _contiguous(use_psum_layout)
-    (a_data, a_scales), (b_data, b_scales) = _pair("a", a), _pair("b", b)
+    (a_data, a_scales), (b_data, b_scales) = pair("a", a), pair("b", b)
     _call(a_data, a_scales, b_data, b_scales, d, grouped_layout, kind, expected_m_for_psum_layout, ensure_zero_padding)
 
 
@@ -98,8 +97,8 @@ def m_grouped_fp8_gemm_nn_contiguous(
 
     K is the contiguous dimension of b all the same, as the tensor cores want it; else as the ``nt`` function.
     """
-    b_data, b_scales = _pair("b", b)
-    _check_tensors(b=b_data, b_scales=b_scales)
+    b_data, b_scales = pair("b", b)
+    check_tensors(b=b_data, b_scales=b_scales)
     for name, tensor in (("b", b_data), ("b_scales", b_scales)):
         if tensor.dim() != 3:
             raise ProblemError(f"{name} has {tensor.dim()} dimensions; accepted is 3")
@@ -144,7 +143,7 @@ def m_grouped_fp8_gemm_nt_masked(
         CacheMissError: the kernel is not cached, and compiling is forbidden or a CUDA graph is being captured.
     """
     _check_recipe(recipe, recipe_a, recipe_b)
-    (a_data, a_scales), (b_data, b_scales) = _pair("a", a), _pair("b", b)
+    (a_data, a_scales), (b_data, b_scales) = pair("a", a), pair("b", b)
     _check_expected("expected_m", expected_m)
     _call(a_data, a_scales, b_data, b_scales, d, masked_m, "masked", expected_m, False)
 
@@ -185,7 +184,7 @@ def m_grouped_bf16_gemm_nn_contiguous(
     ensure_zero_padding: bool = True,
 ) -> None:
     """``d[row] = a[row] @ b[group of the row]``: b ``[groups, k, n]``; else as the ``nt`` function."""
-    _check_tensors(b=b)
+    check_tensors(b=b)
     if b.dim() != 3:
         raise ProblemError(f"b has {b.dim()} dimensions; accepted is 3")
     m_grouped_bf16_gemm_nt_contiguous(
@@ -229,20 +228,6 @@ def _check_expected(name: str, expected_m: object) -> None:
         raise ProblemError(f"{name} is {expected_m!r}; accepted is an integer from 0 to 2**31 - 1")
 
 
-def _pair(name: str, operand: Any) -> Scaled:
-    if not isinstance(operand, (tuple, list)) or len(operand) != 2:
-        raise ProblemError(f"{name} is {type(operand).__name__}; accepted is a pair (e4m3 tensor, scales)")
-    return operand[0], operand[1]
-
-
-def _check_tensors(**tensors: object) -> None:
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor):
-            raise ProblemError(f"{name} is {type(tensor).__name__}; accepted is a torch.Tensor")
-        if tensor.layout != torch.strided:
-            raise ProblemError(f"{name} has layout {tensor.layout}; accepted is torch.strided")
-
-
 def _call(
     a: Tensor,
     a_scales: Tensor | None,
@@ -260,7 +245,7 @@ def _call(
         raise ProblemError(f"ensure_zero_padding is {zero_padding!r}; accepted is a boolean")
     if needs_dispatch(a, a_scales, b, b_scales, d, layout):
         named: dict[str, object] = {"a": a, "b": b, "d": d, _layout_name(kind): layout}
-        _check_tensors(**named, **({} if a_scales is None else {"a_scales": a_scales, "b_scales": b_scales}))
+        check_tensors(**named, **({} if a_scales is None else {"a_scales": a_scales, "b_scales": b_scales}))
         torch.ops.jitgemm.m_grouped_gemm(a, a_scales, b, b_scales, d, layout, kind, expected_m, zero_padding)
         return
     _run(a, a_scales, b, b_scales, d, layout, kind, expected_m, zero_padding)
@@ -294,7 +279,7 @@ def _run(
         )  # fmt: skip
     except AttributeError:
         named: dict[str, object] = {"a": a, "b": b, "d": d, _layout_name(kind): layout}
-        _check_tensors(**named, **({} if a_scales is None else {"a_scales": a_scales, "b_scales": b_scales}))
+        check_tensors(**named, **({} if a_scales is None else {"a_scales": a_scales, "b_scales": b_scales}))
         raise
     plan = _plans.get(key)
     if plan is None:
@@ -333,7 +318,7 @@ class _Operands:
         if a_scales is not None or b_scales is not None:
             named |= {"a_scales": a_scales, "b_scales": b_scales}
             recipe = _FP8
-        _check_tensors(**named)
+        check_tensors(**named)
         dtype = torch.float8_e4m3fn if recipe == _FP8 else torch.bfloat16
         dtypes = {"a": (dtype,), "b": (dtype,), "d": tuple(_D_DTYPES), name: (torch.int32,)}
         masked = kind == "masked"
@@ -374,11 +359,11 @@ class _Operands:
             raise ProblemError(f"{name} has strides {layout.stride()}; accepted is a contiguous tensor")
         if d.stride(-1) != 1 and n > 1:
             raise ProblemError(f"d has strides {d.stride()}; accepted is stride 1 along n")
-        if (rows > 1 and d.stride(-2) < n) or (masked and groups > 1 and d.stride(0) < _extent(d[0])):
+        if (rows > 1 and d.stride(-2) < n) or (masked and groups > 1 and d.stride(0) < extent(d[0])):
             raise ProblemError(f"d has strides {d.stride()}; its rows of {n} elements overlap")
         for key in ("a_scales", "b_scales"):
-            if key in named and _extent(named[key]) >= 2**31:
-                raise ProblemError(f"{key} spans {_extent(named[key])} elements; accepted are less than 2**31")
+            if key in named and extent(named[key]) >= 2**31:
+                raise ProblemError(f"{key} spans {extent(named[key])} elements; accepted are less than 2**31")
         k_major = b.stride(2) == 1 or k == 1
         expected = -(-rows // groups) if expected_m is None else expected_m
         self.problem = GroupedProblem(
@@ -394,7 +379,7 @@ class _Operands:
         )
         self.rows, self.masked, self.device = rows, masked, d.device
         self._tensors = {key: (tuple(t.shape), t.stride(), t.element_size()) for key, t in named.items()}
-        self.lengths = {key: _extent(t) * t.element_size() for key, t in named.items()}
+        self.lengths = {key: extent(t) * t.element_size() for key, t in named.items()}
         self.layout_name = name
 
     def stack(self, name: str) -> Stack:
@@ -453,13 +438,6 @@ class _Operands:
         """B's scales, and their stride along K."""
         shape, strides, _ = self._tensors["b_scales"]
         return Stack(shape[1], shape[2], strides[1], shape[0], strides[0]), strides[2]
-
-
-def _extent(tensor: Tensor) -> int:
-    """Elements from the first to behind the last."""
-    if 0 in tensor.shape:
-        return 0
-    return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 class _GroupedPlan:

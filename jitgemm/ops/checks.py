@@ -1,0 +1,44 @@
+"""Checks of arguments that the operations share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from jitgemm.errors import ProblemError
+
+Scaled = tuple[Tensor, Tensor]
+"""An FP8 operand: e4m3 data and scales."""
+
+
+def pair(name: str, operand: Any) -> Scaled:
+    """The parts of an FP8 operand.
+
+    Raises:
+        ProblemError: it has not two.
+    """
+    if not isinstance(operand, (tuple, list)) or len(operand) != 2:
+        raise ProblemError(f"{name} is {type(operand).__name__}; accepted is a pair (e4m3 tensor, scales)")
+    return operand[0], operand[1]
+
+
+def check_tensors(**tensors: object) -> None:
+    """Check that arguments are strided tensors.
+
+    Raises:
+        ProblemError: one is not.
+    """
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise ProblemError(f"{name} is {type(tensor).__name__}; accepted is a torch.Tensor")
+        if tensor.layout != torch.strided:
+            raise ProblemError(f"{name} has layout {tensor.layout}; accepted is torch.strided")
+
+
+def extent(tensor: Tensor | None) -> int:
+    """Elements from the first to behind the last."""
+    if tensor is None or 0 in tensor.shape:
+        return 0
+    return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
