@@ -357,7 +357,7 @@ def tune(
     if source.given or not check_only:
         problems = [named for named in source.read("tune").problems if named.is_dense]
         if not problems:
-            raise UsageError(f"tune: {source.given[0]} has grouped problems only; accepted are dense ones too")
+            raise UsageError(f"tune: {source.given[0]} has grouped problems only; accepted are sources of dense ones")
     return work.run(
         problems,
         out=out,

@@ -247,9 +247,9 @@ def check_fp4_recipe(recipe: object, recipe_a: object, recipe_b: object) -> None
 def _transposed(name: str, operand: Any) -> Scaled:
     """An operand that is stored with K first, as ``fp8_gemm_nt`` takes it."""
     data, scales = pair(name, operand)
-    for part, tensor in ((name, data), (f"{name}_scales", scales)):
-        if not isinstance(tensor, Tensor):
-            raise ProblemError(f"{part} is {type(tensor).__name__}; accepted is a torch.Tensor")
+    parts = {name: data, f"{name}_scales": scales}
+    check_tensors(**parts)
+    for part, tensor in parts.items():
         if tensor.dim() > 2 or (tensor is data and tensor.dim() < 2):
             raise ProblemError(f"{part} has {tensor.dim()} dimensions; accepted is 2")
     data = data.t()

@@ -161,6 +161,16 @@ def test_explain_of_several_gemms(jitgemm: Jitgemm) -> None:
         assert "<- winner" in text
 
 
+def test_explain_of_groups(jitgemm: Jitgemm) -> None:
+    for kind, alignment in (("masked", 128), ("psum", 1)):
+        arguments = (*PROBLEM, "--groups", 8, "--kind", kind, "--alignment", alignment)
+        report = jitgemm.json("explain", *arguments)
+        assert report["problem"]["kind"] == f"m_grouped_{kind}"
+        assert (report["problem"]["groups"], report["problem"]["alignment"]) == (8, alignment)
+        assert report["winner"] == report["candidates"][0]["config"]
+        assert f"8 groups, {kind}" in jitgemm("explain", *arguments).stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -170,6 +180,11 @@ def test_explain_of_several_gemms(jitgemm: Jitgemm) -> None:
         (("--m", 1, "--n", 2, "--k", 3, "--recipe", "fp8_rowwise", "--layout", "tn"), ["layout", "tn", "nt"]),
         (("--m", 1, "--n", 2, "--k", 3, "--recipe", "bf16", "--device", "v100"), ["--device", "v100", "h200"]),
         (("--m", 1, "--n", 2**31, "--k", 3, "--recipe", "bf16"), ["n is 2147483648"]),
+        (
+            ("--m", 64, "--n", 256, "--k", 512, "--recipe", "fp8_rowwise", "--fast-accum", "--groups", 4),
+            ["--fast-accum", "grouped"],
+        ),
+        (("--m", 64, "--n", 256, "--k", 512, "--recipe", "fp8_rowwise", "--groups", 4), ["fp8_rowwise", "bf16"]),
     ],
 )
 def test_explain_usage(jitgemm: Jitgemm, arguments: tuple[object, ...], said: list[str]) -> None:
