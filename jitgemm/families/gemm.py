@@ -473,7 +473,8 @@ class KernelShape:
             return 0
         if self.config.swap_ab:
             planes = self.waves if self.d_scales_ue8m0 else 1
-            return 2 * (planes * self.scale_parts * warps * self.mma_n * 4 + 8) + warps * 4
+            barriers = 8 if self.scale_parts > 1 else 0
+            return 2 * (planes * self.scale_parts * warps * self.mma_n * 4 + barriers) + warps * 4
         return 2 * (warps * self.waves * 16 * 4 + warps * 8) + warps * 4
 
     @functools.cached_property

@@ -13,8 +13,9 @@
 // tiles stay as narrow as they are without, and two CTAs of a cluster side by side make up the scale's columns: before they
 // quantize they send each other their rows' largest magnitudes (st.async into the other's shared memory, counted by an mbarrier
 // there). That is 4 bytes a row, while operands and rings are those of any other tile. Swapped, D's columns lie along MMA rows, which
-// warps share, so that the same exchange serves the warps of one CTA. Slots alternate: who sends for the second tile from
-// here has received for the next one, which is sent after this one was read.
+// warps share: all of both CTAs' warps send, and where one CTA has all of a group's columns, its warps meet at a named barrier (st.async
+// is illegal in a launch without clusters). Slots alternate: who sends for the second tile from here has received for the next one,
+// which is sent after this one was read.
 #pragma once
 #include "common.cuh"
 #include "epilogue.cuh"
@@ -185,6 +186,8 @@ __device__ __forceinline__ void store_scale(const EpilogueSteps& steps, int plan
   }
 }
 
+constexpr int MATH_BARRIER = 4;  // a named barrier of all math warpgroups, each of which has one of its own before this
+
 // Sends two words to the same offset of a CTA of the cluster, and counts them at its mbarrier.
 __device__ __forceinline__ void send_pair(uint32_t address, uint32_t barrier, uint32_t cta, float x, float y) {
   asm volatile(
@@ -192,6 +195,10 @@ __device__ __forceinline__ void send_pair(uint32_t address, uint32_t barrier, ui
       " st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [there], {%3, %4}, [counted];\n}" ::"r"(address),
       "r"(barrier), "r"(cta), "f"(x), "f"(y)
       : "memory");
+}
+
+__device__ __forceinline__ void store_shared_pair(uint32_t address, float x, float y) {
+  asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(x), "f"(y) : "memory");
 }
 
 __device__ __forceinline__ void barrier_wait_for_cluster(uint32_t barrier, uint32_t parity) {
@@ -217,7 +224,7 @@ struct QuantizerShape {
   static constexpr int COLUMNS_OF_SOURCE = 8 * HALVES * WAVES_OF_GROUP, SOURCES_OF_GROUP = GROUP / COLUMNS_OF_SOURCE;
   // Shared memory: two slots of magnitudes, their barriers, and each warp's count of exchanges, which registers have no room for.
   static constexpr int SLOT = SWAPPED ? PLANES * SOURCES * COLUMNS * 4 : WARPS * WAVES * 16 * 4;  // bytes
-  static constexpr int BARRIERS = SWAPPED ? 1 : WARPS;                                            // of a slot
+  static constexpr int BARRIERS = PARTS == 1 ? 0 : SWAPPED ? 1 : WARPS;                           // of a slot
   static constexpr bool EXCHANGES = SWAPPED || PARTS > 1;
   static constexpr int COUNTS_OFFSET = 2 * (SLOT + BARRIERS * 8), BYTES = EXCHANGES ? COUNTS_OFFSET + WARPS * 4 : 0;
 };
@@ -252,7 +259,7 @@ struct Quantizer {
       // (row0, column0) is that of the warpgroup's MMA rows: columns of D.
       constexpr int PLANE = Shape::SOURCES * Shape::COLUMNS * 4;
       const int source = part * Shape::WARPS + warp;
-      if (threadIdx.x == 0) barrier_arrive_expect(barriers, Shape::SLOT);
+      if (Shape::PARTS > 1 && threadIdx.x == 0) barrier_arrive_expect(barriers, Shape::SLOT);
 #pragma unroll
       for (int p = 0; p < Shape::PLANES; ++p)
 #pragma unroll
@@ -268,11 +275,18 @@ struct Quantizer {
           left = max_of_lanes<4, 16>(left), right = max_of_lanes<4, 16>(right);
           if (lane / 4 == j % 8) {
             const uint32_t at = slot + p * PLANE + (source * Shape::COLUMNS + 8 * j + lane % 4 * 2) * 4;
+            if constexpr (Shape::PARTS > 1) {
 #pragma unroll
-            for (int cta = 0; cta < Shape::PARTS; ++cta) send_pair(at, barriers, cta, left, right);
+              for (int cta = 0; cta < Shape::PARTS; ++cta) send_pair(at, barriers, cta, left, right);
+            } else {
+              store_shared_pair(at, left, right);
+            }
           }
         }
-      barrier_wait_for_cluster(barriers, parity);
+      if constexpr (Shape::PARTS > 1)
+        barrier_wait_for_cluster(barriers, parity);
+      else
+        named_barrier_sync(MATH_BARRIER, Shape::WARPS * WARP);
       const int first_source = source / Shape::SOURCES_OF_GROUP * Shape::SOURCES_OF_GROUP;
 #pragma unroll
       for (int p = 0; p < Shape::PLANES; ++p) {

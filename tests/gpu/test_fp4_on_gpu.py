@@ -54,9 +54,10 @@ def dense_configs() -> list[GemmConfig]:
     return list({(c.tile_m, c.tile_n, c.split_k > 1): c for c in legal}.values())
 
 
-def grouped_configs(kind: str, alignment: int = 128) -> list[GemmConfig]:
+def grouped_configs(kind: str, alignment: int = 128, d_dtype: str = "bf16") -> list[GemmConfig]:
     """All tiles that grouped calls choose from."""
-    device, problem = device_facts(0)[0], GroupedProblem(4096, 4096, FP4, 8, kind, alignment=alignment)
+    device = device_facts(0)[0]
+    problem = GroupedProblem(4096, 4096, FP4, 8, kind, d_dtype=d_dtype, alignment=alignment)
     legal = [c for c in grouped.candidates(problem) if grouped.illegal(problem, c, device) is None]
     return list({(c.tile_m, c.tile_n): c for c in legal}.values())
 
@@ -260,7 +261,7 @@ class Groups:
 @pytest.mark.parametrize("kind", ["masked", "contiguous", "psum"])
 def test_every_tile_on_ragged_groups(kind: str, window: tuple[int, int]) -> None:
     case = Groups(kind, RAGGED, 200, 416, window, "fp32" if kind == "masked" else "bf16")
-    for config in (None, *grouped_configs(kind)):
+    for config in (None, *grouped_configs(kind, d_dtype=case.d_dtype)):
         case.check(config)
 
 

@@ -587,11 +587,15 @@ def test_the_first_call_may_be_captured(cache_dir: Path) -> None:
 CAPTURED_FIRST = """
 import torch
 import jitgemm
-from benchmarks.operands import quantize, random_matrix
+from benchmarks.operands import Operands, random_matrix
 from jitgemm.reference.gemm import check_close
+from jitgemm.reference.quantize import per_block_cast_to_fp8, per_token_cast_to_fp8
 
 generator = torch.Generator("cuda").manual_seed(0)
-x = quantize({recipe!r}, random_matrix(70, 512, generator), random_matrix(264, 512, generator))
+a, b = (random_matrix(rows, 512, generator) for rows in (70, 264))
+x = Operands({recipe!r}, a, None, b, None)
+if x.recipe != "bf16":  # cast without a kernel
+    x = Operands(x.recipe, *per_token_cast_to_fp8(a), *per_block_cast_to_fp8(b))
 d = torch.zeros(70, 264, dtype=torch.bfloat16, device="cuda")
 a, b = (x.a, x.b) if x.a_scales is None else ((x.a, x.a_scales), (x.b, x.b_scales))
 graph = torch.cuda.CUDAGraph()

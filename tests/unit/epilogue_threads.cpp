@@ -15,9 +15,10 @@ struct float2 { float x, y; };
 static thread_local struct { int x; } threadIdx;
 static thread_local int this_cta;
 static char memory[2][1 << 18];
-static pthread_barrier_t warps[2][MOST_WARPS], ctas[2];
+static pthread_barrier_t warps[2][MOST_WARPS], maths[2], ctas[2];
 static float lanes[2][MOST_WARPS][32];
 static void __syncwarp() { pthread_barrier_wait(&warps[this_cta][threadIdx.x / 32]); }
+static void named_barrier_sync(int, int) { pthread_barrier_wait(&maths[this_cta]); }
 static float __shfl_xor_sync(unsigned, float value, int bit) {
   float* mine = lanes[this_cta][threadIdx.x / 32];
   mine[threadIdx.x % 32] = value;
@@ -136,6 +137,7 @@ extern "C" void run(int which, const EpilogueSteps* steps, const Problem* p) {
   static const int warpgroups[] = {@WARPGROUPS@};
   const int threads = warpgroups[which] * 128;
   pthread_barrier_init(&ctas[0], nullptr, p->ctas * threads);
+  for (int cta = 0; cta < p->ctas; ++cta) pthread_barrier_init(&maths[cta], nullptr, threads);
   for (int cta = 0; cta < p->ctas; ++cta)
     for (int warp = 0; warp < threads / 32; ++warp) pthread_barrier_init(&warps[cta][warp], nullptr, 32);
   std::vector<std::thread> all;

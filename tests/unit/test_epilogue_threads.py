@@ -52,6 +52,7 @@ _ASSEMBLY = (
     (r'asm volatile\(\s*"\{\\n \.reg \.b32 there.*?: "memory"\);', "send(address, barrier, cta, x, y);"),
     (r'asm volatile\(\s*"\{\\n \.reg \.pred done.*?: "memory"\);', "wait_for(barrier, parity);"),
     (r'asm volatile\("ld\.shared\.b32 %0, \[%1\];" : "=r"\((\w+)\) : "r"\((.*?)\) : "memory"\);', r"\1 = shared<int>(\2);"),  # noqa: E501
+    (r'asm volatile\("st\.shared\.v2\.f32 [^\n]*"f"\(x\), "f"\(y\) : "memory"\);', "shared<float>(address) = x, shared<float>(address + 4) = y;"),  # noqa: E501
     (r'asm volatile\("st\.shared\.v2\.f32 .*?"memory"\);', "abort();"),
     (r'asm volatile\("st\.shared\.f32 .*?"memory"\);', "abort();"),
     (r'asm volatile\("st\.shared\.b32 \[%0\], %1;" ::"r"\((.*?)\), "r"\((.*)\) : "memory"\);', r"shared<int>(\1) = (\2);"),  # noqa: E501
