@@ -115,7 +115,7 @@ def _prenorm_smem(spec: KernelSpec) -> int:
 class _PrenormFamily(PlainFamily):
     def of(self, arch: str, n: int, config: PrenormConfig, precise: bool) -> KernelSpec:
         """The spec of the kernel for a config and n rows of B."""
-        return self.spec(arch, n_blocks=-(-n // 8), precise=precise, **config._asdict())
+        return self.spec(arch, n_blocks=1 if n <= 8 else MAX_N // 8, precise=precise, **config._asdict())
 
     def render_context(self, spec: KernelSpec) -> dict[str, object]:
         return {**super().render_context(spec), "pitch": _pitch(spec["stage_k"]), "blocks_per_sm": BLOCKS_PER_SM}

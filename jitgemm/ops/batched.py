@@ -616,7 +616,9 @@ def _operand_stack(name: str, tensor: Tensor) -> tuple[Stack, str]:
     groups, rows, k = tensor.shape
     group_stride, row_stride, k_stride = tensor.stride()
     size = tensor.element_size()
-    columns = k == 1 and row_stride == 1 and size == 2  # of one element each: by rows their steps would be too short for TMA
+    columns = (
+        k == 1 and row_stride == 1 and size == 2
+    )  # of one element each: by rows their steps would be too short for TMA
     major = "mn" if columns or (k_stride != 1 and k > 1) else "k"
     if major == "mn":
         rows, k, row_stride, k_stride = k, rows, k_stride, row_stride

@@ -1,12 +1,21 @@
-"""Kernels of these tests go into one cache of the run's own."""
+"""Kernels of these tests go into one cache of the run's own; workers share the processor's cores."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 from jitgemm import settings
+
+
+@pytest.fixture(scope="session", autouse=True)
+def threads() -> None:
+    """References that run on the CPU take all cores otherwise, in every worker of pytest-xdist."""
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    torch.set_num_threads(max(1, torch.get_num_threads() // workers))
 
 
 @pytest.fixture(scope="session", autouse=True)

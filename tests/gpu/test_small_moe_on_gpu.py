@@ -85,7 +85,6 @@ def test_prenorm(m: int, k: int, precision: str) -> None:
         total, sums = (d, squares) if splits is None else (d.double().sum(0), squares.double().sum(0))
         torch.testing.assert_close(sums.double(), exact_squares, rtol=2e-6, atol=0)
         error = 1 - 2 * (total.double() * exact).sum() / (total.double().square() + exact.square()).sum()
-        # Tensor cores cut their FP32 sums off: so much of a long sum that is not split.
         assert error < (1e-7 if precision == "tf32" else 1e-8), (splits, float(error))
         again, again_squares = torch.empty_like(d), torch.empty_like(squares)
         jitgemm.tf32_hc_prenorm_gemm(a, fn, again, again_squares, splits, precision=precision)
@@ -145,7 +144,9 @@ def test_gate(scores: str, experts: int, topk: int) -> None:
             mine, other = (keys.gather(1, indices.long().clamp(min=0)) for indices in (found[0], expected[0]))
             same = found[0] == expected[0]
             assert (same | ((mine - other).abs() <= 1e-6 * other.abs().clamp(min=1))).all()
-            torch.testing.assert_close(found[1][same], expected[1][same], rtol=5e-5, atol=1e-7)
+            alike = same.all(1)  # another expert changes the weights of all
+            assert alike.float().mean() > 0.99
+            torch.testing.assert_close(found[1][alike], expected[1][alike], rtol=5e-5, atol=1e-7)
             if not keywords:
                 assert found[0][0].tolist() == list(range(topk))
 
