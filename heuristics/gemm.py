@@ -240,7 +240,8 @@ _shape, _signature = kernel_shape, GemmProblem.without_sizes
 
 
 _TILE_NS = (16, 24, 32, 40, 48, 56, 64, 72, 80, 88, 96, 104, 112, 120, 128, 136, 144, 160, 176, 192, 208, 224, 240, 256)
-_TOKEN_TILES = (8, 16, 24, 32, 40, 48, 64, 80, 96, 128)
+_TOKEN_TILES = (8, 16, 24, 32, 40, 48, 64, 80, 96, 104, 128)
+_WIDE_TOKEN_TILES = (136, 152, 160, 176, 200, 216, 232, 256)  # without promotion, whose registers they leave no room for
 _SPLITS = (1, 2, 3, 4, 5, 6, 7, 8)
 _EVEN_SPLITS = (1, 2, 4, 8)  # those that tiles of more than _SMALL_TILE elements are worth trying with
 _SMALL_TILE = 64 * 128
@@ -259,7 +260,8 @@ def generate(problem: GemmProblem, overrides: Overrides = ()) -> Iterator[GemmCo
     clusters = [given["cluster"]] if "cluster" in given else [(1, 1), (2, 1), (1, 2)]
     splits = [given["split_k"]] if "split_k" in given else _SPLITS
     for swap_ab in [given["swap_ab"]] if "swap_ab" in given else (False, True):
-        tiles_m = (given["tile_m"],) if "tile_m" in given else _TOKEN_TILES if swap_ab else (64, 128, 192, 256)
+        of_tokens = _TOKEN_TILES if problem.promotes else _TOKEN_TILES + _WIDE_TOKEN_TILES
+        tiles_m = (given["tile_m"],) if "tile_m" in given else of_tokens if swap_ab else (64, 128, 192, 256)
         tiles_n = (given["tile_n"],) if "tile_n" in given else (64, 128) if swap_ab else _TILE_NS
         for tile_m, tile_n, (cluster_m, cluster_n), split_k in itertools.product(tiles_m, tiles_n, clusters, splits):
             if "split_k" not in given and split_k not in _EVEN_SPLITS and tile_m * tile_n > _SMALL_TILE:

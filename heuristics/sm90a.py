@@ -91,7 +91,9 @@ BF16_MENU = """
     64x144 s8 c1x2 *1.01, 64x160 s7 *0.97, 64x192 s6 *0.97, 128x32 s10 k2 *0.96, 128x48 s9 k2 *0.96,
     128x64 s8 k3 *0.97, 128x96 s7 *0.96, 128x112 s6 *0.96, 128x128 s6 *0.96, 128x144 s5, 128x144 s6 c1x2,
     128x160 s5 *1.01, 128x176 s4 *1.04, 128x192 s4 *1.04, 128x192 s5 k4 *1.02, 128x224 s4 c2x1 *1.05,
-    128x256 s4 *1.06, 192x160 s4 *1.07, 192x192 s4 *1.05
+    128x256 s4 *1.06, 192x160 s4 *1.07, 192x192 s4 *1.05,
+    104x64 s8 swap *0.93, 136x128 s5 swap *0.98, 152x128 s5 swap *0.95, 160x128 s5 swap *0.94, 176x128 s4 swap *0.97,
+    200x64 s6 swap *0.94, 200x64 s6 k2 swap *0.95, 200x128 s4 swap, 216x128 s4 swap, 232x128 s3 swap, 256x128 s4 swap
 """
 
 # More tiles for SwiGLU and for a quantized D, whose scales cover 128 columns: of few tokens with as many columns as a
