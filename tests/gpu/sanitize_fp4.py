@@ -44,7 +44,7 @@ CASES = [
     Case("8x64x128 s4 swap", m=5),
     Case("8x64x128 s4 swap", spread=40, m=5, n=72),  # rows of the last tile that do not exist
     Case("16x128x128 s3 swap", d_dtype="fp32"),  # the second warpgroup of the last tile has no rows
-    Case("16x64x128 s12 k4 swap", k=1100),
+    Case("16x64x128 s12 k4 swap", k=1104),
     Case("128x128x128 s4 swap", m=140),  # no chains
     Case("128x128x128 s4 swap", spread=40, m=140),
     Case("16x128x128 s4 swap", kind="masked"),
