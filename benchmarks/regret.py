@@ -20,7 +20,8 @@ from jitgemm import settings
 from jitgemm.device import PRESETS, Device
 from jitgemm.families.gemm import GemmConfig, GemmProblem
 from jitgemm.heuristics import choose_config
-from jitgemm.heuristics.gemm import ANCHORS, MAX_KERNELS, candidates
+from jitgemm.heuristics.gemm import MAX_KERNELS, candidates
+from jitgemm.heuristics.serving import ANCHORS, RAGGED
 
 CLASSES: dict[str, Callable[[int], bool]] = {
     "all": lambda m: True,
@@ -55,7 +56,7 @@ def regret(
 ) -> Regret | None:
     """The losses of a problem; None where what is chosen was not measured."""
     with settings.override(tuned=False):
-        chosen, free = (choose_config(problem, device, most) for most in (limit, len(ANCHORS)))
+        chosen, free = (choose_config(problem, device, most) for most in (limit, len(ANCHORS) + len(RAGGED)))
     if chosen not in measured or free not in measured:
         return None
     best = min(measured, key=lambda config: (measured[config], config))

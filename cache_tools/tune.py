@@ -158,7 +158,7 @@ def tune(
         OSError: the table can't be written.
     """
     from jitgemm.heuristics import tuned
-    from jitgemm.heuristics.gemm import ANCHORS, serving_anchors
+    from jitgemm.heuristics.serving import ANCHORS, serving_anchors
     from jitgemm.tuning import CANDIDATES, specs, tune_problem
 
     start = time.perf_counter()

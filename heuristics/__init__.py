@@ -13,7 +13,6 @@ from jitgemm.families.tiles import FAMILY as TILES
 from jitgemm.families.tiles import TileProblem
 from jitgemm.heuristics import batched, gemm, grouped, rowwise
 from jitgemm.heuristics.gemm import (
-    ANCHORS,
     Candidate,
     Chooser,
     Explanation,
@@ -22,6 +21,7 @@ from jitgemm.heuristics.gemm import (
     enumerate_configs,
     prepare,
 )
+from jitgemm.heuristics.serving import ANCHORS
 
 
 def enumerate_specs(

@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 
 from jitgemm.families.gemm import GemmConfig
 from jitgemm.heuristics import gemm
-from jitgemm.heuristics.gemm import ANCHORS, MAX_KERNELS, Candidate, Explanation, Overrides, serving_anchors
+from jitgemm.heuristics.gemm import MAX_KERNELS, Candidate, Explanation, Overrides
 from jitgemm.heuristics.pruning import assign
+from jitgemm.heuristics.serving import ANCHORS, RAGGED, Serving
 
 
 class Chooser:
@@ -36,18 +37,17 @@ class Chooser:
         self._legal = sorted((config for config, reason in assessed if reason is None), key=lambda c: (-c.stages, c))
         if not self._legal:
             raise gemm.no_legal_config(overrides, [reason for _, reason in self._reasons])
-        chosen = assign(costs(tuple(self._legal), ANCHORS), MAX_KERNELS)
-        self.winners = tuple(self._legal[index] for index in chosen)
-        self._served = dict(zip(ANCHORS, self.winners, strict=True))
+        chosen = assign(costs(tuple(self._legal), (*ANCHORS, *RAGGED)), MAX_KERNELS)
+        self.kernels = tuple(sorted({self._legal[index] for index in chosen}))
+        self._serving = Serving([self._legal[index] for index in chosen[: len(ANCHORS)]], self._choose)
 
     def __call__(self, m: int) -> GemmConfig:
         """The config for an m."""
-        config = self._served.get(m)
-        if config is None:
-            near = tuple(dict.fromkeys(self.winners[ANCHORS.index(anchor)] for anchor in serving_anchors(m)))
-            costs = self._costs(near, (m,))[0]
-            config = self._served[m] = near[min(range(len(near)), key=costs.__getitem__)]
-        return config
+        return self._serving(m)
+
+    def _choose(self, ms: tuple[int, ...]) -> list[GemmConfig]:
+        costs = self._costs(self.kernels, ms)
+        return [self.kernels[row.index(min(row))] for row in costs]
 
     def explain(self, m: int) -> Explanation:
         """Predicted cost of every config for an m, and why others are illegal."""

@@ -60,7 +60,7 @@ def _any_m(problem: BatchedProblem) -> BatchedProblem:
 
 def enumerate_configs(problem: BatchedProblem, device: Device) -> tuple[GemmConfig, ...]:
     """Every config that ``choose_config`` can return for the problem, whatever its m."""
-    return tuple(sorted(set(chooser(problem, device).winners)))
+    return chooser(problem, device).kernels
 
 
 def enumerate_specs(problem: BatchedProblem, device: Device) -> tuple[KernelSpec, ...]:

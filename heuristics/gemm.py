@@ -10,7 +10,6 @@ margin, before the number of winners is limited, and scales the predictions for 
 
 from __future__ import annotations
 
-import bisect
 import collections
 import dataclasses
 import functools
@@ -43,24 +42,15 @@ from jitgemm.families.gemm import (
 )
 from jitgemm.heuristics import sm90a, tuned
 from jitgemm.heuristics.pruning import assign
+from jitgemm.heuristics.serving import ANCHORS, RAGGED, Serving, anchors_around
 from jitgemm.settings import Settings
-
-ANCHORS = (
-    *(1, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024),
-    *(1280, 1536, 1792, 2048, 2560, 3072, 4096, 6144, 8192, 16384),
-)
-"""Values of m whose winners serve every m."""
 
 MAX_KERNELS = 12
 """Different winners that a problem may have, all m together; what each buys is in docs/performance.md."""
 
 _MEASURED_WEIGHT = 4.0  # of an anchor with an entry in a tuned table, where kernels are limited: others are predictions
 
-_REACH = 2  # anchors on each side of an m: the nearest two alone may both have tiles that it fills badly
-
 _DIGITS = 6  # of predictions in us, where they are compared
-
-_SERVED = 65536  # values of m that are kept of one problem
 
 MAX_STAGES = 12
 
@@ -97,7 +87,7 @@ def chooser(
 
 def enumerate_configs(problem: GemmProblem, device: Device, limit: int = MAX_KERNELS) -> tuple[GemmConfig, ...]:
     """Every config that ``choose_config`` can return for the problem, whatever its m; at most ``limit``."""
-    return tuple(sorted({winner.config for winner in chooser(problem, device, limit=limit).winners}))
+    return chooser(problem, device, limit=limit).kernels
 
 
 def enumerate_specs(problem: GemmProblem, device: Device) -> tuple[KernelSpec, ...]:
@@ -108,17 +98,6 @@ def enumerate_specs(problem: GemmProblem, device: Device) -> tuple[KernelSpec, .
     if "row_k" in (problem.traits.a_scales, problem.traits.b_scales):
         specs.append(TRANSPOSE_SCALES.spec(device.arch.name))
     return tuple(specs)
-
-
-def serving_anchors(m: int) -> tuple[int, ...]:
-    """The anchors whose winners an m can get: itself, or the two before and the two after it."""
-    return (m,) if m in ANCHORS else _anchors_around(m, _REACH)
-
-
-def _anchors_around(m: int, reach: int) -> tuple[int, ...]:
-    """So many anchors before an m that is none, and so many after it."""
-    after = bisect.bisect_left(ANCHORS, m)
-    return ANCHORS[max(0, after - reach) : after + reach]
 
 
 def rank_candidates(problem: GemmProblem, device: Device) -> list[GemmConfig]:
@@ -241,7 +220,16 @@ _shape, _signature = kernel_shape, GemmProblem.without_sizes
 
 _TILE_NS = (16, 24, 32, 40, 48, 56, 64, 72, 80, 88, 96, 104, 112, 120, 128, 136, 144, 160, 176, 192, 208, 224, 240, 256)
 _TOKEN_TILES = (8, 16, 24, 32, 40, 48, 64, 80, 96, 104, 128)
-_WIDE_TOKEN_TILES = (136, 152, 160, 176, 200, 216, 232, 256)  # without promotion, whose registers they leave no room for
+_WIDE_TOKEN_TILES = (
+    136,
+    152,
+    160,
+    176,
+    200,
+    216,
+    232,
+    256,
+)  # without promotion, whose registers they leave no room for
 _SPLITS = (1, 2, 3, 4, 5, 6, 7, 8)
 _EVEN_SPLITS = (1, 2, 4, 8)  # those that tiles of more than _SMALL_TILE elements are worth trying with
 _SMALL_TILE = 64 * 128
@@ -586,7 +574,7 @@ def _terms(
     weights_asked = weights / kernel.weight_sharing
 
     clock, full_clock = device.clock_hz / 1e6, device.clock_hz_memory_bound / 1e6  # cycles per us
-    tensor_bound, throttled_cycles = sm90a.TENSOR_BOUND, sm90a.THROTTLED_CYCLES
+    (idle, busy), throttled_cycles = sm90a.TENSOR_BOUND, sm90a.THROTTLED_CYCLES
     bytes_of_a_row, bytes_of_b = k * size, n * k * size * weight_bytes / 128
     bytes_of_d_row = n // problem.gated * D_BYTES[problem.d_dtype]
     shared = sm90a.HBM_SHARED
@@ -636,8 +624,9 @@ def _terms(
         stage = stage + kernel.multicast
         # Everything, us.
         iterations = rounds * stages
-        throttled = (sharing * mma > tensor_bound * stage) & (iterations * stage > throttled_cycles)
-        cycles_per_us = where(throttled, clock, full_clock)
+        throttled = least(most((sharing * mma / stage - idle) / (busy - idle), 0.0), 1.0)
+        throttled = where(iterations * stage > throttled_cycles, throttled, 0.0)
+        cycles_per_us = full_clock - (full_clock - clock) * throttled
         loop = iterations / cycles_per_us
         operands = m * bytes_of_a_row + bytes_of_b * (1 + shared * (1 - 1 / tiles_m))
         hbm = operands / least(hbm_rate, sms * hbm_of_sm) + m * bytes_of_d_row / hbm_rate
@@ -646,7 +635,9 @@ def _terms(
         epilogue = (1 + (rounds - 1) * repeated) * kernel.epilogue / cycles_per_us
         reduction = rounds * kernel.reduction + (rounds - 1) * kernel.relaunch
         main = ((loop * stage) ** main_norm + hbm**main_norm) ** (1 / main_norm)
-        total = kernel.correction * (kernel.launch + main + epilogue + reduction)
+        total = kernel.launch + main + epilogue + reduction
+        if groups is None:  # of which corrections know nothing
+            total = kernel.correction * total
         return (
             total,
             loop * tensor,
@@ -704,48 +695,39 @@ def prepare(problem: GemmProblem, arch: Architecture) -> None:
 
 
 class Chooser:
-    """The table from m to config of one problem. Its winners are found at once; other m are added as they are asked."""
+    """The table from m to config of one problem."""
 
     def __init__(self, problem: GemmProblem, device: Device, rules: _Rules, limit: int) -> None:
         self._problem, self._device = problem, device
-        self.winners = _winners(problem, device, rules, limit)
-        self._served = dict(zip(ANCHORS, self.winners, strict=True))
+        self._winners, self.kernels = _winners(problem, device, rules, limit)
+        self.serving = Serving(self._winners, self._choose)
 
     def __call__(self, m: int) -> GemmConfig:
         """The config for an m."""
         return self.serving(m).config
 
-    def serving(self, m: int) -> _Winner:
-        """The winner that an m gets."""
-        m = max(m, 1)
-        winner = self._served.get(m)
-        if winner is None:
-            # What was measured at an anchor holds up to the next one on either side.
-            nearest = _anchors_around(m, 1)
-            near = [
-                self._served[anchor] if anchor in nearest else self._served[anchor]._replace(correction=1.0)
-                for anchor in serving_anchors(m)
-            ]
-            predicted = {
-                config: _predictor(self._problem, config, self._device)(m)[0]
-                for config in dict.fromkeys(winner.config for winner in near)
-            }
-            winner = min(near, key=lambda one: _rank(one.config, one.correction * predicted[one.config]))
-            if len(self._served) >= _SERVED:
-                self._served = dict(zip(ANCHORS, self.winners, strict=True))
-            self._served[m] = winner
-        return winner
+    def _choose(self, ms: tuple[int, ...]) -> list[_Winner]:
+        """The winners of values of m between two anchors: what was measured at these holds up to the other one."""
+        near = [self._winners[ANCHORS.index(anchor)] for anchor in anchors_around(ms[0], 1)]
+        served = {config: _Winner(config) for config in self.kernels}
+        served |= {winner.config: winner for winner in near if winner.correction != 1}
+        rows = predict_all(self._problem, self.kernels, self._device, ms)
+        costs = [[us * served[config].correction for us, config in zip(row, self.kernels, strict=True)] for row in rows]
+        ranks = [[_rank(config, us) for us, config in zip(row, self.kernels, strict=True)] for row in costs]
+        return [served[self.kernels[row.index(min(row))]] for row in ranks]
 
 
 _chooser = functools.lru_cache(maxsize=1024)(Chooser)
 
 
-def _winners(problem: GemmProblem, device: Device, rules: _Rules, limit: int) -> tuple[_Winner, ...]:
-    """What serves each anchor."""
+def _winners(
+    problem: GemmProblem, device: Device, rules: _Rules, limit: int
+) -> tuple[tuple[_Winner, ...], tuple[GemmConfig, ...]]:
+    """What serves each anchor, and the kernels that serve all m."""
     legal = sorted(_legal(problem, device, rules), key=lambda config: _rank(config, 0.0))
     measured = _measured(problem, device, rules.tables)
     configs = list(dict.fromkeys((*legal, *(entry.config for entry, _ in measured.values()))))
-    predicted = predict_all(problem, configs, device, ANCHORS)
+    predicted = predict_all(problem, configs, device, (*ANCHORS, *RAGGED))
     if rules.batch_invariant:
         split_k = _best_split(configs, predicted)
         columns = [index for index, config in enumerate(configs) if config.split_k == split_k]
@@ -755,13 +737,14 @@ def _winners(problem: GemmProblem, device: Device, rules: _Rules, limit: int) ->
         row = costs[ANCHORS.index(m)]
         row[configs.index(entry.config)] = (1 - 1e-9) * min(row) / max(1, entry.margin)  # wins at any margin
     winners = []
-    weights = [_MEASURED_WEIGHT if m in measured else 1.0 for m in ANCHORS]
-    for m, index, cost, prediction in zip(ANCHORS, assign(costs, limit, weights), costs, predicted, strict=True):
+    weights = [_MEASURED_WEIGHT if m in measured else 1.0 for m in (*ANCHORS, *RAGGED)]
+    assigned = assign(costs, limit, weights)
+    for m, index, cost, prediction in zip(ANCHORS, assigned, costs, predicted, strict=False):
         winner = _Winner(configs[index], cost[index] / prediction[index])
         if m in measured and measured[m][0].config == winner.config:
             winner = winner._replace(entry=measured[m][0], table=measured[m][1])
         winners.append(winner)
-    return tuple(winners)
+    return tuple(winners), tuple(sorted({configs[index] for index in assigned}))
 
 
 def _measured(problem: GemmProblem, device: Device, tables: tuned.Tables) -> dict[int, tuple[tuned.Entry, Path]]:

@@ -58,7 +58,7 @@ def _chooser(problem: GroupedProblem, device: Device, overrides: Overrides) -> C
 
 def enumerate_configs(problem: GroupedProblem, device: Device) -> tuple[GemmConfig, ...]:
     """Every config that ``choose_config`` can return for the problem, whatever its m."""
-    return tuple(sorted(set(chooser(problem, device).winners)))
+    return chooser(problem, device).kernels
 
 
 def enumerate_specs(problem: GroupedProblem, device: Device) -> tuple[KernelSpec, ...]:

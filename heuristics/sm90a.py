@@ -8,10 +8,10 @@ times together, so that one alone need not be what it is called. The others are 
 from __future__ import annotations
 
 # -- Fixed times, us.
-LAUNCH_US = 4.13  # between events: launch, first loads, drain (fitted; an empty kernel takes 2.8 to 3.4)
-CLUSTER_LAUNCH_US = 0.157  # more for clusters (fitted)
+LAUNCH_US = 4.133  # between events: launch, first loads, drain (fitted; an empty kernel takes 2.8 to 3.4)
+CLUSTER_LAUNCH_US = 0.1658  # more for clusters (fitted)
 # Split-K: fixed, per part after two, per MMA column of a 64-row wave (fitted).
-REDUCTION_US = (0.253, 0.156, 0.00822)
+REDUCTION_US = (0.2291, 0.1377, 0.009767)
 RELAUNCH_US = 2.0  # of a tile after the first where blocks don't persist, as with split-K (estimated)
 
 # -- One stage, 128 bytes of K. MMAs of 64 x N take max(N / 2, 16 + N / 4) cycles (measured to the cycle).
@@ -20,42 +20,44 @@ MMA_OPERAND_CYCLES = (16, 4)
 RS_MMA_CYCLES = 13  # at least, of an MMA whose A is in registers (measured)
 EXPANSION_CYCLES = 115.0  # of one warpgroup: 64 x 128 FP4 weights to registers (counted: 112 of the ALU)
 MMA_LATENCY_CYCLES = 58  # from the last MMA of a wave to its result
-PROMOTION_CYCLES = 1.14  # per promoted register (fitted) ...
-PROMOTION_BRANCH_CYCLES = 1.63  # ... more where columns meet scale blocks at a few places (fitted) ...
+PROMOTION_CYCLES = 0.5393  # per promoted register (fitted) ...
+PROMOTION_BRANCH_CYCLES = 3.062  # ... more where columns meet scale blocks at a few places (fitted) ...
 PROMOTION_SELECT_CYCLES = 2.0  # ... or at many (estimated; they are avoided) ...
 PROMOTION_SCALE_CYCLES = 1.0  # ... or have a scale each (estimated)
-PROMOTION_EXPOSED = 0.971  # part of latency and promotion that delays the tensor cores (fitted) ...
-PROMOTION_EXPOSED_IN_CHAIN = 0.905  # ... of promotion per warpgroup in chains (fitted) ...
-PROMOTION_EXPOSED_SMEM = 1.44  # ... and of that, what delays shared memory (fitted)
-STAGE_OVERHEAD_CYCLES = 151.0  # wait, scales and release of a stage with promotion (fitted) ...
-OVERLAPPED_OVERHEAD = 0.54  # ... the part that remains where the next MMAs run meanwhile (fitted) ...
-PLAIN_OVERHEAD_CYCLES = 29.3  # ... and what remains of it without promotion (fitted)
+PROMOTION_EXPOSED = 0.6442  # part of latency and promotion that delays the tensor cores (fitted) ...
+PROMOTION_EXPOSED_IN_CHAIN = 0.9245  # ... of promotion per warpgroup in chains (fitted) ...
+PROMOTION_EXPOSED_SMEM = 1.123  # ... and of that, what delays shared memory (fitted)
+STAGE_OVERHEAD_CYCLES = 74.042  # wait, scales and release of a stage with promotion (fitted) ...
+OVERLAPPED_OVERHEAD = 0.2682  # ... the part that remains where the next MMAs run meanwhile (fitted) ...
+PLAIN_OVERHEAD_CYCLES = 13.33  # ... and what remains of it without promotion (fitted)
 SMEM_BYTES_PER_CYCLE = 128  # operand reads and arriving copies together
-INGRESS_BYTES_PER_CYCLE = (108, 59.1)  # from L2: of one SM alone (measured), of each when all ask (fitted) ...
-UNIQUE_BYTES_PER_CYCLE = 175.0  # ... and, of what several SMs read, counted once, per SM (fitted)
-LOAD_LATENCY = (1960.0, 1.32)  # of a stage: cycles, and times what computing one takes (fitted)
-STAGE_NORM = 9.43  # exponent with which these limits meet (fitted)
-MULTICAST_CYCLES = 24.7  # of a stage: the two CTAs wait for each other (fitted)
+INGRESS_BYTES_PER_CYCLE = (108, 76.51)  # from L2: of one SM alone (measured), of each when all ask (fitted) ...
+UNIQUE_BYTES_PER_CYCLE = 260.06  # ... and, of what several SMs read, counted once, per SM (fitted)
+LOAD_LATENCY = (2196.4, 2.261)  # of a stage: cycles, and times what computing one takes (fitted)
+STAGE_NORM = 6.489  # exponent with which these limits meet (fitted)
+MULTICAST_CYCLES = 13.51  # of a stage: the two CTAs wait for each other (fitted)
 
 # -- Epilogue of one tile, cycles (fitted).
-EPILOGUE_CYCLES = 1570.0
-EPILOGUE_COLUMN_CYCLES = 7.46  # per MMA column of a 64-row wave
-EPILOGUE_SLICE_CYCLES = 1410.0  # per slice of staging after the first
-EPILOGUE_BOX_CYCLES = 38.4  # per box of a wave after the first: rows are stored in boxes of up to 128 bytes ...
-EPILOGUE_NARROW_CYCLES = 490.0  # ... which are slow where they have 16
+EPILOGUE_CYCLES = 1350.3
+EPILOGUE_COLUMN_CYCLES = 9.909  # per MMA column of a 64-row wave
+EPILOGUE_SLICE_CYCLES = 420.95  # per slice of staging after the first
+EPILOGUE_BOX_CYCLES = 105.9  # per box of a wave after the first: rows are stored in boxes of up to 128 bytes ...
+EPILOGUE_NARROW_CYCLES = 480.58  # ... which are slow where they have 16
 EPILOGUE_STEP_CYCLES = {None: 0.0, "linear": 2.0, "swiglu": 10.0}  # per MMA column of a 64-row wave (estimated) ...
 QUANTIZATION_COLUMN_CYCLES = 4.0  # ... and more where D is quantized (estimated) ...
 EXCHANGE_CYCLES = 1000.0  # ... and warps or CTAs exchange magnitudes (estimated)
 EXCHANGE_READ_CYCLES = 2.0  # ... of which a warp reads those of 8 tokens from another at a time
-EPILOGUE_REPEATED = 0.252  # of a tile after the first, whose loads began meanwhile
+EPILOGUE_REPEATED = 0.1981  # of a tile after the first, whose loads began meanwhile
 
 # -- Memory and clocks.
-HBM_UTILIZATION = 1.25  # of the device's nominal streaming rate (fitted; some of what is read is in L2)
-HBM_SHARED = 0.171  # part of B's bytes that is read once more where several tiles share it (fitted)
-HBM_BYTES_PER_US_AND_SM = 1.2e05  # of one SM (fitted; measured 105e3)
-MAIN_NORM = 3.11  # exponent with which loop and memory meet (fitted)
-TENSOR_BOUND = 0.7  # part of a stage that the tensor cores must be busy ...
-THROTTLED_CYCLES = 40_000  # ... for this long before power limits the clock (assumed)
+HBM_UTILIZATION = 1.174  # of the device's nominal streaming rate (fitted; some of what is read is in L2)
+HBM_SHARED = 0.1411  # part of B's bytes that is read once more where several tiles share it (fitted)
+HBM_BYTES_PER_US_AND_SM = 1.173e5  # of one SM (fitted; measured 105e3)
+MAIN_NORM = 5.759  # exponent with which loop and memory meet (fitted)
+# Power limits the clock where the tensor cores are busy for this long (assumed), from the first of these parts of
+# a stage on, and fully from the second (fitted).
+THROTTLED_CYCLES = 40_000
+TENSOR_BOUND = (0.7368, 0.8524)
 
 # Part of the SMs that clusters of more than 2 CTAs fill (measured; with two CTAs an SM a little more).
 CLUSTER_FILL = {3: 117 / 132, 4: 120 / 132, 5: 110 / 132, 6: 102 / 132, 7: 105 / 132, 8: 120 / 132}
@@ -63,15 +65,15 @@ CLUSTER_FILL = {3: 117 / 132, 4: 120 / 132, 5: 110 / 132, 6: 102 / 132, 7: 105 /
 # -- The menu. Tile m x n, ring stages, then: cM x N, cluster; kN, split-K; swap, operands swapped; *F, what predictions
 # for it are multiplied by (fitted). Chosen greedily out of the sweeps (``benchmarks.calibrate --menu``).
 FP8_MENU = """
-    8x64 s12 swap *1.01, 8x64 s12 k2 swap *1.01, 8x64 s12 k3 swap *1.01, 8x64 s12 k4 swap, 8x64 s12 k8 swap *0.99,
-    16x64 s10 swap *1.02, 16x64 s12 swap *1.03, 16x64 s12 k2 swap *1.01, 16x64 s10 k5 swap *0.99,
-    24x64 s12 swap *1.03, 24x64 s9 k5 swap, 32x64 s8 swap *1.01, 32x64 s12 swap *1.03, 32x64 s8 k2 swap *1.01,
-    32x64 s12 k2 swap *1.03, 32x64 s12 k3 swap *1.02, 32x128 s10 swap, 64x32 s12 *1.04, 64x32 s12 k2 *1.01,
-    64x32 s12 k3 *1.01, 64x32 s12 k4 *1.01, 64x48 s12 *1.01, 64x48 s12 k2 *1.01, 64x64 s12 *1.03, 64x64 s12 k2 *1.01,
-    64x80 s11, 64x128 s8 *0.99, 64x128 s8 c2x1 *0.96, 128x32 s10 k2 *0.98, 128x48 s9 k2 *0.95, 128x64 s8 *0.99,
-    128x80 s7 *0.93, 128x80 s8 k2 *0.93, 128x128 s5 *0.98, 128x128 s6 *0.94, 128x160 s5 k2 *1.01, 128x192 s4 *0.97,
-    192x64 s6 *0.99, 192x96 s5 *1.04, 192x128 s4 *1.03, 192x128 s5 *0.96, 256x64 s5 *0.87,
-    256x128 s4 *0.93
+    8x64 s12 swap *1.01, 8x64 s12 k2 swap *1.01, 8x64 s12 k3 swap *1.02, 8x64 s12 k4 swap *1.01, 8x64 s12 k5 swap,
+    8x64 s12 k8 swap *0.99, 16x64 s10 k2 swap *0.99, 16x64 s10 k4 swap, 16x64 s12 swap *1.01,
+    16x64 s12 k2 swap *1.01, 16x64 s12 k3 swap *0.99, 16x64 s12 k4 swap *1.01, 24x64 s12 swap *1.02,
+    24x64 s12 k2 swap *1.01, 24x64 s12 k5 swap *1.01, 32x64 s8 swap *0.99, 32x64 s8 k3 swap *0.99, 40x64 s8 swap,
+    40x64 s12 swap *1.03, 40x64 s12 k2 swap *1.02, 40x64 s12 k4 swap *1.02, 48x64 s12 swap *1.04, 64x32 s8 *1.01,
+    64x32 s12 k2 *1.02, 64x40 s12 k3 *0.95, 64x48 s12 *1.03, 64x48 s12 k2, 64x64 s12 *1.02, 64x64 s12 k4 *0.99,
+    64x128 s8 *0.96, 64x128 s8 c2x1 *0.95, 128x64 s8 k2 *0.95, 128x64 s8 k4 *0.96, 128x72 s8 k4 *0.91,
+    128x80 s8 k2 *0.89, 128x128 s5 *0.99, 128x128 s6 *0.98, 128x128 s6 k2 *0.96, 128x192 s4 *0.92, 192x64 s6 *0.99,
+    192x64 s6 c1x2 *0.98, 192x96 s5 *1.01, 192x96 s5 k2, 192x128 s4 *1.01, 192x128 s5 *0.99, 256x128 s4 *0.99
 """
 # Of FP4 weights: predicted, not yet measured.
 FP4_MENU = """
@@ -83,17 +85,15 @@ FP4_MENU = """
     96x128 s9 swap, 128x128 s8 swap
 """
 BF16_MENU = """
-    8x64 s8 swap, 8x64 s12 swap *1.01, 8x64 s12 k2 swap *1.02, 8x64 s12 k4 swap *1.01, 16x64 s10 swap,
-    16x64 s12 k2 swap *1.03, 16x64 s12 k4 swap *0.99, 16x64 s12 k8 swap *0.95, 24x64 s9 k3 swap,
-    32x64 s12 k2 swap *1.03, 32x64 s12 k4 swap, 48x64 s12 swap *1.02, 64x64 s12 swap *1.01, 64x64 s12 k2 swap *1.02,
-    80x128 s7 k4 swap *1.01, 96x128 s7 swap *0.97, 128x64 s8 swap *0.96, 64x32 s12 k2 *1.02, 64x32 s12 k5 *0.99,
-    64x48 s12 *1.01, 64x48 s12 k4 *1.01, 64x64 s12 k3 *0.99, 64x96 s10 *0.98, 64x112 s9 *0.98, 64x128 s9 *0.94,
-    64x144 s8 c1x2 *1.01, 64x160 s7 *0.97, 64x192 s6 *0.97, 128x32 s10 k2 *0.96, 128x48 s9 k2 *0.96,
-    128x64 s8 k3 *0.97, 128x96 s7 *0.96, 128x112 s6 *0.96, 128x128 s6 *0.96, 128x144 s5, 128x144 s6 c1x2,
-    128x160 s5 *1.01, 128x176 s4 *1.04, 128x192 s4 *1.04, 128x192 s5 k4 *1.02, 128x224 s4 c2x1 *1.05,
-    128x256 s4 *1.06, 192x160 s4 *1.07, 192x192 s4 *1.05,
-    104x64 s8 swap *0.93, 136x128 s5 swap *0.98, 152x128 s5 swap *0.95, 160x128 s5 swap *0.94, 176x128 s4 swap *0.97,
-    200x64 s6 swap *0.94, 200x64 s6 k2 swap *0.95, 200x128 s4 swap, 216x128 s4 swap, 232x128 s3 swap, 256x128 s4 swap
+    8x64 s12 swap *1.03, 8x64 s12 k3 swap *1.04, 8x64 s12 k5 swap *1.03, 16x64 s12 swap *1.02,
+    16x64 s12 k2 swap *1.04, 16x64 s12 k5 swap, 24x64 s9 swap, 24x64 s12 k8 swap *1.01, 40x64 s12 swap *1.02,
+    40x64 s12 k2 swap *1.04, 40x64 s12 k4 swap *1.03, 48x64 s12 swap *1.01, 64x128 s8 k4 swap *0.99,
+    96x128 s7 swap *0.99, 104x64 s10 swap *0.97, 104x128 s6 swap, 128x128 s6 swap *1.01, 128x128 s6 k4 swap,
+    136x128 s5 swap, 152x128 s5 swap *1.01, 176x128 s4 swap *1.02, 200x128 s4 swap *1.02, 216x128 s3 swap *1.01,
+    64x32 s12 k2 *1.03, 64x32 s12 k3 *1.03, 64x32 s12 k5 *1.02, 64x48 s7 *0.97, 64x48 s12 k2 *1.02, 64x64 s12,
+    64x80 s12 *0.98, 64x96 s10 *0.97, 64x112 s9 *0.96, 64x128 s9 *0.97, 64x144 s7 *0.95, 64x160 s7 *0.96,
+    64x192 s6 *0.95, 128x48 s9 k2 *0.99, 128x64 s8 k2 *1.02, 128x64 s8 k4 *0.96, 128x96 s7 *0.99, 128x128 s6 *1.01,
+    128x192 s5 *1.02, 128x256 s4 *1.03, 192x160 s4 *1.03, 192x192 s3 *1.05, 256x192 s3 *1.03
 """
 
 # More tiles for SwiGLU and for a quantized D, whose scales cover 128 columns: of few tokens with as many columns as a

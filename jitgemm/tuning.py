@@ -27,8 +27,9 @@ from jitgemm.errors import CacheError, CompileError, ProblemError
 from jitgemm.families import KernelSpec
 from jitgemm.families.gemm import FAMILY, SCALE_GROUP, GemmConfig, GemmProblem
 from jitgemm.heuristics import choose_config, tuned
-from jitgemm.heuristics.gemm import ANCHORS, MAX_KERNELS, predict, rank_candidates, serving_anchors
+from jitgemm.heuristics.gemm import MAX_KERNELS, predict, rank_candidates
 from jitgemm.heuristics.pruning import assign
+from jitgemm.heuristics.serving import ANCHORS, serving_anchors
 from jitgemm.heuristics.tuned import Entry, Run
 from jitgemm.ops import gemm as ops
 from jitgemm.ops.fp4 import PreparedWeights, prepare_fp4_weights

@@ -18,7 +18,8 @@ from jitgemm.cache_tools import tune as work
 from jitgemm.device import H200
 from jitgemm.families.gemm import GemmConfig, GemmProblem
 from jitgemm.heuristics import choose_config, enumerate_specs, tuned
-from jitgemm.heuristics.gemm import ANCHORS, predict
+from jitgemm.heuristics.gemm import predict
+from jitgemm.heuristics.serving import ANCHORS
 from jitgemm.heuristics.tuned import Run
 
 pytestmark = pytest.mark.usefixtures("no_shipped_table")

@@ -11,7 +11,8 @@ from benchmarks import calibrate, regret, sweep
 from jitgemm.device import H200
 from jitgemm.families.gemm import GemmConfig, GemmProblem
 from jitgemm.heuristics import choose_config, gemm, sm90a
-from jitgemm.heuristics.gemm import ANCHORS, candidates, illegal, predict
+from jitgemm.heuristics.gemm import candidates, illegal, predict
+from jitgemm.heuristics.serving import ANCHORS
 
 pytestmark = pytest.mark.usefixtures("no_shipped_table")
 

@@ -19,7 +19,8 @@ from jitgemm.errors import ConfigError, SettingsError
 from jitgemm.families.gemm import FAMILY, RECIPES, GemmConfig, GemmProblem
 from jitgemm.families.transpose_scales import FAMILY as TRANSPOSE_SCALES
 from jitgemm.heuristics import choose_config, chooser, enumerate_configs, enumerate_specs, explain, gemm, sm90a
-from jitgemm.heuristics.gemm import ANCHORS, MAX_KERNELS, assess, candidates, illegal, predict, predict_all
+from jitgemm.heuristics.gemm import MAX_KERNELS, assess, candidates, illegal, predict, predict_all
+from jitgemm.heuristics.serving import ANCHORS
 
 PROBLEM = GemmProblem(4096, 7168, "fp8_1x128_128x128", m=300)
 DEVICES = st.sampled_from(sorted(PRESETS.values(), key=lambda device: device.name))

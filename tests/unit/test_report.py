@@ -16,7 +16,7 @@ from jitgemm import settings
 from jitgemm.device import PRESETS
 from jitgemm.families.gemm import GemmConfig, GemmProblem
 from jitgemm.heuristics import choose_config
-from jitgemm.heuristics.gemm import ANCHORS
+from jitgemm.heuristics.serving import ANCHORS
 
 MEASURED = Path(__file__).parents[2] / "docs" / "performance" / "dense_h200.csv"
 FP8 = "fp8_1x128_128x128"

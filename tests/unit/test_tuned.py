@@ -20,7 +20,8 @@ from jitgemm.cache import default_cache
 from jitgemm.device import H100, H200
 from jitgemm.families.gemm import GemmConfig, GemmProblem
 from jitgemm.heuristics import choose_config, enumerate_configs, explain, tuned
-from jitgemm.heuristics.gemm import ANCHORS, MAX_KERNELS, candidates, illegal, predict, rank_candidates
+from jitgemm.heuristics.gemm import MAX_KERNELS, candidates, illegal, predict, rank_candidates
+from jitgemm.heuristics.serving import ANCHORS
 from jitgemm.heuristics.tuned import Entry, Run, Table, TableError
 
 pytestmark = pytest.mark.usefixtures("no_shipped_table")
@@ -213,7 +214,9 @@ def test_another_number_of_multiprocessors_is_another_device() -> None:
 
 
 def test_an_entry_wins_at_its_anchor_and_for_nothing_else() -> None:
-    one = entry(64)
+    # A kernel that serves another m: one more might leave another without a place.
+    other = next(config for config in enumerate_configs(PROBLEM, H200) if config != model(64))
+    one = Entry(64, other, 10.0, model(64), 11.0, RUN)
     assert illegal(PROBLEM, one.config, H200) is None
     before = {m: model(m) for m in ANCHORS}
     path = save(one)
@@ -243,20 +246,20 @@ def test_settings_decide_whether_tables_are_used() -> None:
 
 def test_between_anchors_the_greater_margin_wins() -> None:
     """Measurements scale the predictions around their anchor."""
-    low = entry(96, place=0)
+    best = predict(PROBLEM.with_m(112), model(112), H200)["total"]
 
-    def at_112(one: Entry) -> float:
-        return predict(PROBLEM.with_m(112), one.config, H200)["total"]
+    def places(m: int) -> list[int]:
+        """Of candidates that are not far from the best between the anchors."""
+        every = {place: entry(m, place).config for place in range(40)}
+        return [p for p, config in every.items() if predict(PROBLEM.with_m(112), config, H200)["total"] < 1.2 * best]
 
-    place = next(
-        place
-        for place in range(1, 40)
-        if entry(128, place=place).config != low.config and 0.8 < at_112(low) / at_112(entry(128, place=place)) < 1.25
-    )
-    high = entry(128, place=place)
-    save(entry(96, place=0, margin=1.001), entry(128, place=place, margin=1.5))
+    at_96 = places(96)[0]
+    low = entry(96, at_96)
+    at_128 = next(place for place in places(128) if entry(128, place).config != low.config)
+    high = entry(128, at_128)
+    save(entry(96, at_96, margin=1.001), entry(128, at_128, margin=1.5))
     assert choose_config(PROBLEM.with_m(112), H200) == high.config
-    save(entry(96, place=0, margin=1.5), entry(128, place=place, margin=1.001))
+    save(entry(96, at_96, margin=1.5), entry(128, at_128, margin=1.001))
     assert choose_config(PROBLEM.with_m(112), H200) == low.config
 
 
