@@ -164,9 +164,10 @@ def _menu(problem: GemmProblem) -> tuple[GemmConfig, ...]:
 
 
 @functools.lru_cache(maxsize=256)
-def corrections(problem: GemmProblem) -> dict[GemmConfig, float]:
-    """The menu, and what predictions for its configs are multiplied by."""
-    text = sm90a.FP4_MENU if problem.traits.fp4_b else sm90a.FP8_MENU if problem.promotes else sm90a.BF16_MENU
+def corrections(problem: GemmProblem, text: str | None = None) -> dict[GemmConfig, float]:
+    """The menu, or another, and what predictions for its configs are multiplied by."""
+    if text is None:
+        text = sm90a.FP4_MENU if problem.traits.fp4_b else sm90a.FP8_MENU if problem.promotes else sm90a.BF16_MENU
     tile_k = STAGE_ROW_BYTES // problem.traits.operand_bytes
     menu: dict[GemmConfig, float] = {}
     for entry in text.split(","):

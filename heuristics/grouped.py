@@ -13,7 +13,7 @@ from jitgemm.device import SM90A, Device
 from jitgemm.families.base import KernelSpec
 from jitgemm.families.gemm import GemmConfig, kernel_shape
 from jitgemm.families.grouped import FAMILY, MAX_BOX, GroupedProblem, smem_bytes
-from jitgemm.heuristics import gemm
+from jitgemm.heuristics import gemm, sm90a
 from jitgemm.heuristics.anchored import Chooser
 from jitgemm.heuristics.gemm import Explanation, Groups, Overrides
 from jitgemm.settings import Settings
@@ -21,11 +21,6 @@ from jitgemm.settings import Settings
 # Tiles beside those of dense GEMM's menu: up to 64 rows weights are read once whatever the tile, and the smallest that
 # holds a group's rows leaves most to the loads. There are tiles enough to keep all SMs busy with 128 rows of weights,
 # for which tokens are loaded half as often as for 64.
-_TOKEN_TILES = (
-    *((8, 128), (16, 128), (24, 128), (48, 64), (48, 128)),
-    *((64, 64), (64, 128), (80, 128), (96, 128), (160, 128)),
-)
-
 _MOST_TOKENS = 160  # of FP8, on the MMA's N side
 _SUMS_OF_THREE = 128  # registers a thread that sums may take where three warpgroups promote
 
@@ -82,7 +77,7 @@ def explain(problem: GroupedProblem, device: Device) -> Explanation:
 
 
 def candidates(problem: GroupedProblem, overrides: Overrides = ()) -> tuple[GemmConfig, ...]:
-    """What a choice is made from: dense GEMM's menu without clusters and split K, and more tiles of few tokens; under
+    """What a choice is made from: of FP8 a menu of its own, else dense GEMM's without clusters and split K; under
     overrides everything that has their values.
     """
     dense = problem.dense.without_sizes()
@@ -93,13 +88,8 @@ def candidates(problem: GroupedProblem, overrides: Overrides = ()) -> tuple[Gemm
 
 @functools.lru_cache(maxsize=256)
 def _menu(problem: GroupedProblem) -> tuple[GemmConfig, ...]:
-    dense = problem.dense
-    tile_k = 128 // dense.traits.operand_bytes
-    menu = list(gemm.candidates(dense, ()))
-    for tile_m, tile_n in _TOKEN_TILES:
-        config = GemmConfig(tile_m, tile_n, tile_k, 0, swap_ab=True)
-        if gemm.illegal_tile(dense, dataclasses.replace(config, stages=2), SM90A) is None:
-            menu += [dataclasses.replace(config, stages=stages) for stages in gemm.stage_choices(dense, config)]
+    traits = problem.dense.traits
+    menu = gemm.corrections(problem.dense, sm90a.FP8_GROUPS_MENU if traits.is_fp8 and not traits.fp4_b else None)
     return tuple(dict.fromkeys(_fitting(problem, config) for config in menu))
 
 

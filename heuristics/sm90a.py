@@ -75,6 +75,12 @@ FP8_MENU = """
     128x80 s8 k2 *0.89, 128x128 s5 *0.99, 128x128 s6 *0.98, 128x128 s6 k2 *0.96, 128x192 s4 *0.92, 192x64 s6 *0.99,
     192x64 s6 c1x2 *0.98, 192x96 s5 *1.01, 192x96 s5 k2, 192x128 s4 *1.01, 192x128 s5 *0.99, 256x128 s4 *0.99
 """
+# Of FP8 groups, where swapped operands pay up to 48 rows a group. (Chosen by hand, docs/performance.md.)
+FP8_GROUPS_MENU = """
+    8x64 s8 swap, 8x64 s12 swap, 8x128 s12 swap, 16x64 s12 swap, 16x128 s12 swap, 24x64 s12 swap, 24x128 s10 swap,
+    32x64 s12 swap, 32x128 s10 swap, 48x64 s12 swap, 48x128 s9 swap, 64x64 s12, 64x128 s8, 128x128 s6, 128x192 s4,
+    192x64 s6, 192x128 s5, 256x128 s4
+"""
 # Of FP4 weights: predicted, not yet measured.
 FP4_MENU = """
     8x64 s12 swap, 8x64 s12 k2 swap, 8x64 s12 k4 swap, 8x64 s12 k8 swap, 16x64 s12 swap, 16x64 s12 k2 swap,

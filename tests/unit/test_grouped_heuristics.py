@@ -51,4 +51,4 @@ def test_limits(kind: str, d_dtype: str) -> None:
     assert reason("256x128x128 s4") is None
     assert "clusters" in str(reason("128x64x128 s4 c2x1"))
     legal = [config for config in candidates(problem) if illegal(problem, config, H200) is None]
-    assert len(legal) > 20
+    assert len(legal) > 10
