@@ -36,28 +36,34 @@ def streams_of(tokens: int) -> torch.Tensor:
     return torch.randn(tokens, 4, SHAPE.width, generator=generator, device="cuda").bfloat16()
 
 
-@pytest.mark.parametrize("tokens", [1, 8, 64, 300])
-def test_eager_captured_and_overlapped(layer: example.MoeHalf, tokens: int) -> None:
-    streams = streams_of(tokens)
-    output = layer(streams)
-    assert example.check(layer, streams, output) < example.MAX_DIFF
+def check_replays(layer: example.MoeHalf, streams: torch.Tensor, output: example.Output) -> None:
     graph, captured = example.capture(layer, streams)
     for _ in range(3):
         for tensor in captured:
             tensor.fill_(-1)
         graph.replay()
         assert all(map(torch.equal, captured, output))
-    layer.overlap = True
-    try:
+
+
+@pytest.mark.parametrize("tokens", [1, 8, 64, 300, 1000])
+def test_eager_and_captured(layer: example.MoeHalf, tokens: int) -> None:
+    streams = streams_of(tokens)
+    output = layer(streams)
+    assert example.check(layer, streams, output) < example.MAX_DIFF
+    check_replays(layer, streams, output)
+
+
+@pytest.mark.parametrize("pdl", [False, True])
+@pytest.mark.parametrize("tokens", [1, 64])
+def test_the_shared_expert_beside_the_routing(
+    layer: example.MoeHalf, tokens: int, pdl: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    streams = streams_of(tokens)
+    with jitgemm.override(pdl=pdl):
+        output = layer(streams)
+        monkeypatch.setattr(layer, "overlap", True)
         assert all(map(torch.equal, layer(streams), output))
-        graph, captured = example.capture(layer, streams)
-        for _ in range(3):
-            for tensor in captured:
-                tensor.fill_(-1)
-            graph.replay()
-            assert all(map(torch.equal, captured, output))
-    finally:
-        layer.overlap = False
+        check_replays(layer, streams, output)
 
 
 def test_the_report(layer: example.MoeHalf, capsys: pytest.CaptureFixture[str]) -> None:
