@@ -181,6 +181,9 @@ KINDS: dict[str, Kind] = {
         _cast(lambda x: jitgemm.per_token_cast_to_fp8(x), lambda x: torch_quant(x, 128, False)), "e4m3 fp32"
     ),
     "int8_act_quant": Kind(_cast(lambda x: jitgemm.int8_act_quant(x), lambda x: torch_int8(x, 128)), "int8"),
+    "per_token_cast_to_int8": Kind(
+        _cast(lambda x: jitgemm.per_token_cast_to_int8(x), lambda x: torch_int8(x, x.shape[1])), "int8 a row"
+    ),
     "fp4_act_quant": Kind(_cast(lambda x: jitgemm.fp4_act_quant(x), lambda x: torch_fp4(x, 32, False)), "mxfp4"),
     "nvfp4_act_quant": Kind(_cast(lambda x: jitgemm.nvfp4_act_quant(x), lambda x: torch_fp4(x, 16, True)), "nvfp4"),
     "per_block_cast_to_fp8": Kind(
