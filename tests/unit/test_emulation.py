@@ -18,7 +18,7 @@ KERNEL = """
 struct Params { int* out; };
 extern "C" __global__ void kernel(const __grid_constant__ Params p) {
   __shared__ int sums[2];
-  const int lane = threadIdx.x % WARP;
+  const int lane = threadIdx.x & 31;
   %s
 }
 """
