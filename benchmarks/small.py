@@ -11,6 +11,9 @@ and for the prenorm GEMM DeepGEMM without splits and with 16 (sgl-deep-gemm, whe
 whatever ``--ms``). ``floor_us`` is 4.8 us and the bytes at 4.3 TB/s; ``of_copy`` the time of a copy that moves as many
 bytes over ours, a share of the bandwidth. Each result is compared with the reference first.
 
+After the race, pairs of dependent kernels in one CUDA graph, with programmatic dependent launch and without: the two
+should take less than each in a graph of its own, together.
+
 Processes of their own call everything once before, so that what is compiled is in the caches when the race begins.
 Exit codes: 0 done, 1 something of ours is missing or wrong, 3 no GPU.
 """
@@ -19,15 +22,16 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks import dense, harness, small_moe, small_rowwise, small_work
+import jitgemm
+from benchmarks import chain, dense, harness, small_moe, small_rowwise, small_work
 from benchmarks.harness import EMPTY, Call, CsvLog, CudaTimer, Timer, race, say
-from benchmarks.small_work import Case, Work
+from benchmarks.small_work import Case, Work, normal
 
 OURS, EAGER, COMPILED, COPY = "jitgemm", "torch", "torch.compile", "copy"
 MS = (1, 64, 4096)
@@ -157,6 +161,34 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> str:
     return harness.table(headers, lines)
 
 
+def pairs(capture: Callable[[Sequence[Call]], Call], timer: Timer, samples: int) -> str:
+    """What two dependent calls take in one graph, and in two."""
+    x, weight = normal(FEW_ROWS, 4096, dtype=torch.bfloat16), normal(4096, dtype=torch.bfloat16)
+    indices, _ = small_moe.choices(FEW_ROWS, 4096, 256)
+    streams, post, comb = normal(FEW_ROWS, 4, 4096, dtype=torch.bfloat16), normal(FEW_ROWS, 4), normal(FEW_ROWS, 4, 4)
+    made = jitgemm.moe_permutation(indices, 256, layout="psum")
+    chains: dict[str, tuple[Call, Call]] = {
+        "rms_norm, act_quant": (lambda: jitgemm.rms_norm(x, weight), lambda: jitgemm.act_quant(x)),
+        "hc_post, rms_norm_act_quant": (
+            lambda: jitgemm.hc_post(x, streams, post, comb),
+            lambda: jitgemm.rms_norm_act_quant(x, weight),
+        ),
+        "moe_permutation, moe_permute": (
+            lambda: jitgemm.moe_permutation(indices, 256, layout="psum"),
+            lambda: jitgemm.moe_permute(x, made),
+        ),
+    }
+    rows = []
+    for name, calls in chains.items():
+        graphs = {"first": capture(calls[:1]), "second": capture(calls[1:]), "both": capture(calls)}
+        with jitgemm.override(pdl=True):
+            graphs["both, PDL"] = capture(calls)
+        times = {which: timing.median_us for which, timing in race(graphs, samples, timer).items()}
+        apart, together = (times["first"] or 0) + (times["second"] or 0), times["both, PDL"]
+        rows.append((name, *(times[which] for which in graphs), together / apart if together and apart else None))
+    return harness.table(("pair", "first us", "second us", "both us", "with PDL us", "of the sum"), rows)
+
+
 def line(row: Mapping[str, Any]) -> str:
     """One line on a row."""
     k = "" if row["k"] is None else f" k={row['k']}"
@@ -215,6 +247,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     say(summary(rows))
     if missed:
         say("\n".join(["targets missed:", *missed]))
+    say(pairs(chain.capture, timer, options.samples))
     ratio = harness.geomean([row["ratio"] for row in rows if row["ratio"] is not None])
     say(f"ratio to the best peer, all {len(rows)} rows: {harness.fixed(ratio)} (geomean)")
     return int(any(row["ours_us"] is None or "wrong" in row["errors"] for row in rows))

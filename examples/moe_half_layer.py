@@ -144,8 +144,9 @@ class MoeHalf:
         # The gate reads the normalized rows, experts their E4M3 codes: one kernel makes both.
         hidden, codes, scales = jitgemm.rms_norm_act_quant(x, weights.norm, scale_layout="mn_major_tma_aligned")
 
+        shared = torch.empty_like(x)  # allocated on this stream, which reads it last
         with self._beside() as join:
-            shared = self._shared_expert(codes, scales)
+            self._shared_expert(codes, scales, shared)
 
         experts, expert_weights = jitgemm.moe_gate(
             hidden, weights.gate, weights.gate_bias, shape.topk, route_scale=shape.route_scale
@@ -158,13 +159,11 @@ class MoeHalf:
         y = jitgemm.moe_combine(routed, permutation.token_topk_to_pos, shared=shared)
         return Output(jitgemm.hc_post(y, streams, post, comb), y, experts)
 
-    def _shared_expert(self, codes: Tensor, scales: Tensor) -> Tensor:
+    def _shared_expert(self, codes: Tensor, scales: Tensor, y: Tensor) -> None:
         swiglu = jitgemm.Epilogue(swiglu=True, limit=self.shape.limit)
         inner = jitgemm.empty_quantized((len(codes), self.shape.inner), device=codes.device)
         jitgemm.fp8_gemm_nt((codes, scales), self.shared_gate_up, inner, epilogue=swiglu)
-        y = codes.new_empty((len(codes), self.shape.width), dtype=torch.bfloat16)
         jitgemm.fp8_gemm_nt(inner, self.weights.shared_down, y)
-        return y
 
     def _routed_experts(self, rows: tuple[Tensor, Tensor | None], permutation: jitgemm.MoePermutation) -> Tensor:
         """Two grouped GEMMs; the routing weight goes into the first, before quantization, as the model has it."""

@@ -162,6 +162,18 @@ def test_what_is_wrong_or_fails_is_said() -> None:
     assert small.misses(row, 0.6) == "no time"
 
 
+def test_pairs_are_compared_with_the_sum() -> None:
+    pdl = []
+
+    def capture(calls: Any) -> Any:
+        pdl.append(jitgemm.get_pdl())
+        return lambda: [call() for call in calls]
+
+    lines = small.pairs(capture, Clock(3, 10, 20, 28, 15), 2).splitlines()  # empty, first, second, both, both with PDL
+    assert pdl == [False, False, False, True] * 3
+    assert [line.split()[-5:] for line in lines[2:]] == [["10", "20", "28", "15", "0.5"]] * 3
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
