@@ -319,3 +319,28 @@ def test_another_stream_and_no_tokens() -> None:
     assert made.grouped_layout.tolist() == [0] * 24
     assert (made.pos_to_token_topk == -1).all()
     assert jitgemm.moe_combine(normal(5, 1280, dtype=torch.bfloat16), made.token_topk_to_pos).shape == (0, 1280)
+
+
+def test_the_most_tokens() -> None:
+    """Offsets beyond 2^31 elements: the experts' rows here are 3.0e9."""
+    tokens, width, experts, topk = 65536, 7168, 256, 6
+    fn, scale, base = layer_weights(width)
+    x = torch.empty(tokens, 4, width, dtype=torch.bfloat16, device=DEVICE).normal_()
+    y, post, comb = jitgemm.hc_pre(x, fn, scale, base, precision="fp32")
+    indices = torch.randint(experts, (tokens, topk), dtype=torch.int32, device=DEVICE)
+    weights = torch.rand(tokens, topk, device=DEVICE)
+    made = jitgemm.moe_permutation(indices, experts, weights, layout="psum")
+    furthest = int(made.token_topk_to_pos.amax(1).argmax())
+    checked = torch.tensor([0, 32768, furthest, tokens - 2, tokens - 1], device=DEVICE)
+    expected = hc.hc_pre(x[checked], fn, scale, base, 1e-6, 1e-6, 20, 2.0)
+    assert within_one_step(y[checked], expected[0], 2e-4)
+    torch.testing.assert_close(comb[checked], expected[2], rtol=1e-4, atol=1e-8)
+    streams = jitgemm.hc_post(y, x, post, comb)
+    assert within_one_step(streams[checked], hc.hc_post(y[checked], x[checked], post[checked], comb[checked]), 1e-5)
+    del streams, x
+    rows, _ = jitgemm.moe_permute(y, made)
+    assert rows.numel() > 2**31
+    pos = made.token_topk_to_pos[checked]
+    assert torch.equal(rows[pos.long()], y[checked].unsqueeze(1).expand(-1, topk, -1))
+    combined = jitgemm.moe_combine(rows, made.token_topk_to_pos, weights, y)
+    assert within_one_step(combined[checked], moe.moe_combine(rows, pos, weights[checked], y[checked]), 1e-5)
