@@ -45,7 +45,7 @@ def check_replays(layer: example.MoeHalf, streams: torch.Tensor, output: example
         assert all(map(torch.equal, captured, output))
 
 
-@pytest.mark.parametrize("tokens", [1, 8, 64, 300, 1000])
+@pytest.mark.parametrize("tokens", [1, 64, 800])
 def test_eager_and_captured(layer: example.MoeHalf, tokens: int) -> None:
     streams = streams_of(tokens)
     output = layer(streams)
@@ -67,10 +67,10 @@ def test_the_shared_expert_beside_the_routing(
 
 
 def test_the_report(layer: example.MoeHalf, capsys: pytest.CaptureFixture[str]) -> None:
-    streams = streams_of(8)
+    streams = streams_of(64)
     example.report(layer, streams, layer(streams), 0.0, CudaTimer())
     lines = capsys.readouterr().out.strip().splitlines()
-    assert lines[0].startswith("T = 8: ")
+    assert lines[0].startswith("T = 64: ")
     kernels = [line.split()[-1] for line in lines[2:]]
     assert [name for name in kernels if "hc_" in name and "jitgemm" in name]
     assert len(kernels) >= 13  # two of hc_pre, the norm, two of the gate, two of rows, four GEMMs, combine, hc_post
