@@ -1,347 +1,256 @@
-"""Quantizers, norms, SwiGLU and rotary embedding raced against torch, eager and compiled, and a copy of their bytes. ::
+"""The kernels between the GEMMs raced against torch, eager and compiled, DeepGEMM, and a copy of their bytes. ::
 
-    python -m benchmarks.small --out small.csv
-    python -m benchmarks.small --cases act_quant,rms_norm --ms 1,64,4096
+    python -m benchmarks.small --out docs/performance/small_h200.csv
+    python -m benchmarks.small --cases act_quant rms_norm --ms 1 8 64 512 4096
+    python -m benchmarks.small --cases hc_prenorm --num-splits 1 2 4 8 16 32
 
-``copy`` moves as many bytes as the kernel reads and writes, half in and half out: what memory allows here.
-``ratio`` is the best of the torch peers' times over ours; ``of_copy`` the copy's time over ours, a share of the
-bandwidth; ``floor_us`` 4.8 us and the bytes at 4.3 TB/s. Each result is compared with the reference first, on a few
-rows. Exit codes: 0 done, 1 something of ours is missing or wrong, 3 no GPU.
+Cases are in ``benchmarks.small_rowwise`` (quantizers, norms, SwiGLU, rotary embedding) and ``benchmarks.small_moe``
+(hyper-connections and experts). m is tokens, n and k columns of the result and of the input, groups experts. ``ratio``
+is the best peer's time over ours; peers are the same function as one writes it in torch, that under ``torch.compile``,
+and for the prenorm GEMM DeepGEMM without splits and with 16 (sgl-deep-gemm, where it is installed; at its own shapes,
+whatever ``--ms``). ``floor_us`` is 4.8 us and the bytes at 4.3 TB/s; ``of_copy`` the time of a copy that moves as many
+bytes over ours, a share of the bandwidth. Each result is compared with the reference first.
+
+After the race, pairs of dependent kernels in one CUDA graph, with programmatic dependent launch and without: the two
+should take less than each in a graph of its own, together.
+
+Processes of their own call everything once before, so that what is compiled is in the caches when the race begins.
+Exit codes: 0 done, 1 something of ours is missing or wrong, 3 no GPU.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 import jitgemm
-from benchmarks import harness
-from benchmarks.harness import EMPTY, CsvLog, CudaTimer, race, say
+from benchmarks import chain, dense, harness, small_moe, small_rowwise, small_work
+from benchmarks.harness import EMPTY, Call, CsvLog, CudaTimer, Timer, race, say
+from benchmarks.small_work import Case, Work, normal
 
 OURS, EAGER, COMPILED, COPY = "jitgemm", "torch", "torch.compile", "copy"
-MS = (1, 8, 64, 512, 4096, 16384)
+MS = (1, 64, 4096)
+SAMPLES = 50
+FIXED_US, BYTES_PER_US = 4.8, 4.3e6
+FEW_ROWS, MANY_ROWS, LARGE_MB, SHARE = 64, 4096, 16, 0.85  # of the targets
+PEERS = {EAGER: "torch_us", COMPILED: "compiled_us", "deepgemm": "deepgemm_us", "deepgemm_16": "deepgemm_16_us"}
 COLUMNS = (
     *("case", "m", "n", "k", "groups", "recipe", "ours_us", "best_peer_us", "best_peer", "ratio", "floor_us"),
-    *("over_floor", "of_copy", "megabytes", "copy_us", "torch_us", "compiled_us", "empty_us", "samples", "errors"),
+    *("over_floor", "of_copy", "megabytes", "copy_us", *PEERS.values(), "empty_us", "samples", "errors", "measured"),
 )
-CHECKED_ROWS = 16
-HEAD, ROPE, POSITIONS = 512, 64, 4096
-DEVICE = "cuda"
+NAMES = (*small_rowwise.KINDS, *small_moe.NAMES)
 
 
-# -- The peers: the same functions as one writes them in torch.
+def cases(names: Sequence[str], ms: Sequence[int], num_splits: Sequence[int] = ()) -> list[Case]:
+    """What is raced: cases of these names for so many tokens."""
+
+    def all_cases() -> Iterator[Case]:
+        yield from small_rowwise.cases(ms)
+        yield from small_moe.cases(ms, num_splits)
+
+    return [case for case in all_cases() if case.name in names]
 
 
-def torch_quant(x: Tensor, group: int, pow2: bool) -> tuple[Tensor, Tensor]:
-    groups = x.float().unflatten(-1, (-1, group))
-    scale = groups.abs().amax(-1, keepdim=True).clamp(min=1e-4) / 448
-    if pow2:
-        scale = torch.exp2(torch.ceil(torch.log2(scale)))
-    return (groups / scale).to(torch.float8_e4m3fn).flatten(-2), scale.squeeze(-1)
-
-
-def torch_int8(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
-    groups = x.float().unflatten(-1, (-1, group))
-    scale = (groups.abs().amax(-1, keepdim=True) / 127).clamp(min=1e-12)
-    return (groups / scale).round().clamp(-127, 127).to(torch.int8).flatten(-2), scale.squeeze(-1)
-
-
-def torch_fp4(x: Tensor, group: int, nvfp4: bool) -> tuple[Tensor, Tensor]:
-    groups = x.float().unflatten(-1, (-1, group))
-    scale = groups.abs().amax(-1, keepdim=True) / 6
-    scale = scale.clamp(2**-9, 448).to(torch.float8_e4m3fn).float() if nvfp4 else torch.exp2(scale.log2().ceil())
-    y = (groups / scale).clamp(-6, 6)
-    t = y.abs()
-    code = torch.where(t < 2, (2 * t).round(), torch.where(t < 4, t.round() + 2, (t / 2).round() + 4))
-    code = (code.to(torch.uint8) | (y < 0).to(torch.uint8) << 3).flatten(-2)
-    return code[..., ::2] | code[..., 1::2] << 4, scale.squeeze(-1)
-
-
-def torch_per_block(x: Tensor) -> tuple[Tensor, Tensor]:
-    blocks = x.float().unflatten(0, (-1, 128)).unflatten(-1, (-1, 128))
-    scale = blocks.abs().amax((1, 3), keepdim=True).clamp(min=1e-4) / 448
-    return (blocks / scale).to(torch.float8_e4m3fn).view(x.shape), scale[:, 0, :, 0]
-
-
-def torch_per_channel(x: Tensor) -> tuple[Tensor, Tensor]:
-    groups = x.float().unflatten(0, (-1, 128))
-    scale = groups.abs().amax(1, keepdim=True).clamp(min=1e-4) / 448
-    return (groups / scale).to(torch.float8_e4m3fn).view(x.shape), scale[:, 0]
-
-
-def torch_back(codes: Tensor, scales: Tensor) -> Tensor:
-    return (codes.float().unflatten(-1, (-1, 128)) * scales[..., None]).flatten(-2)
-
-
-def torch_swiglu(x: Tensor, weights: Tensor) -> Tensor:
-    gate, up = x.float().chunk(2, -1)
-    return torch.nn.functional.silu(gate.clamp(max=10)) * up.clamp(-10, 10) * weights[:, None]
-
-
-def torch_norm(x: Tensor, weight: Tensor) -> Tensor:
-    return torch.nn.functional.rms_norm(x, (x.shape[-1],), weight, 1e-6)
-
-
-def torch_rope(x: Tensor, positions: Tensor, table: Tensor, norm: bool, inverse: bool) -> Tensor:
-    y = x.float()
-    if norm:
-        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + 1e-6)
-    cos, sin = table[positions][:, None].chunk(2, -1)
-    sin = -sin if inverse else sin
-    even, odd = y[..., -ROPE:].unflatten(-1, (-1, 2)).unbind(-1)
-    turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2)
-    return torch.cat([y[..., :-ROPE], turned], -1).to(x.dtype)
-
-
-# -- Cases.
-
-
-@dataclass(frozen=True)
-class Work:
-    """Two ways to compute the same from tensors whose first dimension is m, and from others that all rows share."""
-
-    ours: Callable[..., Any]
-    peer: Callable[..., Any]
-    tensors: tuple[Tensor, ...]
-    shared: tuple[Tensor, ...] = ()
-
-    def arguments(self) -> tuple[Tensor, ...]:
-        return (*self.tensors, *self.shared)
-
-    def bytes(self) -> int:
-        """What must be read and written, but for what all rows share."""
-        return sum(t.numel() * t.element_size() for t in (*self.tensors, *as_tuple(self.ours(*self.arguments()))))
-
-
-def as_tuple(result: Any) -> tuple[Tensor, ...]:
-    return (result,) if isinstance(result, Tensor) else tuple(result)
-
-
-def random(*shape: int) -> Tensor:
-    return torch.randn(shape, dtype=torch.bfloat16, device=DEVICE)
-
-
-def _cast(ours: Callable[..., Any], peer: Callable[..., Any]) -> Callable[[int, int], Work]:
-    return lambda m, n: Work(ours, peer, (random(m, n),))
-
-
-def _rope(**options: Any) -> Callable[[int, int], Work]:
-    norm, inverse = options.get("norm", True), options.get("inverse", False)
-
-    def ours(x: Tensor, positions: Tensor, table: Tensor) -> Any:
-        if "block_size" in options:
-            return jitgemm.head_norm_rope_act_quant(x, positions, table, **options)
-        return jitgemm.head_norm_rope(x, positions, table, **options)
-
-    def peer(x: Tensor, positions: Tensor, table: Tensor) -> Any:
-        y = torch_rope(x, positions, table, norm, inverse)
-        if "block_size" in options:
-            return torch_quant(y.flatten(1), options["block_size"], True)
-        if "nope_block_size" in options:
-            codes, scales = torch_quant(y[..., :-ROPE], options["nope_block_size"], True)
-            nope = (codes.float().unflatten(-1, (-1, options["nope_block_size"])) * scales[..., None]).flatten(-2)
-            return torch.cat([nope.to(y.dtype), y[..., -ROPE:]], -1)
-        return y
-
-    def work(m: int, n: int) -> Work:
-        positions = torch.randint(0, POSITIONS, (m,), device=DEVICE)
-        table = jitgemm.rope_cos_sin(POSITIONS, ROPE, device=DEVICE)
-        return Work(ours, peer, (random(m, n // HEAD, HEAD), positions), (table,))
-
-    return work
-
-
-def _swiglu(ours: Callable[..., Any], peer: Callable[..., Any]) -> Callable[[int, int], Work]:
-    return lambda m, n: Work(ours, peer, (random(m, 2 * n), torch.rand(m, device=DEVICE)))
-
-
-def _norm(ours: Callable[..., Any], peer: Callable[..., Any]) -> Callable[[int, int], Work]:
-    return lambda m, n: Work(ours, peer, (random(m, n),), (random(n),))
-
-
-def _norm_quant(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
-    y = torch_norm(x, weight)
-    return y, *torch_quant(y, 128, True)
-
-
-def _back(m: int, n: int) -> Work:
-    codes, scales = jitgemm.act_quant(random(m, n))
-    return Work(lambda c, s: jitgemm.cast_back_from_fp8(c, s), torch_back, (codes, scales))
-
-
-TMA = {"scale_layout": "mn_major_tma_aligned"}
-
-
-@dataclass(frozen=True)
-class Case:
-    """What is made for m rows of each of the widths."""
-
-    make: Callable[[int, int], Work]
-    recipe: str
-    widths: Sequence[int] = (4096, 7168)
-    whole_tiles: bool = False  # m must be a multiple of 128
-    exact: bool = True  # the reference has the same bits
-
-
-CASES: dict[str, Case] = {
-    "act_quant": Case(_cast(lambda x: jitgemm.act_quant(x, **TMA), lambda x: torch_quant(x, 128, False)), "e4m3 fp32"),
-    "act_quant_pow2": Case(
-        _cast(lambda x: jitgemm.act_quant(x, 128, "ue8m0", **TMA), lambda x: torch_quant(x, 128, True)), "e4m3 pow2"
-    ),
-    "act_quant_packed32": Case(
-        _cast(lambda x: jitgemm.act_quant(x, 32, "ue8m0", torch.int32), lambda x: torch_quant(x, 32, True)),
-        "e4m3 ue8m0 32",
-    ),
-    "per_token_cast_to_fp8": Case(
-        _cast(lambda x: jitgemm.per_token_cast_to_fp8(x), lambda x: torch_quant(x, 128, False)), "e4m3 fp32"
-    ),
-    "int8_act_quant": Case(_cast(lambda x: jitgemm.int8_act_quant(x), lambda x: torch_int8(x, 128)), "int8"),
-    "fp4_act_quant": Case(_cast(lambda x: jitgemm.fp4_act_quant(x), lambda x: torch_fp4(x, 32, False)), "mxfp4"),
-    "nvfp4_act_quant": Case(_cast(lambda x: jitgemm.nvfp4_act_quant(x), lambda x: torch_fp4(x, 16, True)), "nvfp4"),
-    "per_block_cast_to_fp8": Case(
-        _cast(lambda x: jitgemm.per_block_cast_to_fp8(x), torch_per_block), "e4m3 128x128", whole_tiles=True
-    ),
-    "per_channel_cast_to_fp8": Case(
-        _cast(lambda x: jitgemm.per_channel_cast_to_fp8(x), torch_per_channel), "e4m3 128x1", whole_tiles=True
-    ),
-    "cast_back_from_fp8": Case(_back, "fp32"),
-    "swiglu": Case(
-        _swiglu(lambda x, w: jitgemm.swiglu(x, w, 10.0), lambda x, w: torch_swiglu(x, w).to(x.dtype)),
-        "bf16",
-        (2048, 3072),
-        exact=False,
-    ),
-    "swiglu_act_quant": Case(
-        _swiglu(
-            lambda x, w: jitgemm.swiglu_act_quant(x, w, 10.0, **TMA),
-            lambda x, w: torch_quant(torch_swiglu(x, w), 128, True),
-        ),
-        "e4m3 pow2",
-        (2048, 3072),
-        exact=False,
-    ),
-    "rms_norm": Case(_norm(lambda x, w: jitgemm.rms_norm(x, w), torch_norm), "bf16", (512, 1536, 4096, 7168)),
-    "rms_norm_act_quant": Case(
-        _norm(lambda x, w: jitgemm.rms_norm_act_quant(x, w, **TMA), _norm_quant), "bf16 and e4m3 pow2"
-    ),
-    "head_norm_rope": Case(_rope(), "bf16", (64 * HEAD,)),
-    "head_norm_rope_kv": Case(_rope(nope_block_size=64), "bf16 of e4m3", (HEAD,)),
-    "inverse_rope_act_quant": Case(_rope(norm=False, inverse=True, block_size=128), "e4m3 pow2", (64 * HEAD,)),
-}
-
-
-def agrees(work: Work, exact: bool, whole: bool) -> bool:
-    """Whether a few rows are what the reference says."""
-    tensors = tuple(t[: 128 if whole else CHECKED_ROWS].clone() for t in work.tensors)
-    results = as_tuple(work.ours(*tensors, *work.shared))
-    expected = as_tuple(work.ours(*(t.cpu() for t in (*tensors, *work.shared))))
-    if exact:
-        return all(_same_bits(a, b) for a, b in zip(results, expected, strict=True))
-    pairs = ((a.cpu().float(), b.float()) for a, b in zip(results, expected, strict=True))
-    return all(bool(((a - b).abs() <= b.abs() / 7 + 1e-3).all()) for a, b in pairs)
-
-
-def _same_bits(a: Tensor, b: Tensor) -> bool:
-    x, y = (t.cpu().clone(memory_format=torch.contiguous_format).flatten().view(torch.uint8) for t in (a, b))
-    return torch.equal(x, y)
-
-
-def measure(name: str, case: Case, m: int, n: int, timer: CudaTimer, compiled: bool) -> dict[str, Any]:
-    """One row of the table."""
-    work = case.make(m, n)
-    right = agrees(work, case.exact, case.whole_tiles)
-    size = work.bytes()
-    source = torch.empty(max(size // 2, 16), dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    contenders: dict[str, Callable[[], object]] = {
-        OURS: lambda: work.ours(*work.arguments()),
-        EAGER: lambda: work.peer(*work.arguments()),
-        COPY: lambda: target.copy_(source),
-    }
+def peers_of(work: Work, compiled: bool) -> dict[str, Call]:
+    """The calls that ours is raced against."""
+    peers: dict[str, Call] = {EAGER: lambda: work.in_torch(*work.arguments)}
     if compiled:
         torch._dynamo.reset()
-        function = torch.compile(work.peer, fullgraph=True, dynamic=False)
-        contenders[COMPILED] = lambda: function(*work.arguments())
-    timings = race(contenders, timer=timer)
+        function = torch.compile(work.in_torch, dynamic=False)
+        peers[COMPILED] = lambda: function(*work.arguments)
+    return {**peers, **work.others}
+
+
+def warm(selection: tuple[Any, ...], compiled: bool, part: int, parts: int) -> None:
+    """Call every contender of each ``parts``-th case once; what fails will fail, and be reported, in the race."""
+    for case in cases(*selection)[part::parts]:
+        try:
+            work = case.make()
+            calls = [work.ours, *peers_of(work, compiled).values()]
+        except Exception:
+            continue
+        for call in calls:
+            try:
+                call()
+                torch.cuda.synchronize()
+            except Exception:
+                continue
+
+
+def copy_of(moved: int) -> Call:
+    """A copy that reads and writes so many bytes in all."""
+    source, target = (
+        torch.empty(max(moved // 32, 1), 4, dtype=torch.int32, device=small_work.DEVICE) for _ in range(2)
+    )
+    return lambda: target.copy_(source)
+
+
+def measure(case: Case, timer: Timer, compiled: bool, samples: int) -> dict[str, Any]:
+    """A row of the CSV, but for when and on what it was measured."""
+    work = case.make()
+    right = work.right()
+    peers = peers_of(work, compiled)
+    timings = race({OURS: work.ours, COPY: copy_of(work.moved), **peers}, samples, timer)
     times = {name: timing.median_us for name, timing in timings.items()}
     ours, copy = times[OURS], times[COPY]
-    peers = {peer: times[peer] for peer in (EAGER, COMPILED) if times.get(peer) is not None}
-    best = min(peers, key=lambda peer: peers[peer] or 0.0, default=None)
-    floor = 4.8 + size / 4.3e6
-    errors = [f"{who}: {timing.error}" for who, timing in timings.items() if timing.error]
+    raced = {name: us for name in peers if (us := times[name]) is not None}
+    best = min(raced, key=raced.__getitem__, default=None)
+    floor = FIXED_US + work.moved / BYTES_PER_US
+    errors = [f"{name}: {timing.error}" for name, timing in timings.items() if timing.error]
     return {
-        "case": name,
-        "m": m,
-        "n": n,
-        "k": None,
-        "groups": None,
+        "case": case.name,
+        "m": case.m,
+        "n": case.n,
+        "k": case.k,
+        "groups": case.groups,
         "recipe": case.recipe,
         "ours_us": ours,
-        "best_peer_us": peers.get(best) if best else None,
+        "best_peer_us": None if best is None else raced[best],
         "best_peer": best,
-        "ratio": peers[best] / ours if best and ours else None,
+        "ratio": None if best is None or ours is None else raced[best] / ours,
         "floor_us": floor,
-        "over_floor": ours / floor if ours else None,
-        "of_copy": copy / ours if ours and copy else None,
-        "megabytes": size / 1e6,
+        "over_floor": None if ours is None else ours / floor,
+        "of_copy": None if ours is None or copy is None else copy / ours,
+        "megabytes": work.moved / 1e6,
         "copy_us": copy,
-        "torch_us": times[EAGER],
-        "compiled_us": times.get(COMPILED),
+        **{column: times.get(name) for name, column in PEERS.items()},
         "empty_us": times[EMPTY],
         "samples": timings[OURS].samples,
-        "errors": " | ".join([*errors, *([] if right else ["wrong result"])]),
+        "errors": " | ".join([*(["wrong result"] * (not right)), *errors]),
     }
+
+
+def misses(row: Mapping[str, Any], slack_us: float) -> str:
+    """The targets that a row misses, if any: against the floor, the copy and the peers."""
+    ours, found = row["ours_us"], []
+    if ours is None:
+        return "no time"
+    if row["m"] <= FEW_ROWS and ours > row["floor_us"] + slack_us:
+        found.append(f"{ours - row['floor_us']:.1f} us over the floor, not {slack_us}")
+    large = row["m"] >= MANY_ROWS and row["megabytes"] >= LARGE_MB and row["of_copy"] is not None
+    if large and row["of_copy"] < SHARE:
+        found.append(f"{row['of_copy']:.2f} of the copy's bandwidth, not {SHARE}")
+    if row["ratio"] is not None and row["ratio"] < 1:
+        found.append(f"{row['ratio']:.2f} of {row['best_peer']}'s speed")
+    return ", ".join(found)
+
+
+def summary(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A line for each case: ratios to the best peer, and shares of the bandwidth where much is moved."""
+    lines = []
+    for name in dict.fromkeys(row["case"] for row in rows):
+        mine = [row for row in rows if row["case"] == name]
+        ratios = [row["ratio"] for row in mine if row["ratio"] is not None]
+        shares = [row["of_copy"] for row in mine if row["of_copy"] is not None and row["megabytes"] >= LARGE_MB]
+        over = [row["over_floor"] for row in mine if row["over_floor"] is not None]
+        lines.append(
+            (
+                name,
+                len(mine),
+                harness.geomean(ratios),
+                *(min(x, default=None) for x in (ratios, shares)),
+                max(over, default=None),
+            )
+        )
+    headers = ("case", "rows", "ratio", "worst", f"least of copy from {LARGE_MB} MB", "most over floor")
+    return harness.table(headers, lines)
+
+
+def pairs(capture: Callable[[Sequence[Call]], Call], timer: Timer, samples: int) -> str:
+    """What two dependent calls take in one graph, and in two."""
+    x, weight = normal(FEW_ROWS, 4096, dtype=torch.bfloat16), normal(4096, dtype=torch.bfloat16)
+    indices, _ = small_moe.choices(FEW_ROWS, 4096, 256)
+    streams, post, comb = normal(FEW_ROWS, 4, 4096, dtype=torch.bfloat16), normal(FEW_ROWS, 4), normal(FEW_ROWS, 4, 4)
+    made = jitgemm.moe_permutation(indices, 256, layout="psum")
+    chains: dict[str, tuple[Call, Call]] = {
+        "rms_norm, act_quant": (lambda: jitgemm.rms_norm(x, weight), lambda: jitgemm.act_quant(x)),
+        "hc_post, rms_norm_act_quant": (
+            lambda: jitgemm.hc_post(x, streams, post, comb),
+            lambda: jitgemm.rms_norm_act_quant(x, weight),
+        ),
+        "moe_permutation, moe_permute": (
+            lambda: jitgemm.moe_permutation(indices, 256, layout="psum"),
+            lambda: jitgemm.moe_permute(x, made),
+        ),
+    }
+    rows = []
+    for name, calls in chains.items():
+        graphs = {"first": capture(calls[:1]), "second": capture(calls[1:]), "both": capture(calls)}
+        with jitgemm.override(pdl=True):
+            graphs["both, PDL"] = capture(calls)
+        times = {which: timing.median_us for which, timing in race(graphs, samples, timer).items()}
+        apart, together = (times["first"] or 0) + (times["second"] or 0), times["both, PDL"]
+        rows.append((name, *(times[which] for which in graphs), together / apart if together and apart else None))
+    return harness.table(("pair", "first us", "second us", "both us", "with PDL us", "of the sum"), rows)
+
+
+def line(row: Mapping[str, Any]) -> str:
+    """One line on a row."""
+    k = "" if row["k"] is None else f" k={row['k']}"
+    return (
+        f"{row['case']} m={row['m']} n={row['n']}{k} {row['recipe']}: ours {harness.fixed(row['ours_us'])},"
+        f" {row['best_peer']} {harness.fixed(row['best_peer_us'])}, ratio {harness.fixed(row['ratio'])},"
+        f" floor {harness.fixed(row['floor_us'])}, of copy {harness.fixed(row['of_copy'])} {row['errors']}".rstrip()
+    )
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.small", description=__doc__.split("\n")[0])
+    parser.add_argument("--cases", nargs="+", choices=NAMES, default=NAMES, metavar="NAME", help="(default: all)")
+    parser.add_argument("--ms", nargs="+", type=harness.positive, default=MS, help="tokens (default %(default)s)")
+    parser.add_argument("--num-splits", nargs="+", type=harness.positive, default=(), help="of the prenorm GEMM")
+    parser.add_argument("--samples", type=harness.positive, default=SAMPLES, help="of each (default %(default)s)")
+    parser.add_argument("--no-compile", action="store_true", help="without torch.compile, which takes most of the time")
+    parser.add_argument("--out", type=Path, help="CSV file to write")
+    parser.add_argument("--list", action="store_true", help="print the cases; needs no GPU")
+    harness.add_jobs_option(parser)
+    return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the race; the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__.split("::")[0])
-    parser.add_argument("--cases", default=",".join(CASES), help=f"of {', '.join(CASES)}")
-    parser.add_argument("--ms", default=",".join(map(str, MS)), help="rows (default %(default)s)")
-    parser.add_argument("--no-compile", action="store_true", help="without torch.compile, which takes seconds a row")
-    parser.add_argument("--out", type=Path, help="CSV file")
-    options = parser.parse_args(arguments)
-    names = options.cases.split(",")
-    if unknown := sorted(set(names) - set(CASES)):
-        parser.error(f"--cases: there is no {unknown[0]}; there are {', '.join(CASES)}")
-    ms = [harness.positive(text) for text in options.ms.split(",")]
+    options = parse(arguments)
+    selection = options.cases, options.ms, options.num_splits
+    chosen = cases(*selection)
+    if options.list:
+        print(
+            harness.table(
+                ("case", "m", "n", "k", "groups", "recipe"),
+                [(c.name, c.m, c.n, c.k, c.groups, c.recipe) for c in chosen],
+            )
+        )
+        return 0
     harness.require_gpu()
-    say(harness.machine())
-    timer, rows = CudaTimer(), []
+    measured = dense.provenance()
+    say(measured)
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # the processes that warm are parallel enough
+    with harness.spawn_pool(options.jobs) as pool:
+        parts = range(options.jobs)
+        waiting = [pool.submit(warm, selection, not options.no_compile, part, options.jobs) for part in parts]
+        for future in waiting:
+            future.result()
+    timer, rows, missed = CudaTimer(), [], []
     with CsvLog(options.out, COLUMNS) as log:
-        for name in names:
-            case = CASES[name]
-            for n in case.widths:
-                for m in sorted({max(m, 128) if case.whole_tiles else m for m in ms}):
-                    row = measure(name, case, m, n, timer, not options.no_compile)
-                    log.write(row)
-                    rows.append(row)
-                    say(_line(row))
-    shown = ("case", "m", "n", "ours_us", "best_peer_us", "best_peer", "ratio", "floor_us", "over_floor", "of_copy")
-    say(harness.table(shown, ([row[column] for column in shown] for row in rows)))
-    ratios = [row["ratio"] for row in rows if row["ratio"]]
-    large = [row["of_copy"] for row in rows if row["of_copy"] and row["megabytes"] >= 16 and row["m"] >= 4096]
-    say(f"ratio to the best torch peer: geomean {harness.fixed(harness.geomean(ratios))}")
-    if large:
-        say(f"share of the copy's bandwidth from 16 MB: least {min(large):.2f}, geomean {harness.geomean(large):.2f}")
-    if ratios:
-        worst = min((row for row in rows if row["ratio"]), key=lambda row: row["ratio"])
-        say(f"worst: {worst['case']} m={worst['m']} n={worst['n']}: {worst['ratio']:.2f}")
+        for case in chosen:
+            row = {**measure(case, timer, not options.no_compile, options.samples), "measured": measured}
+            log.write(row)
+            rows.append(row)
+            say(line(row))
+            if why := misses(row, case.slack_us):
+                missed.append(f"  {row['case']} m={row['m']} n={row['n']} k={row['k'] or '-'}: {why}")
+    say(summary(rows))
+    if missed:
+        say("\n".join(["targets missed:", *missed]))
+    say(pairs(chain.capture, timer, options.samples))
+    ratio = harness.geomean([row["ratio"] for row in rows if row["ratio"] is not None])
+    say(f"ratio to the best peer, all {len(rows)} rows: {harness.fixed(ratio)} (geomean)")
     return int(any(row["ours_us"] is None or "wrong" in row["errors"] for row in rows))
-
-
-def _line(row: dict[str, Any]) -> str:
-    parts = (
-        f"{label} {harness.fixed(row[c])}"
-        for label, c in (("ours", "ours_us"), ("ratio", "ratio"), ("of copy", "of_copy"))
-    )
-    return f"{row['case']} m={row['m']} n={row['n']}: {', '.join(parts)} {row['errors']}".rstrip()
 
 
 if __name__ == "__main__":

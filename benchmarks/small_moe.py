@@ -1,24 +1,11 @@
-"""The kernels around hyper-connections and experts raced against torch and DeepGEMM. ::
-
-    python -m benchmarks.small_moe --out small_moe.csv
-    python -m benchmarks.small_moe --cases hc_prenorm --num-splits 1 2 4 8 16 32
-
-Peers: ``eager`` and ``compile`` (``torch.compile``) of the same function written in torch as one would in a model,
-and for the prenorm GEMM ``deepgemm`` without splits and ``deepgemm_16`` with 16 (sgl-deep-gemm, where it is
-installed). ``copy_us`` is a copy that moves as many bytes, in the same harness; ``bandwidth`` is its time over ours.
-``floor_us`` is 4.8 us and the bytes at 4.3 TB/s. In the CSV m is tokens, n and k what the case says, groups experts;
-``ratio`` is the best peer's time over ours. Each result is compared with the reference first. Exit codes: 0 done, 1
-something of ours is wrong or slower than every peer, 3 no GPU.
-"""
+"""Cases of ``benchmarks.small``: hyper-connections and what lies around the GEMMs of experts."""
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,59 +13,16 @@ from torch import Tensor
 from torch.nn import functional
 
 import jitgemm
-from benchmarks import harness
-from benchmarks.harness import EMPTY, Call, CsvLog, CudaTimer, race, say
+from benchmarks import small_work
+from benchmarks.harness import Call
+from benchmarks.small_work import CHAINS_US, PHASES_US, ROWS_US, Case, Work, normal
 from jitgemm.reference import hyper_connections as hc
 from jitgemm.reference import moe
 
-TOKENS = (1, 8, 64, 512, 4096)
 MODELS = ((4096, 256), (7168, 384))  # width, experts
 PRENORM_SHAPES = [(m, k) for k in (28672, 7680, 7168, 16384) for m in (13, 137, 4096, 8192)]
-TOPK = 6
-FIXED_US, BYTES_PER_US = 4.8, 4.3e6
-COLUMNS = (
-    *("case", "m", "n", "k", "groups", "recipe", "ours_us", "best_peer_us", "best_peer", "ratio", "floor_us"),
-    *("copy_us", "bandwidth", "eager_us", "compile_us", "deepgemm_us", "deepgemm_16_us", "empty_us", "errors"),
-)
-
-
-@dataclass
-class Case:
-    """One race.
-
-    Args:
-        name: of the function.
-        m: tokens.
-        n: columns of the result.
-        k: width of the input.
-        groups: experts, or 1.
-        moved: bytes that must be read and written.
-        ours: the call.
-        peers: others.
-        right: whether ours is right.
-        recipe: types.
-    """
-
-    name: str
-    m: int
-    n: int
-    k: int
-    groups: int
-    moved: float
-    ours: Call
-    right: Callable[[], bool]
-    peers: dict[str, Call] = field(default_factory=dict)
-    recipe: str = "bf16"
-
-
-def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(shape, device="cuda").to(dtype)
-
-
-def in_torch(function: Callable[..., Any], *arguments: Any) -> dict[str, Call]:
-    """The peers of a function in torch."""
-    compiled = torch.compile(function, dynamic=False)
-    return {"eager": lambda: function(*arguments), "compile": lambda: compiled(*arguments)}
+TOPK, ALIGNMENT = 6, 128
+BF16 = torch.bfloat16
 
 
 def close(found: Any, expected: Any, rtol: float = 2e-3) -> bool:
@@ -158,29 +102,176 @@ def torch_permutation(indices: Tensor, experts: int) -> tuple[Tensor, Tensor]:
 
 def hc_inputs(tokens: int, width: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     fn = normal(24, 4 * width) / math.sqrt(4 * width)
-    return normal(tokens, 4, width, dtype=torch.bfloat16), fn, normal(3), normal(24)
+    return normal(tokens, 4, width, dtype=BF16), fn, normal(3), normal(24)
 
 
-def prenorm_cases(num_splits: Sequence[int]) -> Iterator[Case]:
-    for m, k in PRENORM_SHAPES:
-        a, fn = normal(m, k, dtype=torch.bfloat16), normal(24, k)
+def prenorm(m: int, k: int, splits: int) -> Work:
+    a, fn = normal(m, k, dtype=BF16), normal(24, k)
+    d, squares = normal(splits, m, 24), normal(splits, m)
+
+    def ours() -> None:
+        jitgemm.tf32_hc_prenorm_gemm(a, fn, d, squares, splits)
+
+    def right() -> bool:
+        ours()
         expected = hc.hc_prenorm_gemm(a, fn)
-        moved = 2 * a.numel() + 4 * fn.numel() + 100 * m
-        peers = in_torch(torch_prenorm, a, fn) | deepgemm(a, fn)
+        sums = squares.sum(0)
+        return close((d.sum(0), sums), expected) and close(sums.log(), expected[1].log(), 1e-5)
+
+    moved = 2 * a.numel() + 4 * fn.numel() + 100 * m
+    return Work(ours, right, torch_prenorm, (a, fn), moved, deepgemm(a, fn))
+
+
+def split(tokens: int, width: int, experts: int) -> Work:
+    arguments = normal(tokens, 24), normal(3), normal(24)
+    return Work(
+        lambda: jitgemm.hc_split_sinkhorn(*arguments),
+        lambda: close(jitgemm.hc_split_sinkhorn(*arguments), hc.hc_split_sinkhorn(*arguments, 20, 1e-6, 2.0)),
+        *(torch_split, arguments, tokens * 192),
+    )
+
+
+def pre(tokens: int, width: int, experts: int) -> Work:
+    arguments = hc_inputs(tokens, width)
+    return Work(
+        lambda: jitgemm.hc_pre(*arguments),
+        lambda: close(jitgemm.hc_pre(*arguments), hc.hc_pre(*arguments, 1e-6, 1e-6, 20, 2.0)),
+        *(torch_pre, arguments, tokens * (10 * width + 80) + 4 * arguments[1].numel()),
+    )
+
+
+def head(tokens: int, width: int, experts: int) -> Work:
+    x, fn, scale, base = hc_inputs(tokens, width)
+    arguments = x, fn[:4], scale[:1], base[:4]
+    return Work(
+        lambda: jitgemm.hc_head(*arguments),
+        lambda: close(jitgemm.hc_head(*arguments), hc.hc_head(*arguments, 1e-6, 1e-6)),
+        *(torch_head, arguments, tokens * 10 * width + 16 * 4 * width),
+    )
+
+
+def post(tokens: int, width: int, experts: int) -> Work:
+    inputs = hc_inputs(tokens, width)
+    arguments = normal(tokens, width, dtype=BF16), inputs[0], *jitgemm.hc_pre(*inputs)[1:]
+    return Work(
+        lambda: jitgemm.hc_post(*arguments),
+        lambda: close(jitgemm.hc_post(*arguments), hc.hc_post(*arguments)),
+        *(torch_post, arguments, tokens * (18 * width + 80)),
+    )
+
+
+def routing(tokens: int, width: int, experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """A gate's input, weight and bias."""
+    weight = normal(experts, width, dtype=BF16) / math.sqrt(width)
+    return normal(tokens, width, dtype=BF16), weight, normal(experts)
+
+
+def reference_topk(logits: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    return moe.topk_gate(logits, bias, TOPK, "sqrtsoftplus", 1.5, None, None, None, torch.int32)
+
+
+def topk_gate(tokens: int, width: int, experts: int) -> Work:
+    x, weight, bias = routing(tokens, width, experts)
+    arguments = x.float() @ weight.float().T, bias
+    return Work(
+        lambda: jitgemm.topk_gate(*arguments, TOPK, route_scale=1.5),
+        lambda: close(jitgemm.topk_gate(*arguments, TOPK, route_scale=1.5)[1], reference_topk(*arguments)[1]),
+        *(torch_topk, arguments, tokens * (4 * experts + 8 * TOPK)),
+    )
+
+
+def gate(tokens: int, width: int, experts: int) -> Work:
+    arguments = x, weight, bias = routing(tokens, width, experts)
+
+    def right() -> bool:
+        expected = reference_topk((x.double() @ weight.double().T).float(), bias)[1]
+        return close(jitgemm.moe_gate(*arguments, TOPK, route_scale=1.5)[1], expected, 1e-2)
+
+    return Work(
+        *(lambda: jitgemm.moe_gate(*arguments, TOPK, route_scale=1.5), right, torch_gate, arguments),
+        moved=tokens * (2 * width + 8 * TOPK) + experts * 2 * width,
+    )
+
+
+def choices(tokens: int, width: int, experts: int) -> tuple[Tensor, Tensor]:
+    """Random tokens' experts and weights."""
+    return reference_topk(normal(tokens, experts), normal(experts) / 4)
+
+
+def permutation(tokens: int, width: int, experts: int) -> Work:
+    indices, weights = choices(tokens, width, experts)
+
+    def ours() -> jitgemm.MoePermutation:
+        return jitgemm.moe_permutation(indices, experts, weights, layout="psum", alignment=ALIGNMENT)
+
+    def right() -> bool:
+        expected = moe.moe_permutation(indices, weights, experts, "psum", ALIGNMENT, 0, 0)
+        return all(torch.equal(a, b) for a, b in zip(ours()[:4], expected, strict=True))
+
+    rows = moe.num_rows(tokens * TOPK, experts, "psum", ALIGNMENT, 0)
+    in_torch = partial(torch_permutation, experts=experts)
+    return Work(ours, right, in_torch, (indices,), tokens * TOPK * 12 + rows * 8)
+
+
+def permute(tokens: int, width: int, experts: int) -> Work:
+    x = normal(tokens, width, dtype=BF16)
+    made = jitgemm.moe_permutation(choices(tokens, width, experts)[0], experts, layout="psum", alignment=ALIGNMENT)
+    exists = made.pos_to_token_topk >= 0
+    items = made.pos_to_token_topk[exists]
+    return Work(
+        lambda: jitgemm.moe_permute(x, made),
+        lambda: torch.equal(jitgemm.moe_permute(x, made)[0][exists], x[items // TOPK]),
+        *(torch_permute, (x, items), tokens * 2 * width * (1 + TOPK)),
+    )
+
+
+def combine(tokens: int, width: int, experts: int) -> Work:
+    indices, weights = choices(tokens, width, experts)
+    pos = jitgemm.moe_permutation(indices, experts, layout="psum", alignment=ALIGNMENT).token_topk_to_pos
+    rows = moe.num_rows(tokens * TOPK, experts, "psum", ALIGNMENT, 0)
+    arguments = normal(rows, width, dtype=BF16), pos, weights, normal(tokens, width, dtype=BF16)
+    return Work(
+        lambda: jitgemm.moe_combine(*arguments),
+        lambda: close(jitgemm.moe_combine(*arguments), moe.moe_combine(*arguments)),
+        *(torch_combine, arguments, tokens * 2 * width * (TOPK + 2)),
+    )
+
+
+NAMES = (
+    *("hc_prenorm", "hc_split_sinkhorn", "hc_pre", "hc_head", "hc_post"),
+    *("topk_gate", "moe_gate", "moe_permutation", "moe_permute", "moe_combine"),
+)
+
+
+def layer_cases(tokens: int, width: int, experts: int) -> Iterator[Case]:
+    """Those of a layer with so many tokens."""
+    rows = moe.num_rows(tokens * TOPK, experts, "psum", ALIGNMENT, 0)
+    for name, make, n, k, groups, recipe, slack in (
+        ("hc_split_sinkhorn", split, 24, 24, 1, "fp32", CHAINS_US),
+        ("hc_pre", pre, width, 4 * width, 1, "bf16", CHAINS_US),
+        ("hc_head", head, width, 4 * width, 1, "bf16", PHASES_US),
+        ("hc_post", post, 4 * width, width, 1, "bf16", ROWS_US),
+        ("topk_gate", topk_gate, TOPK, experts, experts, "fp32", CHAINS_US),
+        ("moe_gate", gate, TOPK, width, experts, "bf16", CHAINS_US),
+        ("moe_permutation", permutation, TOPK, rows, experts, "int32", PHASES_US),
+        ("moe_permute", permute, width, width, experts, "bf16", ROWS_US),
+        ("moe_combine", combine, width, width, experts, "bf16", ROWS_US),
+    ):
+        yield Case(name, tokens, n, k, groups, recipe, slack, partial(make, tokens, width, experts))
+
+
+def cases(ms: Sequence[int], num_splits: Sequence[int] = ()) -> Iterator[Case]:
+    """Those of both models for so many tokens; the prenorm GEMM at its own shapes."""
+    for m, k in PRENORM_SHAPES:
         for splits in num_splits or (jitgemm.get_hc_prenorm_num_splits(m, k),):
-            d, squares = normal(splits, m, 24), normal(splits, m)
-
-            def ours(a: Tensor = a, fn: Tensor = fn, d: Tensor = d, s: Tensor = squares, n: int = splits) -> None:
-                jitgemm.tf32_hc_prenorm_gemm(a, fn, d, s, n)
-
-            def right(d: Tensor = d, s: Tensor = squares, expected: Any = expected) -> bool:
-                return close((d.sum(0), s.sum(0)), expected) and close(s.sum(0).log(), expected[1].log(), 1e-5)
-
-            yield Case("hc_prenorm", m, 24, k, 1, moved, ours, right, peers, f"tf32 splits {splits}")
+            yield Case("hc_prenorm", m, 24, k, 1, f"tf32 splits {splits}", PHASES_US, partial(prenorm, m, k, splits))
+    for width, experts in MODELS:
+        for m in ms:
+            yield from layer_cases(m, width, experts)
 
 
 def deepgemm(a: Tensor, fn: Tensor) -> dict[str, Call]:
-    if importlib.util.find_spec("deep_gemm") is None:
+    if small_work.DEVICE != "cuda" or importlib.util.find_spec("deep_gemm") is None:
         return {}
     import deep_gemm
 
@@ -190,165 +281,3 @@ def deepgemm(a: Tensor, fn: Tensor) -> dict[str, Call]:
         return lambda: deep_gemm.tf32_hc_prenorm_gemm(a, fn, d, squares, splits)
 
     return {"deepgemm": call(None), "deepgemm_16": call(16)}
-
-
-def layer_cases(tokens: int, width: int, experts: int) -> Iterator[Case]:
-    x, fn, scale, base = hc_inputs(tokens, width)
-    row = 2 * width
-    mixes = normal(tokens, 24)
-    split = (mixes, scale, base)
-    expected = hc.hc_split_sinkhorn(*split, 20, 1e-6, 2.0)
-    yield Case(
-        *("hc_split_sinkhorn", tokens, 24, 24, 1, tokens * 192),
-        lambda: jitgemm.hc_split_sinkhorn(*split),
-        lambda: close(jitgemm.hc_split_sinkhorn(*split), expected),
-        in_torch(torch_split, *split),
-        "fp32",
-    )
-    pre = (x, fn, scale, base)
-    yield Case(
-        *("hc_pre", tokens, width, 4 * width, 1, tokens * (5 * row + 80) + 4 * fn.numel()),
-        lambda: jitgemm.hc_pre(*pre),
-        lambda: close(jitgemm.hc_pre(*pre), hc.hc_pre(*pre, 1e-6, 1e-6, 20, 2.0)),
-        in_torch(torch_pre, *pre),
-    )
-    head = (x, fn[:4], scale[:1], base[:4])
-    yield Case(
-        *("hc_head", tokens, width, 4 * width, 1, tokens * 5 * row + 16 * 4 * width),
-        lambda: jitgemm.hc_head(*head),
-        lambda: close(jitgemm.hc_head(*head), hc.hc_head(*head, 1e-6, 1e-6)),
-        in_torch(torch_head, *head),
-    )
-    post = (normal(tokens, width, dtype=torch.bfloat16), x, *jitgemm.hc_pre(*pre)[1:])
-    yield Case(
-        *("hc_post", tokens, 4 * width, width, 1, tokens * (9 * row + 80)),
-        lambda: jitgemm.hc_post(*post),
-        lambda: close(jitgemm.hc_post(*post), hc.hc_post(*post)),
-        in_torch(torch_post, *post),
-    )
-    hidden, weight = post[0], normal(experts, width, dtype=torch.bfloat16) / math.sqrt(width)
-    logits, bias = hidden.float() @ weight.float().T, normal(experts)
-    indices, weights = jitgemm.topk_gate(logits, bias, TOPK, route_scale=1.5)
-    of_logits = moe.topk_gate(logits, bias, TOPK, "sqrtsoftplus", 1.5, None, None, None, torch.int32)
-    yield Case(
-        *("topk_gate", tokens, TOPK, experts, experts, tokens * (4 * experts + 8 * TOPK)),
-        lambda: jitgemm.topk_gate(logits, bias, TOPK, route_scale=1.5),
-        lambda: close(weights, of_logits[1]),
-        in_torch(torch_topk, logits, bias),
-        "fp32",
-    )
-    yield Case(
-        *("moe_gate", tokens, TOPK, width, experts, tokens * (row + 8 * TOPK) + experts * row),
-        lambda: jitgemm.moe_gate(hidden, weight, bias, TOPK, route_scale=1.5),
-        lambda: close(jitgemm.moe_gate(hidden, weight, bias, TOPK, route_scale=1.5)[1], of_logits[1], 1e-2),
-        in_torch(torch_gate, hidden, weight, bias),
-    )
-    made = jitgemm.moe_permutation(indices, experts, weights, layout="psum")
-    rows = made.pos_to_token_topk.shape[0]
-    truth = moe.moe_permutation(indices, weights, experts, "psum", 128, 0, 0)
-    yield Case(
-        *("moe_permutation", tokens, TOPK, rows, experts, tokens * TOPK * 12 + rows * 8),
-        lambda: jitgemm.moe_permutation(indices, experts, weights, layout="psum"),
-        lambda: all(torch.equal(a, b) for a, b in zip(made[:4], truth, strict=True)),
-        in_torch(torch_permutation, indices, experts),
-        "int32",
-    )
-    copied, _ = jitgemm.moe_permute(hidden, made)
-    exists = made.pos_to_token_topk >= 0
-    item = made.pos_to_token_topk[exists]
-    yield Case(
-        *("moe_permute", tokens, width, width, experts, tokens * row * (1 + TOPK)),
-        lambda: jitgemm.moe_permute(hidden, made),
-        lambda: torch.equal(copied[exists], hidden[item // TOPK]),
-        in_torch(torch_permute, hidden, item),
-    )
-    combine = (copied, made.token_topk_to_pos, weights, hidden)
-    yield Case(
-        *("moe_combine", tokens, width, width, experts, tokens * row * (TOPK + 2)),
-        lambda: jitgemm.moe_combine(*combine),
-        lambda: close(jitgemm.moe_combine(*combine), moe.moe_combine(*combine)),
-        in_torch(torch_combine, *combine),
-    )
-
-
-def cases(names: Sequence[str], tokens: Sequence[int], num_splits: Sequence[int]) -> Iterator[Case]:
-    if not names or "hc_prenorm" in names:
-        yield from prenorm_cases(num_splits)
-    if names and set(names) == {"hc_prenorm"}:
-        return
-    for width, experts in MODELS:
-        for m in tokens:
-            for case in layer_cases(m, width, experts):
-                if not names or case.name in names:
-                    yield case
-
-
-def copy_of(moved: float) -> Call:
-    """A copy that reads and writes so many bytes in all."""
-    size = max(1, int(moved / 2) // 16)
-    source, target = (torch.empty((size, 4), dtype=torch.int32, device="cuda") for _ in range(2))
-    return lambda: target.copy_(source)
-
-
-def measured(case: Case, timer: CudaTimer) -> dict[str, Any]:
-    """A row of the CSV."""
-    case.ours()
-    right = case.right()
-    timings = race({"ours": case.ours, "copy": copy_of(case.moved), **case.peers}, timer=timer)
-    times = {name: timing.median_us for name, timing in timings.items()}
-    ours, copy = times["ours"], times["copy"]
-    peers = {name: taken for name in case.peers if (taken := times[name]) is not None}
-    best = min(peers, key=peers.__getitem__, default=None)
-    failed = [f"{name}: {timing.error}" for name, timing in timings.items() if timing.error]
-    return {
-        "case": case.name,
-        "m": case.m,
-        "n": case.n,
-        "k": case.k,
-        "groups": case.groups,
-        "recipe": case.recipe,
-        "ours_us": ours,
-        "best_peer_us": None if best is None else peers[best],
-        "best_peer": best,
-        "ratio": None if best is None or ours is None else peers[best] / ours,
-        "floor_us": FIXED_US + case.moved / BYTES_PER_US,
-        "copy_us": copy,
-        "bandwidth": None if copy is None or ours is None else copy / ours,
-        **{f"{name}_us": times.get(name) for name in ("eager", "compile", "deepgemm", "deepgemm_16")},
-        "empty_us": times[EMPTY],
-        "errors": "; ".join(["ours is wrong"] * (not right) + failed),
-    }
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="*", default=[], help="names; default: all")
-    parser.add_argument("--tokens", nargs="*", type=int, default=TOKENS)
-    parser.add_argument("--num-splits", nargs="*", type=int, default=[], help="of the prenorm GEMM")
-    parser.add_argument("--out", type=Path, help="CSV to write")
-    options = parser.parse_args(arguments)
-    harness.require_gpu()
-    say(harness.machine())
-    torch.manual_seed(0)
-    torch._dynamo.config.cache_size_limit = 1024
-    timer, rows = CudaTimer(), []
-    with CsvLog(options.out, COLUMNS) as log:
-        for case in cases(options.cases, options.tokens, options.num_splits):
-            row = measured(case, timer)
-            rows.append(row)
-            log.write(row)
-            fixed = harness.fixed
-            say(
-                f"{row['case']:18} {row['m']:5} {row['k']:6} {row['recipe']:14} ours {fixed(row['ours_us']):>7}"
-                f"  best {fixed(row['best_peer_us']):>8} ({row['best_peer']})  ratio {fixed(row['ratio'])}"
-                f"  floor {fixed(row['floor_us']):>6}  copy/ours {fixed(row['bandwidth'])}  {row['errors']}"
-            )
-    for name in dict.fromkeys(row["case"] for row in rows):
-        ratios = [row["ratio"] for row in rows if row["case"] == name and row["ratio"] is not None]
-        say(f"{name}: ratio {harness.fixed(harness.geomean(ratios))} (geomean), worst {min(ratios, default=0):.2f}")
-    bad = any(row["ours_us"] is None or "wrong" in row["errors"] or (row["ratio"] or 2) < 1 for row in rows)
-    return int(bad)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -29,7 +29,7 @@ def choose_config(problem: RowwiseProblem, device: Device) -> RowwiseConfig:
     """The config for a problem with its m."""
     assert problem.m is not None
     few, many = enumerate_configs(problem)
-    if problem.norm != "none":
+    if problem.whole_rows:
         # A block of few rows has many threads for each: for as long as two waves of them hold all rows.
         blocks = 2 * device.num_sms * max(1, THREADS_PER_SM // (few.threads_per_row * few.rows))
         return few if problem.m <= blocks * few.rows else many
@@ -42,7 +42,7 @@ def enumerate_configs(problem: RowwiseProblem) -> tuple[RowwiseConfig, RowwiseCo
     columns = -(-scale_columns(problem) // CHUNK)  # in chunks
     loaded = CHUNK * VALUE_BYTES[problem.dtype] * (2 if problem.op == "swiglu" else 1)  # bytes of a chunk
     most = _LOADED_BYTES // loaded
-    if problem.norm == "none":
+    if not problem.whole_rows:
         threads = min(WARP, max(_power(columns), WARP // 2))
         fitting = max(1, min(most, -(-columns // threads)))
         return RowwiseConfig(threads, BLOCK // 2 // threads, 1), RowwiseConfig(threads, BLOCK // threads, fitting)

@@ -14,6 +14,12 @@ THREADS = 256
 COLUMNS = THREADS * VECTOR
 """Columns of a token that one block of hc_mix and hc_post makes."""
 
+
+def _of_fp32(spec: KernelSpec) -> str:
+    """What describes the streams."""
+    return " fp32 streams" if spec["fp32"] else ""
+
+
 HC_SINKHORN = PlainFamily(
     "hc_sinkhorn",
     (
@@ -36,7 +42,7 @@ HC_MIX = PlainFamily(
     (
         Field("products", "const float*", "[splits, tokens, mixes]"),
         Field("squares", "const float*", "[splits, tokens]"),
-        Field("x", "const uint4*", "BF16 [tokens, 4, width]"),
+        Field("x", "const Stream*", "BF16 or FP32 [tokens, 4, width]"),
         Field("scale", "const float*", "[3], or [1] in the head"),
         Field("base", "const float*", "[mixes]"),
         Field("y", "uint4*", "BF16 [tokens, width]"),
@@ -52,20 +58,21 @@ HC_MIX = PlainFamily(
         Field("post_mult", "float"),
     ),
     num_threads=THREADS,
-    describe=lambda spec: "head" if spec["head"] else "pre",
+    describe=lambda spec: f"{'head' if spec['head'] else 'pre'}{_of_fp32(spec)}",
 )
 
 HC_POST = PlainFamily(
     "hc_post",
     (
         Field("x", "const uint4*", "BF16 [tokens, width]"),
-        Field("residual", "const uint4*", "BF16 [tokens, 4, width]"),
+        Field("residual", "const Stream*", "BF16 or FP32 [tokens, 4, width]"),
         Field("post", "const float4*", "[tokens]"),
         Field("comb", "const float4*", "[tokens, 4]"),
-        Field("y", "uint4*", "BF16 [tokens, 4, width]; may be residual"),
+        Field("y", "Stream*", "as residual, which it may be"),
         Field("vectors", "int32_t", "width / 8"),
     ),
     num_threads=THREADS,
+    describe=lambda spec: _of_fp32(spec),
 )
 
 # -- The prenorm GEMM.
@@ -95,10 +102,14 @@ TALL = PrenormConfig(8, 1, 128)
 """For many rows: the warps share B's stage."""
 PRENORM_CONFIGS = (SHORT, TALL)
 
-BLOCKS_PER_SM = 2
 _SHORT_ROWS = 32
 _LEAST_K = 128  # of a split: less would be all latency
 MAX_SPLITS = 128
+
+
+def blocks_per_sm(fp32: bool) -> int:
+    """Blocks of the prenorm GEMM on a multiprocessor: chunks of FP32 take the registers of two."""
+    return 1 if fp32 else 2
 
 
 def _pitch(stage_k: int) -> int:
@@ -113,18 +124,20 @@ def _prenorm_smem(spec: KernelSpec) -> int:
 
 
 class _PrenormFamily(PlainFamily):
-    def of(self, arch: str, n: int, config: PrenormConfig, precise: bool) -> KernelSpec:
-        """The spec of the kernel for a config and n rows of B."""
-        return self.spec(arch, n_blocks=1 if n <= 8 else MAX_N // 8, precise=precise, **config._asdict())
+    def of(self, arch: str, n: int, config: PrenormConfig, precise: bool, fp32: bool = False) -> KernelSpec:
+        """The spec of the kernel for a config and n rows of B; ``fp32``: A is FP32."""
+        n_blocks = 1 if n <= 8 else MAX_N // 8
+        return self.spec(arch, n_blocks=n_blocks, precise=precise, fp32=fp32, **config._asdict())
 
     def render_context(self, spec: KernelSpec) -> dict[str, object]:
-        return {**super().render_context(spec), "pitch": _pitch(spec["stage_k"]), "blocks_per_sm": BLOCKS_PER_SM}
+        blocks = blocks_per_sm(spec["fp32"])
+        return {**super().render_context(spec), "pitch": _pitch(spec["stage_k"]), "blocks_per_sm": blocks}
 
 
 HC_PRENORM = _PrenormFamily(
     "hc_prenorm",
     (
-        Field("a", "const uint16_t*", "BF16 [m, k]"),
+        Field("a", "const Element*", "BF16 or FP32 [m, k]"),
         Field("b", "const float*", "[n, k]"),
         Field("d", "float*", "[splits, m, n]"),
         Field("squares", "float*", "[splits, m]"),
@@ -139,7 +152,7 @@ HC_PRENORM = _PrenormFamily(
     num_threads=THREADS,
     describe=lambda spec: (
         f"n<={8 * spec['n_blocks']} {'fp32' if spec['precise'] else 'tf32'}"
-        f" {MMA_ROWS * spec['warps_m']}x{spec['stage_k']}"
+        f" {MMA_ROWS * spec['warps_m']}x{spec['stage_k']}{' fp32 a' if spec['fp32'] else ''}"
     ),
     smem_bytes=_prenorm_smem,
 )
@@ -150,7 +163,7 @@ def choose_prenorm(m: int) -> PrenormConfig:
     return SHORT if m <= _SHORT_ROWS else TALL
 
 
-def choose_num_splits(m: int, k: int, num_sms: int) -> int:
+def choose_num_splits(m: int, k: int, num_sms: int, fp32: bool = False) -> int:
     """Parts of K that fill the multiprocessors with one wave of blocks, none shorter than 128."""
     tiles = max(1, -(-m // choose_prenorm(m).tile_m))
-    return max(1, min(BLOCKS_PER_SM * num_sms // tiles, k // _LEAST_K, MAX_SPLITS))
+    return max(1, min(blocks_per_sm(fp32) * num_sms // tiles, k // _LEAST_K, MAX_SPLITS))

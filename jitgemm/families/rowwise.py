@@ -29,12 +29,14 @@ VALUE_TYPES = {"bf16": "Bf16", "fp16": "Fp16", "fp32": "float"}
 VALUE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 SCALES = {
     "e4m3": ("fp32", "fp32_reciprocal", "pow2", "ue8m0"),
-    "int8": ("fp32",),
+    "int8": ("fp32", "fp32_inverse"),
     "e2m1": ("ue8m0", "ue4m3"),
     "values": ("none",),
 }
 """Kinds of scales by format; ``values`` stands for no quantization."""
 GROUPS = (16, 32, 64, 128)
+WHOLE_ROW = 0
+"""The group of scales that whole rows share, ``fp32_inverse``."""
 NORMS = ("none", "plain", "bf16", "fp16", "fp32")
 TIES = ("even", "away", "zero")
 INDEX_TYPES = {"none": "int", "int32": "int32_t", "int64": "int64_t"}
@@ -51,7 +53,7 @@ class RowwiseProblem:
         dtype: of what is read, and of values that are written: a name in ``VALUE_TYPES``.
         format: of the codes that are written: a name in ``SCALES``.
         scales: their kind, one that the format has.
-        group: columns that share a scale.
+        group: columns that share a scale, ``WHOLE_ROW`` with ``fp32_inverse``.
         ties: where a tie of E2M1 goes.
         round_trip: write what the codes stand for, as values, and no codes.
         values: write values as well as codes.
@@ -96,9 +98,13 @@ class RowwiseProblem:
                 raise ProblemError(f"{name} is {getattr(self, name)!r}; accepted are {', '.join(accepted)}")
         if self.scales not in SCALES[self.format]:
             raise ProblemError(f"scales is {self.scales!r}; {self.format} accepts {', '.join(SCALES[self.format])}")
-        groups = GROUPS if self.format != "values" else (0,)
+        groups = (WHOLE_ROW,) if self.scales in ("none", "fp32_inverse") else GROUPS
         if self.group not in groups or isinstance(self.group, bool):
-            raise ProblemError(f"group is {self.group!r}; {self.format} accepts {', '.join(map(str, groups))}")
+            kind = self.format if self.format == "values" else f"{self.format} {self.scales}"
+            raise ProblemError(f"group is {self.group!r}; {kind} accepts {', '.join(map(str, groups))}")
+        rounded = self.op == "cast" or (self.op == "rms_norm" and self.round_first)
+        if self.scales == "fp32_inverse" and (not rounded or self.round_trip or self.stage):
+            raise ProblemError(f"scales is {self.scales!r}; accepted with cast, and with rms_norm and round_first")
         for name in ("round_trip", "values", "round_first", "inverse", "stage", "aligned"):
             if not isinstance(getattr(self, name), bool):
                 raise ProblemError(f"{name} is {getattr(self, name)!r}; accepted is a boolean")
@@ -108,8 +114,13 @@ class RowwiseProblem:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or not low <= value < 2**31:
                 raise ProblemError(f"{name} is {value!r}; accepted is an integer from {low} to 2**31 - 1")
-        if self.norm != "none" and self.n > MAX_NORM_COLUMNS:
+        if self.whole_rows and self.n > MAX_NORM_COLUMNS:
             raise ProblemError(f"n is {self.n}; {self.op} accepts at most {MAX_NORM_COLUMNS} columns")
+
+    @property
+    def whole_rows(self) -> bool:
+        """Whether a result depends on all of its row, so that one block must hold that."""
+        return self.norm != "none" or self.scales == "fp32_inverse"
 
     def without_m(self) -> RowwiseProblem:
         """The same problem for any number of rows."""
@@ -145,7 +156,7 @@ class RowwiseProblem:
     def __str__(self) -> str:
         norm = "" if self.norm in ("none", "plain") or self.op == "rms_norm" else f"rms_norm {self.norm} + "
         op = f"{self.op} back" if self.inverse else self.op
-        quant = f" {self.format} {self.group} {self.scales}" if self.format != "values" else ""
+        quant = f" {self.format} {self.group or 'row'} {self.scales}" if self.format != "values" else ""
         extras = "".join(
             f" {text}"
             for given, text in (
@@ -214,6 +225,7 @@ class Rowwise:
             "value_type": VALUE_TYPES[spec["dtype"]],
             "weight_types": VALUE_TYPES,
             "index_type": INDEX_TYPES[spec["index"]],
+            "whole_row": spec["scales"] == "fp32_inverse",
             "values": spec["values"] or spec["round_trip"] or spec["format"] == "values",
         }
 

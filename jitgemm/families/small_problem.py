@@ -31,10 +31,18 @@ SCORES = ("sqrtsoftplus", "sigmoid", "softmax")
 LAYOUTS = ("contiguous", "psum", "masked")
 INDEX_DTYPES = ("int32", "int64")
 PRECISIONS = ("tf32", "fp32")
+STREAM_DTYPES = ("bf16", "fp32")
+_DEFAULTS: dict[str, Scalar] = {"dtype": "bf16"}
+"""What fields are that a problem leaves out."""
 
 
-def _prenorms(arch: str, n: int, precision: str) -> list[KernelSpec]:
-    return [HC_PRENORM.of(arch, n, config, precision == "fp32") for config in PRENORM_CONFIGS]
+def _prenorms(arch: str, n: int, precision: str, dtype: str = "bf16") -> list[KernelSpec]:
+    return [HC_PRENORM.of(arch, n, config, precision == "fp32", dtype == "fp32") for config in PRENORM_CONFIGS]
+
+
+def _mixing(arch: str, head: bool, precision: str, dtype: str = "bf16") -> list[KernelSpec]:
+    prenorms = _prenorms(arch, STREAMS if head else MIX_WIDTH, precision, dtype)
+    return [*prenorms, HC_MIX.spec(arch, head=head, fp32=dtype == "fp32")]
 
 
 def _maps(arch: str, layout: str, index_dtype: str) -> list[KernelSpec]:
@@ -47,15 +55,15 @@ def _maps(arch: str, layout: str, index_dtype: str) -> list[KernelSpec]:
 _Accepted = tuple[Scalar, ...] | range
 _KINDS: dict[str, tuple[dict[str, _Accepted], Callable[..., list[KernelSpec]]]] = {
     "hc_split_sinkhorn": ({}, lambda arch: [HC_SINKHORN.spec(arch)]),
-    "hc_prenorm_gemm": ({"n": range(1, MAX_N + 1), "precision": PRECISIONS}, _prenorms),
+    "hc_prenorm_gemm": ({"n": range(1, MAX_N + 1), "precision": PRECISIONS, "dtype": STREAM_DTYPES}, _prenorms),
     "hc_pre": (
-        {"precision": PRECISIONS},
-        lambda arch, precision: [*_prenorms(arch, MIX_WIDTH, precision), HC_MIX.spec(arch, head=False)],
+        {"precision": PRECISIONS, "dtype": STREAM_DTYPES},
+        lambda arch, **fields: _mixing(arch, False, **fields),
     ),
-    "hc_post": ({}, lambda arch: [HC_POST.spec(arch)]),
+    "hc_post": ({"dtype": STREAM_DTYPES}, lambda arch, dtype="bf16": [HC_POST.spec(arch, fp32=dtype == "fp32")]),
     "hc_head": (
-        {"precision": PRECISIONS},
-        lambda arch, precision: [*_prenorms(arch, STREAMS, precision), HC_MIX.spec(arch, head=True)],
+        {"precision": PRECISIONS, "dtype": STREAM_DTYPES},
+        lambda arch, **fields: _mixing(arch, True, **fields),
     ),
     "topk_gate": (
         {
@@ -98,7 +106,7 @@ class SmallProblem:
     @classmethod
     def make(cls, kind: str, **fields: Scalar) -> SmallProblem:
         """A problem of fields in any order."""
-        return cls(kind, tuple(sorted(fields.items())))
+        return cls(kind, tuple(sorted((name, value) for name, value in fields.items() if _DEFAULTS.get(name) != value)))
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> SmallProblem:
@@ -110,6 +118,7 @@ class SmallProblem:
         kind = data["kind"]
         accepted = _KINDS[kind][0]
         given = {name: value for name, value in data.items() if name != "kind"}
+        given |= {name: value for name, value in _DEFAULTS.items() if name in accepted and name not in given}
         if unknown := sorted(set(given) - set(accepted)):
             raise ProblemError(f"{unknown[0]!r} is no field of kind {kind}; accepted are {_listed(accepted)}")
         if missing := sorted(set(accepted) - set(given)):

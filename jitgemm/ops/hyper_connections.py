@@ -49,6 +49,7 @@ from jitgemm.plan import device_facts, raw_stream
 from jitgemm.reference import hyper_connections as reference
 
 _MAX_ITERATIONS = 1000
+_DTYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}  # of streams
 
 
 def hc_split_sinkhorn(
@@ -114,14 +115,14 @@ def tf32_hc_prenorm_gemm(
     """``d = a @ fn.T`` and ``sqr_sum``, the sums of the squares of a's rows, in one pass over a.
 
     Args:
-        a: bf16 [m, k], k contiguous and a multiple of 8, row stride a multiple of 8.
+        a: bf16 or fp32 [m, k], k contiguous and a multiple of 8, rows a multiple of 16 bytes apart.
         fn: fp32 [n, k] of up to 24 rows, k contiguous, row stride a multiple of 4.
         d: output, fp32 [m, n], or [num_splits, m, n] of sums over parts of K, which the caller adds; contiguous.
         sqr_sum: output, fp32 [m] or [num_splits, m]; contiguous.
         num_splits: parts of K; None: one, without the dimension. Each has whole blocks of 64, the first ones one more.
             ``get_hc_prenorm_num_splits`` says how many are fast.
-        precision: ``"tf32"``: fn is rounded to TF32 (nearest), a is exact in it; ``"fp32"``: fn is the sum of two TF32
-            numbers, which hold all but its last bits.
+        precision: ``"tf32"``: fn is rounded to TF32 (nearest), and so is an fp32 a, while bf16 is exact in it;
+            ``"fp32"``: what is not exact is the sum of two TF32 numbers, which hold all but its last bits.
 
     Raises:
         ProblemError: an argument is not of these; nothing has been launched.
@@ -153,7 +154,7 @@ def hc_pre(
     pre, post and comb as in ``hc_split_sinkhorn``; the input is ``sum over h of pre[h] * x[h]``.
 
     Args:
-        x: bf16 [tokens, 4, width], contiguous, width a multiple of 8.
+        x: bf16 or fp32 [tokens, 4, width], contiguous, width a multiple of 8.
         fn: fp32 [24, 4 * width], contiguous along K.
         scale: fp32 [3].
         base: fp32 [24].
@@ -183,13 +184,13 @@ def hc_post(x: Tensor, residual: Tensor, post: Tensor, comb: Tensor, *, inplace:
 
     Args:
         x: bf16 [tokens, width], the sublayer's output; contiguous, width a multiple of 8.
-        residual: bf16 [tokens, 4, width], contiguous.
+        residual: bf16 or fp32 [tokens, 4, width], contiguous.
         post: fp32 [tokens, 4], contiguous, from ``hc_pre``.
         comb: fp32 [tokens, 4, 4], likewise.
         inplace: write to ``residual``, and return it.
 
     Returns:
-        bf16 [tokens, 4, width].
+        [tokens, 4, width] in the type of ``residual``.
 
     Raises:
         ProblemError: an argument is not of these; nothing has been launched.
@@ -225,7 +226,7 @@ def hc_head(
     ``pre = sigmoid(mixes * scale + base) + eps``, with mixes as in ``hc_pre``.
 
     Args:
-        x: bf16 [tokens, 4, width], contiguous, width a multiple of 8.
+        x: bf16 or fp32 [tokens, 4, width], contiguous, width a multiple of 8.
         fn: fp32 [4, 4 * width], contiguous along K.
         scale: fp32 [1].
         base: fp32 [4].
@@ -325,7 +326,7 @@ def _split_sinkhorn(
 
 
 def _check_prenorm(a: Tensor, fn: Tensor, d: Tensor, sqr_sum: Tensor, num_splits: int | None, precision: str) -> None:
-    check_tensor("a", a, torch.bfloat16, ("m", "k"))
+    check_tensor("a", a, tuple(_DTYPES), ("m", "k"))
     m, k = a.shape
     check_tensor("fn", fn, torch.float32, ("n", k), a)
     n = fn.shape[0]
@@ -349,13 +350,15 @@ def _fake_prenorm(a: Tensor, fn: Tensor, d: Tensor, sqr_sum: Tensor, num_splits:
     _check_prenorm(a, fn, d, sqr_sum, num_splits, precision)
 
 
-def _prenorm_launch(gpu: Gpu, a_row_stride: int, fn: Tensor, m: int, splits: int, precision: str) -> PlainLaunch:
+def _prenorm_launch(
+    gpu: Gpu, dtype: torch.dtype, a_row_stride: int, fn: Tensor, m: int, splits: int, precision: str
+) -> PlainLaunch:
     n, k = fn.shape
     config = choose_prenorm(m)
     each, more = divmod(-(-k // SPLIT_BLOCK), splits)
     return gpu.launch(
         HC_PRENORM,
-        HC_PRENORM.of(gpu.arch, n, config, precision == "fp32"),
+        HC_PRENORM.of(gpu.arch, n, config, precision == "fp32", dtype == torch.float32),
         (-(-m // config.tile_m), splits),
         a_row_stride=a_row_stride,
         b_row_stride=row_stride(fn),
@@ -370,14 +373,15 @@ def _prenorm_launch(gpu: Gpu, a_row_stride: int, fn: Tensor, m: int, splits: int
 def _prenorm(a: Tensor, fn: Tensor, d: Tensor, sqr_sum: Tensor, num_splits: int | None, precision: str) -> None:
     def make() -> Call:
         _check_prenorm(a, fn, d, sqr_sum, num_splits, precision)
-        gpu, problem = on_gpu(a), SmallProblem.make("hc_prenorm_gemm", n=fn.shape[0], precision=precision)
+        n, dtype = fn.shape[0], _DTYPES[a.dtype]
+        gpu, problem = on_gpu(a), SmallProblem.make("hc_prenorm_gemm", n=n, precision=precision, dtype=dtype)
         record_if_asked(problem)
         if not gpu:
             return lambda a, fn, d, sqr_sum: _reference_prenorm(a, fn, d, sqr_sum, num_splits)
         if a.shape[0] == 0:
             return lambda *_: None
         where = Gpu(a, problem)
-        launch = _prenorm_launch(where, row_stride(a), fn, a.shape[0], num_splits or 1, precision)
+        launch = _prenorm_launch(where, a.dtype, row_stride(a), fn, a.shape[0], num_splits or 1, precision)
 
         spans = [span_of(tensor) for tensor in (a, fn, d, sqr_sum)]
 
@@ -406,7 +410,7 @@ def _reference_prenorm(a: Tensor, fn: Tensor, d: Tensor, sqr_sum: Tensor, num_sp
 
 
 def _check_streams(x: Tensor, fn: Tensor, scale: Tensor, base: Tensor, mixes: int, scales: int) -> None:
-    check_tensor("x", x, torch.bfloat16, ("tokens", STREAMS, "width"))
+    check_tensor("x", x, tuple(_DTYPES), ("tokens", STREAMS, "width"))
     width = x.shape[2]
     if width < 1 or width % VECTOR:
         raise ProblemError(f"x has shape {list(x.shape)}; accepted is a width that is a multiple of {VECTOR}")
@@ -437,7 +441,7 @@ def _check_pre(
 def _empty_pre(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     tokens, _, width = x.shape
     post, comb = (x.new_empty((tokens, *shape), dtype=torch.float32) for shape in ((STREAMS,), (STREAMS, STREAMS)))
-    return x.new_empty((tokens, width)), post, comb
+    return x.new_empty((tokens, width), dtype=torch.bfloat16), post, comb
 
 
 def _fake_pre(
@@ -468,7 +472,7 @@ def _pre(
 ) -> tuple[Tensor, Tensor, Tensor]:
     def make() -> Call:
         _check_pre(x, fn, scale, base, norm_eps, eps, iterations, post_mult, precision)
-        gpu, problem = on_gpu(x), SmallProblem.make("hc_pre", precision=precision)
+        gpu, problem = on_gpu(x), SmallProblem.make("hc_pre", precision=precision, dtype=_DTYPES[x.dtype])
         record_if_asked(problem)
         if not gpu:
             return lambda x, fn, scale, base: reference.hc_pre(x, fn, scale, base, norm_eps, eps, iterations, post_mult)
@@ -491,22 +495,26 @@ def _check_head(
     check_choice("precision", precision, PRECISIONS)
 
 
+def _empty_head(x: Tensor) -> Tensor:
+    return x.new_empty((x.shape[0], x.shape[2]), dtype=torch.bfloat16)
+
+
 def _fake_head(
     x: Tensor, fn: Tensor, scale: Tensor, base: Tensor, norm_eps: float, eps: float, precision: str
 ) -> Tensor:
     _check_head(x, fn, scale, base, norm_eps, eps, precision)
-    return x.new_empty((x.shape[0], x.shape[2]))
+    return _empty_head(x)
 
 
 def _head(x: Tensor, fn: Tensor, scale: Tensor, base: Tensor, norm_eps: float, eps: float, precision: str) -> Tensor:
     def make() -> Call:
         _check_head(x, fn, scale, base, norm_eps, eps, precision)
-        gpu, problem = on_gpu(x), SmallProblem.make("hc_head", precision=precision)
+        gpu, problem = on_gpu(x), SmallProblem.make("hc_head", precision=precision, dtype=_DTYPES[x.dtype])
         record_if_asked(problem)
         if not gpu:
             return lambda x, fn, scale, base: (reference.hc_head(x, fn, scale, base, norm_eps, eps),)
         if x.shape[0] == 0:
-            return lambda x, *_: (x.new_empty((0, x.shape[2])),)
+            return lambda x, *_: (_empty_head(x),)
         return _mixing_plan(x, fn, problem, True, precision, norm_eps, eps, 1, 0.0)
 
     tensors = (x, fn, scale, base)
@@ -529,11 +537,12 @@ def _mixing_plan(
     tokens, _, width = x.shape
     mixes, k = fn.shape
     gpu = Gpu(x, problem)
-    splits = choose_num_splits(tokens, k, gpu.num_sms)
-    prenorm = _prenorm_launch(gpu, k, fn, tokens, splits, precision)
+    fp32 = x.dtype == torch.float32
+    splits = choose_num_splits(tokens, k, gpu.num_sms, fp32)
+    prenorm = _prenorm_launch(gpu, x.dtype, k, fn, tokens, splits, precision)
     mix = gpu.launch(
         HC_MIX,
-        HC_MIX.spec(gpu.arch, head=head),
+        HC_MIX.spec(gpu.arch, head=head, fp32=fp32),
         (tokens, -(-width // COLUMNS)),
         tokens=tokens,
         vectors=width // VECTOR,
@@ -550,7 +559,7 @@ def _mixing_plan(
         streams, matrix = x.data_ptr(), fn.data_ptr()
         check_aligned(("x", "fn"), (streams, matrix))
         stream = raw_stream(gpu.ordinal)
-        outputs: tuple[Tensor, ...] = (x.new_empty((tokens, width)),) if head else _empty_pre(x)
+        outputs: tuple[Tensor, ...] = (_empty_head(x),) if head else _empty_pre(x)
         workspace = scale.new_empty(products + splits * tokens)
         parts = workspace.data_ptr()
         squares = parts + 4 * products
@@ -570,7 +579,7 @@ def _check_post(x: Tensor, residual: Tensor, post: Tensor, comb: Tensor) -> None
     tokens, width = x.shape
     if width < 1 or width % VECTOR:
         raise ProblemError(f"x has shape {[tokens, width]}; accepted is a width that is a multiple of {VECTOR}")
-    check_tensor("residual", residual, torch.bfloat16, (tokens, STREAMS, width), x)
+    check_tensor("residual", residual, tuple(_DTYPES), (tokens, STREAMS, width), x)
     check_tensor("post", post, torch.float32, (tokens, STREAMS), x)
     check_tensor("comb", comb, torch.float32, (tokens, STREAMS, STREAMS), x)
     check_contiguous(x=x, residual=residual, post=post, comb=comb)
@@ -596,7 +605,7 @@ def _post_inplace(x: Tensor, residual: Tensor, post: Tensor, comb: Tensor) -> No
 def _post_into(x: Tensor, residual: Tensor, post: Tensor, comb: Tensor, y: Tensor) -> None:
     def make() -> Call:
         _check_post(x, residual, post, comb)
-        gpu, problem = on_gpu(x), SmallProblem.make("hc_post")
+        gpu, problem = on_gpu(x), SmallProblem.make("hc_post", dtype=_DTYPES[residual.dtype])
         record_if_asked(problem)
         tokens, width = x.shape
         if not gpu:
@@ -605,7 +614,9 @@ def _post_into(x: Tensor, residual: Tensor, post: Tensor, comb: Tensor, y: Tenso
             return lambda *_: None
         where = Gpu(x, problem)
         grid = tokens, -(-width // COLUMNS)
-        launch = where.launch(HC_POST, HC_POST.spec(where.arch), grid, vectors=width // VECTOR)
+        launch = where.launch(
+            HC_POST, HC_POST.spec(where.arch, fp32=residual.dtype == torch.float32), grid, vectors=width // VECTOR
+        )
         spans = [span_of(tensor) for tensor in (x, residual, post, comb)]
 
         def call(*tensors: Tensor) -> None:

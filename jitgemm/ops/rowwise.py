@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
 from jitgemm.errors import ProblemError
-from jitgemm.families.rowwise import GROUPS, MAX_NORM_COLUMNS, TIES
+from jitgemm.families.rowwise import GROUPS, MAX_NORM_COLUMNS, TIES, WHOLE_ROW
 from jitgemm.ops.dispatch import needs_dispatch
 from jitgemm.ops.rowwise_launch import (
     DTYPES,
@@ -42,6 +42,7 @@ from jitgemm.reference import rowwise as reference
 
 _Result = TypeVar("_Result")
 _SCALE_FORMATS = (None, "ue8m0")
+_INT8_ROWS = Quantizer("int8", "fp32_inverse", WHOLE_ROW)
 
 
 def _cached(function: Callable[..., _Result]) -> Callable[..., _Result]:
@@ -121,6 +122,30 @@ def int8_act_quant(x: Tensor, block_size: int = 128, *, scale_layout: str = "col
         result: tuple[Tensor, Tensor] = torch.ops.jitgemm.int8_act_quant(x, block_size, scale_layout)
         return result
     return _cast(x, quantizer)
+
+
+def per_token_cast_to_int8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantize rows to INT8 with one scale a row: activations by token, or weights by output channel.
+
+    ``a = max(amax, 1e-4)``, codes are ``x * (127 / a)`` rounded to nearest even, scales ``1 / (127 / a)``: what a code
+    is multiplied with.
+
+    Args:
+        x: ``[..., n]``, n from 1 to 32768.
+
+    Returns:
+        int8 ``[..., n]`` and fp32 scales ``[..., 1]``.
+
+    Raises:
+        ProblemError: an argument is not of these.
+        CacheMissError: as ``act_quant``.
+    """
+    _check_rows("x", x, _INT8_ROWS)
+    x = x.detach() if x.requires_grad else x
+    if needs_dispatch(x):
+        result: tuple[Tensor, Tensor] = torch.ops.jitgemm.per_token_cast_to_int8(x)
+        return result
+    return _cast(x, _INT8_ROWS)
 
 
 def fp4_act_quant(
@@ -368,6 +393,29 @@ def rms_norm_act_quant(
     return _rms_norm_quant(x, weight, eps, quantizer)
 
 
+def rms_norm_cast_to_int8(x: Tensor, weight: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor, Tensor]:
+    """``rms_norm`` and ``per_token_cast_to_int8`` of its result, in one kernel.
+
+    Args:
+        x: as ``rms_norm``.
+        weight: as ``rms_norm``.
+        eps: as ``rms_norm``.
+
+    Returns:
+        The normalized rows in the type of ``x``, their INT8 codes ``[..., n]``, and fp32 scales ``[..., 1]``.
+
+    Raises:
+        ProblemError: an argument is not of these.
+        CacheMissError: as ``act_quant``.
+    """
+    _check_norm(x, weight, eps, _INT8_ROWS)
+    x = x.detach() if x.requires_grad else x
+    if needs_dispatch(x, weight):
+        result: tuple[Tensor, Tensor, Tensor] = torch.ops.jitgemm.rms_norm_cast_to_int8(x, weight, eps)
+        return result
+    return _rms_norm_quant(x, weight, eps, _INT8_ROWS)
+
+
 # -- Head norm and rotary embedding.
 
 
@@ -509,7 +557,8 @@ def _cast(x: Tensor, quantizer: Quantizer) -> tuple[Tensor, Tensor]:
 
 
 def _quantize(rows: Tensor, quantizer: Quantizer) -> reference.Quantized:
-    return reference.quantize(rows, quantizer.format, quantizer.scales, quantizer.group, quantizer.ties)
+    group = quantizer.group or rows.shape[1]
+    return reference.quantize(rows, quantizer.format, quantizer.scales, group, quantizer.ties)
 
 
 def _round_trip(x: Tensor, quantizer: Quantizer, operator: str) -> Tensor:
@@ -756,7 +805,10 @@ def _check_rows(name: str, x: Tensor, quantizer: Quantizer | None, columns: int 
     if quantizer is None:
         return
     columns = x.shape[-1] if columns is None else columns
-    if columns % quantizer.group:
+    if quantizer.group == WHOLE_ROW:
+        if not 1 <= columns <= MAX_NORM_COLUMNS:
+            raise ProblemError(f"{name} has {columns} columns; accepted are 1 to {MAX_NORM_COLUMNS}")
+    elif columns % quantizer.group:
         raise ProblemError(f"{name} has shape {tuple(x.shape)}; {columns} columns are no multiple of {quantizer.group}")
     if quantizer.layout != "row_major" and x.dim() != 2:
         raise ProblemError(f"{name} has {x.dim()} dimensions; scale_layout {quantizer.layout} accepts 2")
@@ -930,6 +982,12 @@ def _define_all() -> None:
             lambda x, *rest, make=make: _empty_cast(x, make(*rest)),
         )
     _define(
+        "per_token_cast_to_int8",
+        "(Tensor x) -> (Tensor, Tensor)",
+        lambda x: _cast(x, _INT8_ROWS),
+        lambda x: _empty_cast(x, _INT8_ROWS),
+    )
+    _define(
         "act_quant_",
         "(Tensor(a!) x, int block_size, bool fp32_scales) -> ()",
         lambda x, block_size, fp32: _round_trip_of(
@@ -982,6 +1040,12 @@ def _define_all() -> None:
         f"(Tensor x, Tensor weight, float eps, {fp8}) -> (Tensor, Tensor, Tensor)",
         lambda x, weight, eps, *rest: _rms_norm_quant(x, weight, eps, _e4m3(*rest)),
         lambda x, weight, eps, *rest: (x.new_empty(x.shape), *_empty_cast(x, _e4m3(*rest))),
+    )
+    _define(
+        "rms_norm_cast_to_int8",
+        "(Tensor x, Tensor weight, float eps) -> (Tensor, Tensor, Tensor)",
+        lambda x, weight, eps: _rms_norm_quant(x, weight, eps, _INT8_ROWS),
+        lambda x, weight, eps: (x.new_empty(x.shape), *_empty_cast(x, _INT8_ROWS)),
     )
     rope = "Tensor x, Tensor positions, Tensor cos_sin, Tensor? weight, bool norm, bool inverse, float eps"
 

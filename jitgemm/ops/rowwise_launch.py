@@ -42,7 +42,7 @@ class Quantizer:
     Args:
         format: of the codes: e4m3, int8 or e2m1 (two to a byte).
         scales: their kind, see ``RowwiseProblem``.
-        group: columns that share one.
+        group: columns that share one, or ``WHOLE_ROW``.
         layout: a name in ``LAYOUTS``.
         packed: four exponents to an int32.
         ties: where a tie of E2M1 goes.
@@ -61,7 +61,8 @@ class Quantizer:
         """Codes [*rows, columns] (E2M1: half as many) and their scales, on the device of ``x``."""
         width = columns // 2 if self.format == "e2m1" else columns
         codes = x.new_empty((*rows, width), dtype=_CODES[self.format])
-        groups = -(-columns // (4 * self.group if self.packed else self.group))
+        group = self.group or columns
+        groups = -(-columns // (4 * group if self.packed else group))
         if self.layout == "row_major":
             return codes, x.new_empty((*rows, groups), dtype=self.scale_dtype)
         if self.layout == "col_major":
@@ -77,7 +78,8 @@ class Quantizer:
 
     def scale_strides(self, scales: Tensor) -> tuple[int, int, int]:
         """Bytes to the next row, to the next four groups and from one of these to the next."""
-        size, row, column = scales.element_size(), scales.stride(-2), scales.stride(-1)
+        size, column = scales.element_size(), scales.stride(-1)
+        row = scales.stride(-2) if scales.dim() > 1 else 0  # of a single row
         if self.packed:
             return row * size, column * size, 1
         return row * size, 4 * column * size, column * size
@@ -378,7 +380,7 @@ def _make_plan(
 
     heads = 1 if positions is None else x.shape[1]
     packed = quantizer is not None and quantizer.packed
-    group = quantizer.group if quantizer is not None else 1
+    group = 1 if quantizer is None else quantizer.group or columns
     unit = 4 * group if packed and positions is None else group  # heads have no columns between them
     sizes |= {"m": problem.m // heads, "n": columns, "heads": heads, "scale_columns": ceil_div(columns, unit) * unit}
     reals = {"eps": operation.eps, "limit": operation.limit}

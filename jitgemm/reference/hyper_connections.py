@@ -69,7 +69,7 @@ def hc_head(x: Tensor, fn: Tensor, scale: Tensor, base: Tensor, norm_eps: float,
 def hc_post(x: Tensor, residual: Tensor, post: Tensor, comb: Tensor) -> Tensor:
     """``jitgemm.hc_post``."""
     mixed = torch.einsum("tjk,tjd->tkd", comb.double(), residual.double())
-    return _to_bf16(post.double().unsqueeze(-1) * x.double().unsqueeze(1) + mixed)
+    return (post.double().unsqueeze(-1) * x.double().unsqueeze(1) + mixed).float().to(residual.dtype)
 
 
 def _split_sinkhorn(

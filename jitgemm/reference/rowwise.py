@@ -109,7 +109,8 @@ def quantize(x: Tensor, format: str, scales: str, group: int, ties: str = "even"
         x: fp32, or a type that fp32 holds.
         format: ``e4m3``, ``int8`` or ``e2m1``.
         scales: ``fp32`` (elements are divided by them), ``fp32_reciprocal`` (multiplied with their rounded
-            reciprocals), ``pow2`` or ``ue8m0`` (rounded up to powers of two), ``ue4m3`` (rounded to nearest E4M3).
+            reciprocals), ``fp32_inverse`` (INT8: multiplied with 127 / amax, whose reciprocals they are), ``pow2`` or
+            ``ue8m0`` (rounded up to powers of two), ``ue4m3`` (rounded to nearest E4M3).
         group: columns that share a scale.
         ties: of E2M1.
     """
@@ -132,6 +133,9 @@ def quantize(x: Tensor, format: str, scales: str, group: int, ties: str = "even"
 def scales_of(amax: Tensor, format: str, scales: str) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Scales of groups with these largest magnitudes; what values are multiplied with instead of divided; codes."""
     # Tensors, not numbers: torch divides by a number through its reciprocal on some devices.
+    if scales == "fp32_inverse":
+        inverse = amax.new_tensor(INT8_MAX) / amax.clamp(min=SMALLEST_AMAX)
+        return amax.new_tensor(1.0) / inverse, inverse, None
     if format == "int8":
         return (amax / amax.new_tensor(INT8_MAX)).clamp(min=SMALLEST_INT8_SCALE), None, None
     if scales == "ue4m3":

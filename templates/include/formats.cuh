@@ -8,7 +8,8 @@
 
 enum Format { VALUES, E4M3, INT8, E2M1 };
 // FP32: x / s. FP32_RECIPROCAL: x * (1 / s). POW2: fp32 powers of two. UE8M0: their exponents, one byte. UE4M3: one byte.
-enum ScaleKind { FP32, FP32_RECIPROCAL, POW2, UE8M0, UE4M3 };
+// FP32_INVERSE: x * i with i = 127 / amax, and s = 1 / i.
+enum ScaleKind { FP32, FP32_RECIPROCAL, POW2, UE8M0, UE4M3, FP32_INVERSE };
 enum Ties { EVEN, AWAY, ZERO };  // where E2M1 rounds a tie: to the even code, away from zero, toward zero
 
 struct Bf16 { uint16_t bits; };
@@ -58,7 +59,10 @@ __device__ __forceinline__ Scale scale_of(uint32_t amax_bits) {
   scale.blank = FORMAT == E2M1 && !scale.finite;
   scale.code = 0;
   scale.inverse = 0.f;
-  if constexpr (FORMAT == INT8) {
+  if constexpr (KIND == FP32_INVERSE) {
+    scale.inverse = __fdiv_rn(127.f, __uint_as_float(larger(amax_bits, __float_as_uint(1e-4f))));
+    scale.value = __fdiv_rn(1.f, scale.inverse);
+  } else if constexpr (FORMAT == INT8) {
     const float s = __fdiv_rn(__uint_as_float(amax_bits), 127.f);
     scale.value = s < 1e-12f ? 1e-12f : s;  // a NaN stays
   } else if constexpr (KIND == UE4M3) {

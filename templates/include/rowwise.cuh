@@ -113,6 +113,22 @@ __device__ __forceinline__ uint32_t largest_of_lanes(uint32_t amax) {
   return amax;
 }
 
+// The largest of the magnitudes that the threads of a row hold.
+template <int THREADS_PER_ROW, int THREADS>
+__device__ __forceinline__ uint32_t largest_of_row(uint32_t amax) {
+  constexpr int WARPS = THREADS_PER_ROW / WARP;  // of a row
+  amax = largest_of_lanes<THREADS_PER_ROW < WARP ? THREADS_PER_ROW : WARP>(amax);
+  if constexpr (WARPS > 1) {
+    __shared__ uint32_t of_warps[THREADS / WARP];
+    if (threadIdx.x % WARP == 0) of_warps[threadIdx.x / WARP] = amax;
+    __syncthreads();
+    const uint32_t* row = of_warps + threadIdx.x / THREADS_PER_ROW * WARPS;
+#pragma unroll
+    for (int i = 0; i < WARPS; ++i) amax = larger(amax, row[i]);
+  }
+  return amax;
+}
+
 // The sum of a binary tree over COUNT values (the next power of two, with zeros), highest bit of the index first.
 template <int COUNT>
 __device__ __forceinline__ float sum_of_tree(const float (&values)[COUNT]) {

@@ -25,6 +25,20 @@ __device__ __forceinline__ void add_scaled(float (&sums)[BF16_PER_VECTOR], float
   }
 }
 
+// As many columns in FP32: two loads, or two stores.
+struct Floats { float4 low, high; };
+
+__device__ __forceinline__ void add_scaled(float (&sums)[BF16_PER_VECTOR], float weight, const Floats& vector) {
+  const float4 low = vector.low, high = vector.high;
+  const float values[BF16_PER_VECTOR] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+#pragma unroll
+  for (int i = 0; i < BF16_PER_VECTOR; ++i) sums[i] = fmaf(weight, values[i], sums[i]);
+}
+
+__device__ __forceinline__ Floats pack_floats(const float (&v)[BF16_PER_VECTOR]) {
+  return {float4{v[0], v[1], v[2], v[3]}, float4{v[4], v[5], v[6], v[7]}};
+}
+
 __device__ __forceinline__ uint4 pack_vector(const float (&values)[BF16_PER_VECTOR]) {
   return {pack_bf16(values[0], values[1]), pack_bf16(values[2], values[3]), pack_bf16(values[4], values[5]), pack_bf16(values[6], values[7])};
 }

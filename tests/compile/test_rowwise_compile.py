@@ -26,6 +26,11 @@ PROBLEMS = [
     *(Row("cast", 4096, format="e4m3", scales="ue8m0", group=group) for group in rowwise.GROUPS),
     Row("cast", 448, format="e4m3", scales="pow2", group=64, round_trip=True),
     Row("cast", 512, dtype="fp16", format="int8", scales="fp32", group=128),
+    *(
+        Row("cast", n, dtype=dtype, format="int8", scales="fp32_inverse", aligned=n != 777)
+        for n, dtype in ((777, "bf16"), (7168, "bf16"), (32768, "fp32"))
+    ),
+    Row("rms_norm", 7168, norm="bf16", format="int8", scales="fp32_inverse", values=True, round_first=True),
     *(Row("cast", 128, format="e2m1", scales="ue8m0", group=32, ties=ties) for ties in rowwise.TIES),
     Row("cast", 128, format="e2m1", scales="ue8m0", group=32, round_trip=True),
     Row("cast", 4096, format="e4m3", scales="ue8m0", group=32, stage=True, index="int64"),

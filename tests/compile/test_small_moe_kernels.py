@@ -10,17 +10,21 @@ import pytest
 from jitgemm.compiler import compile_source
 from jitgemm.device import SM90A
 from jitgemm.families import KernelSpec, family_of
-from jitgemm.families.hyper_connections import BLOCKS_PER_SM, HC_PRENORM
+from jitgemm.families.hyper_connections import HC_PRENORM, blocks_per_sm
 from jitgemm.families.moe import MAX_EXPERTS
 from jitgemm.families.plain import PlainFamily
-from jitgemm.families.small_problem import LAYOUTS, SCORES, SmallProblem
+from jitgemm.families.small_problem import LAYOUTS, PRECISIONS, SCORES, STREAM_DTYPES, SmallProblem
 from jitgemm.render import render
 
 PROBLEMS = [
     SmallProblem.make("hc_split_sinkhorn"),
-    *(SmallProblem.make("hc_pre", precision=precision) for precision in ("tf32", "fp32")),
-    *(SmallProblem.make("hc_head", precision=precision) for precision in ("tf32", "fp32")),
-    SmallProblem.make("hc_post"),
+    *(
+        SmallProblem.make(kind, precision=precision, dtype=dtype)
+        for kind in ("hc_pre", "hc_head")
+        for precision in PRECISIONS
+        for dtype in STREAM_DTYPES
+    ),
+    *(SmallProblem.make("hc_post", dtype=dtype) for dtype in STREAM_DTYPES),
     SmallProblem.make("hc_prenorm_gemm", n=16, precision="fp32"),
     *(
         SmallProblem.make("topk_gate", experts=experts, scores=scores, hashed=hashed, index_dtype=dtype)
@@ -49,6 +53,6 @@ def test_kernel(spec: KernelSpec) -> None:
     assert (metadata.spill_bytes, metadata.stack_bytes, metadata.warnings) == (0, 0, ())
     threads, smem = family.num_threads(spec), family.smem_bytes(spec)
     # 512 threads of a multiprocessor have enough loads in flight; the prenorm GEMM's share of registers is its own.
-    blocks = BLOCKS_PER_SM if family is HC_PRENORM else 512 // threads
+    blocks = blocks_per_sm(spec["fp32"]) if family is HC_PRENORM else 512 // threads
     assert metadata.registers * threads * blocks <= SM90A.registers_per_sm
     assert blocks * (smem + SM90A.smem_reserved) <= SM90A.smem_per_sm

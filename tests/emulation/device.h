@@ -1,98 +1,175 @@
 // A CUDA block on one CPU thread: each of its threads is a fiber, and a shuffle or a barrier lets the others run first.
-// Stands in for common.cuh and convert.cuh; what a kernel computes is then what its own source says, but for the single
-// instructions below, whose meaning is written out here.
+//
+// Stands in for common.cuh and convert.cuh, and defines the functions of other headers that are assembly: what a kernel
+// computes is then what its own source says, but for the single instructions below, whose meaning is written out here.
+// Asynchronous copies arrive when they are waited for, not before. Dynamic shared memory is NaN when a block begins.
 #pragma once
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <memory>
 #include <vector>
 
 #define __device__
 #define __global__
 #define __forceinline__ inline
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 #define __grid_constant__
 #define __shared__ static
 
+using std::isnan;
+using std::max;
+using std::min;
+
 constexpr int WARP = 32;
 
-struct Index { unsigned x, y, z; };
+struct uint3 { unsigned x, y, z; };
 struct uint2 { uint32_t x, y; };
-struct uint4 { uint32_t x, y, z, w; };
+struct alignas(16) uint4 { uint32_t x, y, z, w; };
+struct alignas(16) float4 { float x, y, z, w; };
 inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
 inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
+inline uint3 threadIdx, blockIdx, gridDim;
 
 // -- Fibers.
 
 namespace emulation {
+constexpr int MAX_THREADS = 1024;
+constexpr size_t STACK = 64 << 10;
+
+// Threads that wait until all of a group have come.
+struct Barrier {
+  int arrived;
+  unsigned turn;
+};
+struct Copy {
+  float* target;
+  const float* source;
+};
 struct Fiber {
   ucontext_t context;
-  std::vector<char> stack;
+  std::unique_ptr<char[]> stack;
+  std::vector<Copy> copies;  // that have not arrived
   bool done;
-  int waits;  // barriers that it has reached
 };
-inline std::vector<Fiber> fibers;
+inline Fiber fibers[MAX_THREADS];
 inline ucontext_t scheduler;
-inline int current;
+inline Barrier block_barrier, warp_barriers[MAX_THREADS / WARP];
+inline int current, block_threads;
+inline int64_t progress;  // arrivals at barriers, and fibers that are done
+inline uint64_t slots[MAX_THREADS];  // what lanes show each other
+inline float4* dynamic_shared;
 inline void (*kernel)(const void*);
 inline const void* params;
-inline uint32_t slots[1024];
 
-// The others run before this fiber goes on. All threads of a block reach the same barriers here, in the same order, so
-// that one turn of the scheduler is a barrier.
-inline void barrier() {
-  ++fibers[current].waits;
-  swapcontext(&fibers[current].context, &scheduler);
+inline void rest() {
+  const int me = current;
+  swapcontext(&fibers[me].context, &scheduler);
+  current = me, threadIdx = {unsigned(me), 0, 0};
+}
+// Threads that have ended never come: on a GPU a shuffle of all lanes would read what they no longer say.
+inline void wait(Barrier& barrier, int expected) {
+  const unsigned turn = barrier.turn;
+  ++progress;
+  if (++barrier.arrived == expected) {
+    barrier.arrived = 0, ++barrier.turn;
+    return;
+  }
+  while (barrier.turn == turn) rest();
 }
 inline void entry() {
   kernel(params);
   fibers[current].done = true;
-  swapcontext(&fibers[current].context, &scheduler);
+  ++progress;
+  while (true) swapcontext(&fibers[current].context, &scheduler);
+}
+
+// Whether all threads of the block come to their end.
+inline bool run_block(int threads) {
+  block_threads = threads, block_barrier = {};
+  for (int i = 0; i < threads; ++i) {
+    Fiber& fiber = fibers[i];
+    if (!fiber.stack) fiber.stack.reset(new char[STACK]);
+    fiber.done = false, fiber.copies.clear();
+    warp_barriers[i / WARP] = {};
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = fiber.stack.get(), fiber.context.uc_stack.ss_size = STACK;
+    makecontext(&fiber.context, entry, 0);
+  }
+  while (true) {
+    const int64_t before = progress;
+    int alive = 0;
+    for (int i = 0; i < threads; ++i) {
+      if (fibers[i].done) continue;
+      current = i, threadIdx = {unsigned(i), 0, 0};
+      swapcontext(&scheduler, &fibers[i].context);
+      alive += !fibers[i].done;
+    }
+    if (alive == 0) return true;
+    if (progress == before) return false;
+  }
+}
+
+// 0, or 1 if a block's threads wait for ever.
+inline int run(void (*entry)(const void*), const void* values, int grid_x, int grid_y, int threads, int smem_bytes) {
+  if (threads > MAX_THREADS || threads % WARP) abort();
+  std::vector<float4> memory(smem_bytes / 16 + 1);
+  kernel = entry, params = values, dynamic_shared = memory.data();
+  gridDim = {unsigned(grid_x), unsigned(grid_y), 1};
+  for (int y = 0; y < grid_y; ++y)
+    for (int x = 0; x < grid_x; ++x) {
+      blockIdx = {unsigned(x), unsigned(y), 0};
+      memset(memory.data(), 0xff, memory.size() * 16);
+      if (!run_block(threads)) return 1;
+    }
+  return 0;
 }
 }  // namespace emulation
 
-inline Index threadIdx, blockIdx;
+// -- What threads do together.
 
-inline void run_block(int threads) {
-  using namespace emulation;
-  fibers.resize(threads);
-  for (Fiber& fiber : fibers) {
-    fiber.stack.resize(64 << 10);
-    fiber.done = false;
-    fiber.waits = 0;
-    getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack.data();
-    fiber.context.uc_stack.ss_size = fiber.stack.size();
-    fiber.context.uc_link = nullptr;
-    makecontext(&fiber.context, entry, 0);
-  }
-  for (int turn = 1;; ++turn) {
-    int running = 0;
-    for (current = 0; current < threads; ++current) {
-      threadIdx = {unsigned(current), 0, 0};
-      swapcontext(&scheduler, &fibers[current].context);
-      running += !fibers[current].done;
-      if (!fibers[current].done && fibers[current].waits != turn) abort();
-    }
-    if (running == 0) return;
-    if (running != threads) abort();  // a barrier that not all reach: a hang, or worse, on a GPU
-  }
-}
+inline void __syncthreads() { emulation::wait(emulation::block_barrier, emulation::block_threads); }
+inline void __syncwarp() { emulation::wait(emulation::warp_barriers[emulation::current / WARP], WARP); }
 
-inline void __syncthreads() { emulation::barrier(); }
-template <typename T>
-inline T __shfl_xor_sync(uint32_t, T value, int distance) {
-  static_assert(sizeof(T) == 4);
-  const int thread = threadIdx.x;
-  memcpy(&emulation::slots[thread], &value, 4);
-  emulation::barrier();
-  memcpy(&value, &emulation::slots[thread ^ distance], 4);
-  emulation::barrier();
-  return value;
+// A value of each lane of the warp, as the function sees it; then that function's result.
+template <typename T, typename Function>
+inline auto with_all_lanes(T mine, Function&& function) {
+  static_assert(sizeof(T) <= 8);
+  uint64_t* warp = emulation::slots + emulation::current / WARP * WARP;
+  memcpy(&warp[emulation::current % WARP], &mine, sizeof(T));
+  __syncwarp();
+  const auto result = function([warp](int lane) {
+    T value;
+    memcpy(&value, &warp[lane], sizeof(T));
+    return value;
+  });
+  __syncwarp();
+  return result;
 }
+template <typename T> inline T __shfl_sync(unsigned, T x, int lane) {
+  return with_all_lanes(x, [&](auto of) { return of(lane); });
+}
+template <typename T> inline T __shfl_xor_sync(unsigned, T x, int bits) { return __shfl_sync(0, x, emulation::current % WARP ^ bits); }
+template <typename T> inline T __shfl_up_sync(unsigned, T x, int by) { return __shfl_sync(0, x, max(0, emulation::current % WARP - by)); }
+template <typename T> inline unsigned __match_any_sync(unsigned, T x) {
+  return with_all_lanes(x, [&](auto of) {
+    unsigned same = 0;
+    for (int lane = 0; lane < WARP; ++lane) same |= unsigned(of(lane) == x) << lane;
+    return same;
+  });
+}
+inline unsigned __reduce_max_sync(unsigned, unsigned x) {
+  return with_all_lanes(x, [](auto of) {
+    unsigned all = of(0);
+    for (int lane = 1; lane < WARP; ++lane) all = max(all, of(lane));
+    return all;
+  });
+}
+inline unsigned __reduce_min_sync(unsigned, unsigned x) { return ~__reduce_max_sync(0, ~x); }
 inline void grid_dependency_wait() {}
 template <typename T>
 inline constexpr T min_of(T x, T y) { return x < y ? x : y; }
@@ -108,6 +185,8 @@ inline float __fdiv_rn(float x, float y) { return x / y; }
 inline float __frsqrt_rn(float x) { return float(1 / std::sqrt(double(x))); }
 inline float __fdividef(float x, float y) { return x / y; }
 inline float __expf(float x) { return std::exp(x); }
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline float rsqrtf(float x) { return 1.f / std::sqrt(x); }
 inline int __float2int_rn(float x) {
   return std::isnan(x) ? 0 : x >= 0x1p31f ? INT32_MAX : x <= -0x1p31f ? INT32_MIN : int(std::nearbyint(x));
 }
@@ -137,3 +216,36 @@ inline uint32_t float_to_e4m3(float x) {
 inline uint32_t floats_to_e4m3(float low, float high) { return float_to_e4m3(low) | float_to_e4m3(high) << 8; }
 inline float min_or_nan(float x, float y) { return std::isnan(x) || std::isnan(y) ? NAN : std::fmin(x, y); }
 inline float max_or_nan(float x, float y) { return std::isnan(x) || std::isnan(y) ? NAN : std::fmax(x, y); }
+
+// -- Those of warp.cuh.
+
+inline uint32_t pack_bf16(float low, float high) { return float_to_bf16(low) | uint32_t(float_to_bf16(high)) << 16; }
+inline float reciprocal(float x) { return 1.f / x; }
+inline float round_tf32(float x) { return std::isnan(x) ? x : __uint_as_float((__float_as_uint(x) + 0x1000) & 0xffffe000); }
+inline void mma_tf32(float (&c)[4], const float (&a)[4], float b0, float b1) {
+  struct Operands { float a[4][WARP], b[2][WARP]; } all;
+  const float mine[6] = {a[0], a[1], a[2], a[3], b0, b1};
+  for (int i = 0; i < 6; ++i) {
+    float (&target)[WARP] = i < 4 ? all.a[i] : all.b[i - 4];
+    const float truncated = __uint_as_float(__float_as_uint(mine[i]) & 0xffffe000);  // of other bits the unit reads none
+    with_all_lanes(truncated, [&](auto of) {
+      for (int lane = 0; lane < WARP; ++lane) target[lane] = of(lane);
+      return 0;
+    });
+  }
+  const int g = emulation::current % WARP / 4, q = emulation::current % 4;
+  for (int i = 0; i < 4; ++i)
+    for (int k = 0; k < 8; ++k) c[i] += all.a[i / 2 + k / 4 * 2][g * 4 + k % 4] * all.b[k / 4][(2 * q + i % 2) * 4 + k % 4];
+}
+inline void copy_async(float* target, const float* source, bool exists) {
+  if (uintptr_t(target) % 16 || uintptr_t(source) % 16) abort();
+  emulation::fibers[emulation::current].copies.push_back({target, exists ? source : nullptr});
+}
+inline void copy_async_wait() {
+  auto& copies = emulation::fibers[emulation::current].copies;
+  for (const auto& copy : copies) {
+    if (copy.source != nullptr) memcpy(copy.target, copy.source, 16);
+    else memset(copy.target, 0, 16);
+  }
+  copies.clear();
+}

@@ -91,6 +91,7 @@ CASTS: dict[str, Callable[[Tensor], Any]] = {
     "per_channel": lambda x: jitgemm.per_channel_cast_to_fp8(x),
     "per_channel pow2": lambda x: jitgemm.per_channel_cast_to_fp8(x, True, 64),
     "int8": lambda x: jitgemm.int8_act_quant(x),
+    "int8 rows": lambda x: jitgemm.per_token_cast_to_int8(x),
     "mxfp4": lambda x: jitgemm.fp4_act_quant(x),
     "mxfp4 ties zero": lambda x: jitgemm.fp4_act_quant(x, ties="zero"),
     "nvfp4": lambda x: jitgemm.nvfp4_act_quant(x),
@@ -106,8 +107,9 @@ def test_casts(name: str) -> None:
     check(CASTS[name], rows(65, 4096))
     for dtype in (FP16, FP32):
         check(CASTS[name], rows(5, 1152, dtype))
-    for m in (0,):
-        check(CASTS[name], torch.empty(m, 256, dtype=BF16))
+    check(CASTS[name], torch.empty(0, 256, dtype=BF16))
+    if name in ("int8 rows", "mxfp4", "nvfp4"):  # the others are of matrices
+        check(CASTS[name], rows(3, 384)[1])
 
 
 @pytest.mark.parametrize("name", CASTS)
@@ -148,7 +150,9 @@ def test_nvfp4_scales_over_all_amax() -> None:
     check(lambda y: jitgemm.nvfp4_act_quant(y), x)
 
 
-@pytest.mark.parametrize("name", ["e4m3 fp32", "e4m3 packed tma", "mxfp4", "nvfp4", "per_block", "per_channel"])
+@pytest.mark.parametrize(
+    "name", ["e4m3 fp32", "e4m3 packed tma", "int8 rows", "mxfp4", "nvfp4", "per_block", "per_channel"]
+)
 def test_strided_and_unaligned_rows(name: str) -> None:
     base = rows(260, 600)
     for view in (
@@ -169,6 +173,8 @@ def test_ragged_widths() -> None:
             check(CASTS[name], rows(131, n))
         check(lambda x: jitgemm.swiglu(x), torch.zeros(3, 2 * n, dtype=BF16))
         check(lambda x, w: jitgemm.rms_norm(x, w), rows(5, n), rows(1, n)[0])
+        check(lambda x: jitgemm.per_token_cast_to_int8(x), rows(131, n))
+        check(lambda x, w: jitgemm.rms_norm_cast_to_int8(x, w), rows(5, n), rows(1, n)[0])
 
 
 def test_round_trips_leave_the_rest_alone() -> None:

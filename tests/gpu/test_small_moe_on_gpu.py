@@ -124,6 +124,41 @@ def test_pre_post_and_head(width: int) -> None:
         assert torch.equal(x, streams)
 
 
+@pytest.mark.parametrize("precision", ["tf32", "fp32"])
+@pytest.mark.parametrize(("m", "k"), [(1, 28672), (13, 16384), (137, 7168), (4096, 7680), (33, 1288), (100, 8)])
+def test_prenorm_of_fp32(m: int, k: int, precision: str) -> None:
+    a, fn = normal(m, k), normal(24, k, seed=1)
+    exact, exact_squares = a.double() @ fn.double().T, a.double().square().sum(-1)
+    for splits in (None, jitgemm.get_hc_prenorm_num_splits(m, k), 5):
+        leading = () if splits is None else (splits,)
+        d, squares = (torch.full((*leading, *shape), math.nan, device=DEVICE) for shape in ((m, 24), (m,)))
+        jitgemm.tf32_hc_prenorm_gemm(a, fn, d, squares, splits, precision=precision)
+        total, sums = (d, squares) if splits is None else (d.double().sum(0), squares.double().sum(0))
+        torch.testing.assert_close(sums.double(), exact_squares, rtol=2e-6, atol=0)
+        error = 1 - 2 * (total.double() * exact).sum() / (total.double().square() + exact.square()).sum()
+        assert error < (2e-7 if precision == "tf32" else 1e-8), (splits, float(error))
+
+
+@pytest.mark.parametrize("width", (4096, 7168, 2056))
+def test_fp32_streams(width: int) -> None:
+    fn, scale, base = layer_weights(width)
+    for tokens in (1, 7, 33, 1000):
+        x = normal(tokens, 4, width)
+        y, post, comb = twice(lambda x=x: jitgemm.hc_pre(x, fn, scale, base, precision="fp32"))
+        expected = hc.hc_pre(x, fn, scale, base, 1e-6, 1e-6, 20, 2.0)
+        torch.testing.assert_close(post, expected[1], rtol=1e-4, atol=0)
+        torch.testing.assert_close(comb, expected[2], rtol=1e-4, atol=1e-8)
+        assert within_one_step(y, expected[0], 2e-4)
+        torch.testing.assert_close(jitgemm.hc_pre(x, fn, scale, base)[1], expected[1], rtol=2e-3, atol=0)
+        out = normal(tokens, width, seed=5, dtype=torch.bfloat16)
+        streams = twice(lambda x=x, out=out, post=post, comb=comb: jitgemm.hc_post(out, x, post, comb))
+        torch.testing.assert_close(streams, hc.hc_post(out, x, post, comb), rtol=1e-5, atol=1e-5)
+        head = twice(lambda x=x: jitgemm.hc_head(x, fn[:4], scale[:1], base[:4], precision="fp32"))
+        assert within_one_step(head, hc.hc_head(x, fn[:4], scale[:1], base[:4], 1e-6, 1e-6), 2e-4)
+        assert jitgemm.hc_post(out, x, post, comb, inplace=True) is x
+        assert torch.equal(x, streams)
+
+
 @pytest.mark.parametrize("scores", moe.SCORES)
 @pytest.mark.parametrize(("experts", "topk"), [(256, 6), (384, 6), (33, 8), (1000, 32), (4, 4)])
 def test_gate(scores: str, experts: int, topk: int) -> None:
@@ -284,3 +319,28 @@ def test_another_stream_and_no_tokens() -> None:
     assert made.grouped_layout.tolist() == [0] * 24
     assert (made.pos_to_token_topk == -1).all()
     assert jitgemm.moe_combine(normal(5, 1280, dtype=torch.bfloat16), made.token_topk_to_pos).shape == (0, 1280)
+
+
+def test_the_most_tokens() -> None:
+    """Offsets beyond 2^31 elements: the experts' rows here are 3.0e9."""
+    tokens, width, experts, topk = 65536, 7168, 256, 6
+    fn, scale, base = layer_weights(width)
+    x = torch.empty(tokens, 4, width, dtype=torch.bfloat16, device=DEVICE).normal_()
+    y, post, comb = jitgemm.hc_pre(x, fn, scale, base, precision="fp32")
+    indices = torch.randint(experts, (tokens, topk), dtype=torch.int32, device=DEVICE)
+    weights = torch.rand(tokens, topk, device=DEVICE)
+    made = jitgemm.moe_permutation(indices, experts, weights, layout="psum")
+    furthest = int(made.token_topk_to_pos.amax(1).argmax())
+    checked = torch.tensor([0, 32768, furthest, tokens - 2, tokens - 1], device=DEVICE)
+    expected = hc.hc_pre(x[checked], fn, scale, base, 1e-6, 1e-6, 20, 2.0)
+    assert within_one_step(y[checked], expected[0], 2e-4)
+    torch.testing.assert_close(comb[checked], expected[2], rtol=1e-4, atol=1e-8)
+    streams = jitgemm.hc_post(y, x, post, comb)
+    assert within_one_step(streams[checked], hc.hc_post(y[checked], x[checked], post[checked], comb[checked]), 1e-5)
+    del streams, x
+    rows, _ = jitgemm.moe_permute(y, made)
+    assert rows.numel() > 2**31
+    pos = made.token_topk_to_pos[checked]
+    assert torch.equal(rows[pos.long()], y[checked].unsqueeze(1).expand(-1, topk, -1))
+    combined = jitgemm.moe_combine(rows, made.token_topk_to_pos, weights, y)
+    assert within_one_step(combined[checked], moe.moe_combine(rows, pos, weights[checked], y[checked]), 1e-5)

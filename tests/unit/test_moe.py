@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from emulator import emulated  # noqa: F401 (a fixture)
+from emulation.plain import emulated  # noqa: F401 (a fixture)
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 

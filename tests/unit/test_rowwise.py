@@ -162,6 +162,31 @@ def test_int8_rounds_halves_to_even() -> None:
     assert bool(((back - x.float()).abs() <= scales.repeat_interleave(128, 1) * 0.5001).all())
 
 
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=str)
+def test_int8_rows_equal_an_exact_oracle(dtype: torch.dtype) -> None:
+    x = torch.randn(6, 3, 200) * torch.tensor([1e-6, 1.0, 300.0])[:, None]
+    x[0, 1] = 0
+    x = x.to(dtype)
+    codes, scales = jitgemm.per_token_cast_to_int8(x)
+    assert (codes.shape, scales.shape) == ((6, 3, 200), (6, 3, 1))
+    for row, found, scale in zip(x.view(-1, 200), codes.view(-1, 200), scales.flatten(), strict=True):
+        part = row.float().numpy()
+        inverse = np.float32(127) / max(np.abs(part).max(), np.float32(1e-4))
+        assert scale.item() == np.float32(1) / inverse
+        assert found.tolist() == np.rint(part * inverse).tolist()  # which rounds halves to even
+    halves = torch.tensor([[127.0, 0.5, 1.5, 2.5, -0.5, -3.5, -127.0]])
+    codes, scales = jitgemm.per_token_cast_to_int8(halves)
+    assert scales.item() == 1 and codes[0].tolist() == [127, 0, 2, 2, 0, -4, -127]
+
+
+def test_a_norm_before_int8_is_two_functions_in_one() -> None:
+    x, weight = torch.randn(5, 200, dtype=BF16), torch.randn(200, dtype=BF16)
+    values, codes, scales = jitgemm.rms_norm_cast_to_int8(x, weight)
+    assert torch.equal(values, jitgemm.rms_norm(x, weight))
+    for found, expected in zip((codes, scales), jitgemm.per_token_cast_to_int8(values), strict=True):
+        assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize(
     ("amax", "scale"),
     [(1e-4, 0.0), (6 * 2.0**-10, 0.0), (6.1 * 2.0**-10, 2.0**-9), (6.0, 1.0), (2688.0, 448.0)]
@@ -197,6 +222,10 @@ def test_what_is_not_finite_shows_in_its_group_and_nowhere_else(bad: float) -> N
         (lambda y: jitgemm.act_quant(y), lambda c, s: c.float() * s.repeat_interleave(128, 1)),
         (lambda y: jitgemm.act_quant(y, scale_fmt="ue8m0"), lambda c, s: c.float() * s.repeat_interleave(128, 1)),
         (lambda y: jitgemm.int8_act_quant(y), lambda c, s: c.float() * s.repeat_interleave(128, 1)),
+        (
+            lambda y: jitgemm.per_token_cast_to_int8(y.view(4, 128)),
+            lambda c, s: (c.float() * s).view(2, 256),
+        ),
         (
             lambda y: jitgemm.fp4_act_quant(y),
             lambda c, s: reference.e2m1_to_float(reference.unpack_nibbles(c)) * s.float().repeat_interleave(32, 1),
@@ -363,6 +392,10 @@ REFUSED: list[tuple[Callable[[], object], str]] = [
     (lambda: jitgemm.act_quant(torch.ones(1, 128, requires_grad=True), inplace=True), "x requires a gradient"),
     (lambda: jitgemm.act_quant(X.to_sparse()), "x has layout torch.sparse_coo"),
     (lambda: jitgemm.int8_act_quant(X, 0), "block_size is 0"),
+    (lambda: jitgemm.per_token_cast_to_int8(X[:, :0]), "x has 0 columns; accepted are 1 to 32768"),
+    (lambda: jitgemm.per_token_cast_to_int8(torch.ones(1, 32769)), "x has 32769 columns; accepted are 1 to 32768"),
+    (lambda: jitgemm.per_token_cast_to_int8(X.int()), "x has dtype torch.int32"),
+    (lambda: jitgemm.rms_norm_cast_to_int8(X, torch.ones(255)), r"weight has shape \(255,\); accepted is \(256,\)"),
     (lambda: jitgemm.fp4_act_quant(X, ties="up"), "ties is 'up'; accepted are even, away, zero"),
     (lambda: jitgemm.fp4_act_quant(X, scale_dtype=FP32), "scale_dtype is torch.float32"),
     (lambda: jitgemm.nvfp4_act_quant(X[:, :8]), "8 columns are no multiple of 16"),
@@ -403,6 +436,8 @@ def test_bad_arguments(call: Callable[[], object], message: str) -> None:
 CALLS: dict[str, Callable[[Tensor], Any]] = {
     "act_quant": lambda x: jitgemm.act_quant(x, 128, "ue8m0", torch.int32),
     "int8_act_quant": lambda x: jitgemm.int8_act_quant(x),
+    "per_token_cast_to_int8": lambda x: jitgemm.per_token_cast_to_int8(x),
+    "rms_norm_cast_to_int8": lambda x: jitgemm.rms_norm_cast_to_int8(x, torch.ones(x.shape[1])),
     "fp4_act_quant": lambda x: jitgemm.fp4_act_quant(x),
     "nvfp4_act_quant": lambda x: jitgemm.nvfp4_act_quant(x),
     "swiglu": lambda x: jitgemm.swiglu(x, None, 10.0),
@@ -454,6 +489,8 @@ def test_operators_pass_opcheck() -> None:
         (ops.act_quant_, (x.clone(), 64, False)),
         (ops.fp4_act_quant_, (x.clone(), 32, "even")),
         (ops.int8_act_quant, (x, 128, "col_major")),
+        (ops.per_token_cast_to_int8, (x,)),
+        (ops.rms_norm_cast_to_int8, (x, torch.ones(256), 1e-6)),
         (ops.swiglu_act_quant, (x, None, 10.0, *fp8, False)),
         (ops.rms_norm_act_quant, (x, torch.ones(256), 1e-6, *fp8)),
         (ops.head_norm_rope, (*rope, 64)),

@@ -116,6 +116,7 @@ CASTS: dict[str, Callable[[Tensor], Any]] = {
     "packed": lambda x: ops.act_quant(x, 128, "ue8m0", torch.int32, scale_layout="mn_major_tma_aligned"),
     "packed rows": lambda x: ops.act_quant(x, 32, "ue8m0", torch.int32),
     "int8": lambda x: ops.int8_act_quant(x),
+    "int8 rows": lambda x: ops.per_token_cast_to_int8(x),
     "mxfp4": lambda x: ops.fp4_act_quant(x),
     "mxfp4 ties zero": lambda x: ops.fp4_act_quant(x, ties="zero", scale_dtype=torch.int32),
     "nvfp4": lambda x: ops.nvfp4_act_quant(x),
@@ -130,7 +131,7 @@ def test_casts(gpu: Callable[[bool], None], name: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [FP16, FP32], ids=str)
-@pytest.mark.parametrize("name", ["fp32 scales", "mxfp4"])
+@pytest.mark.parametrize("name", ["fp32 scales", "int8 rows", "mxfp4"])
 def test_other_types(gpu: Callable[[bool], None], name: str, dtype: torch.dtype) -> None:
     check(gpu, lambda: CASTS[name](rows(9, 384, dtype)))
 
@@ -142,13 +143,19 @@ def test_many_rows_and_few_give_the_same_bits(gpu: Callable[[bool], None], monke
         rowwise_launch.forget_plans()
         check(gpu, lambda: ops.rms_norm_act_quant(x, weight))
         check(gpu, lambda: ops.act_quant(x))
+        check(gpu, lambda: ops.per_token_cast_to_int8(x))
 
 
-@pytest.mark.parametrize("name", ["fp32 scales", "nvfp4"])
+@pytest.mark.parametrize("name", ["fp32 scales", "int8 rows", "nvfp4"])
 def test_strided_and_unaligned_rows(gpu: Callable[[bool], None], name: str) -> None:
     base = rows(9, 600, BF16)
     for x in (base[:, 8:392], base[:, 3:387], base.view(3, 3, 600)[..., :384], base[::2, :384], base[:, 1::4][:, :128]):
         check(gpu, lambda x=x: CASTS[name](x))
+
+
+@pytest.mark.parametrize("name", ["fp32 scales", "exponents", "packed rows", "int8 rows", "mxfp4", "nvfp4"])
+def test_a_row_alone(gpu: Callable[[bool], None], name: str) -> None:
+    check(gpu, lambda: CASTS[name](rows(3, 384, BF16)[1]))
 
 
 @pytest.mark.parametrize("view", ["aligned", "odd"])
@@ -197,6 +204,14 @@ def test_rms_norm(gpu: Callable[[bool], None], m: int, n: int, dtype: torch.dtyp
     for weight_dtype in (BF16, FP32):
         weight = torch.randn(n).to(weight_dtype)
         check(gpu, lambda weight=weight: ops.rms_norm(x, weight))
+
+
+@pytest.mark.parametrize(("m", "n", "dtype"), [(1, 1, BF16), (7, 200, BF16), (3, 777, FP16), (2, 4096, FP32)])
+def test_int8_rows(gpu: Callable[[bool], None], m: int, n: int, dtype: torch.dtype) -> None:
+    x, weight = rows(m, n, dtype), torch.randn(n).to(BF16)
+    check(gpu, lambda: ops.per_token_cast_to_int8(x))
+    check(gpu, lambda: ops.per_token_cast_to_int8(x[0]))
+    check(gpu, lambda: ops.rms_norm_cast_to_int8(x, weight))
 
 
 def test_rms_norm_of_a_wide_row(gpu: Callable[[bool], None]) -> None:
@@ -252,7 +267,7 @@ def test_swiglu_with_quantization(gpu: Callable[[bool], None]) -> None:
         assert different.float().mean() < 0.01  # where an exponential rounds differently
 
 
-@pytest.mark.parametrize("format", ["e4m3", "e4m3 pow2", "int8", "e2m1"])
+@pytest.mark.parametrize("format", ["e4m3", "e4m3 pow2", "int8", "int8 rows", "e2m1"])
 def test_every_bf16_number(gpu: Callable[[bool], None], format: str) -> None:
     """All 65536 patterns, 31 beside one that sets the group's scale."""
     patterns = torch.arange(65536).to(torch.int16).view(BF16)
@@ -260,6 +275,7 @@ def test_every_bf16_number(gpu: Callable[[bool], None], format: str) -> None:
         "e4m3": ops.act_quant,
         "e4m3 pow2": lambda x, group: ops.act_quant(x, group, "ue8m0"),
         "int8": ops.int8_act_quant,
+        "int8 rows": lambda x, _: ops.per_token_cast_to_int8(x),
         "e2m1": ops.fp4_act_quant,
     }[format]
     for largest in (1.75, 6.0, 448.0):  # of which 6 and 448 have scales that are powers of two

@@ -46,7 +46,9 @@ def test_a_line_is_a_problem_with_kernels(line: str) -> None:
     [
         ({"kind": "hc_pre"}, "precision is missing; kind hc_pre needs precision"),
         ({"kind": "hc_pre", "precision": "bf16"}, "precision is 'bf16'; accepted is tf32 or fp32"),
-        ({"kind": "hc_post", "m": 3}, "'m' is no field of kind hc_post; accepted are none"),
+        ({"kind": "hc_post", "m": 3}, "'m' is no field of kind hc_post; accepted are dtype"),
+        ({"kind": "hc_post", "dtype": "fp16"}, "dtype is 'fp16'; accepted is bf16 or fp32"),
+        ({"kind": "hc_split_sinkhorn", "m": 3}, "'m' is no field of kind hc_split_sinkhorn; accepted are none"),
         ({"kind": "moe_combine", "topk": True}, "topk is True; accepted is an integer from 1 to 16"),
         ({"kind": "moe_combine", "topk": 0}, "topk is 0"),
         ({"kind": "moe_permute", "zero_padding": 1}, "zero_padding is 1; accepted is false or true"),
@@ -56,6 +58,13 @@ def test_a_line_is_a_problem_with_kernels(line: str) -> None:
 def test_other_lines_say_why_not(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ProblemError, match=message):
         from_line(json.dumps(fields))
+
+
+def test_streams_are_bf16_unless_said() -> None:
+    bf16 = from_line('{"kind": "hc_pre", "precision": "tf32", "dtype": "bf16"}').problem
+    assert bf16 == from_line('{"kind": "hc_pre", "precision": "tf32"}').problem
+    fp32 = from_line('{"kind": "hc_pre", "precision": "tf32", "dtype": "fp32"}').problem
+    assert not set(enumerate_specs(bf16, H200)) & set(enumerate_specs(fp32, H200))
 
 
 def test_prewarm_builds_them(cache_dir: Path, tmp_path: Path) -> None:
