@@ -102,6 +102,8 @@ _PUBLIC = {
     "rms_norm": "jitgemm.ops.rowwise",
     "rms_norm_act_quant": "jitgemm.ops.rowwise",
     "rope_cos_sin": "jitgemm.ops.rowwise",
+    "set_block_size_multiple_of": "jitgemm.knobs",
+    "set_ignore_compile_dims": "jitgemm.knobs",
     "set_mk_alignment_for_contiguous_layout": "jitgemm.settings",
     "set_num_sms": "jitgemm.plan",
     "set_pdl": "jitgemm.settings",

@@ -342,6 +342,9 @@ def bf16_gemm_tt(
 
 
 def _recipe_name(recipe: object, recipe_a: object, recipe_b: object) -> str:
+    recipe, recipe_a, recipe_b = (
+        tuple(given) if isinstance(given, list) else given for given in (recipe, recipe_a, recipe_b)
+    )
     if recipe is None:
         if recipe_a is None and recipe_b is None:
             return "fp8_1x128_128x128"
@@ -355,7 +358,7 @@ def _recipe_name(recipe: object, recipe_a: object, recipe_b: object) -> str:
     if isinstance(recipe, str) and recipe in RECIPES and RECIPES[recipe].is_fp8:
         return recipe
     for peer_recipe, name in _PEER_RECIPES.items():
-        if recipe == peer_recipe or recipe == list(peer_recipe):
+        if recipe == peer_recipe:
             return name
     names = ", ".join(name for name, facts in RECIPES.items() if facts.is_fp8)
     raise ProblemError(f"recipe is {recipe!r}; accepted are {names}, (1, 128, 128) and (1, 1, 128)")
@@ -781,10 +784,26 @@ class _FusedReferencePlan:
 
 
 class _EmptyPlan:
-    """m is 0: nothing to do."""
+    """m or n is 0: nothing to do."""
 
     def __call__(self, *_: object) -> None:
         return None
+
+
+class _WithoutProduct:
+    """k is 0: D is C, or zero."""
+
+    def __init__(self, extents: _Extents) -> None:
+        self._extents = extents
+
+    def __call__(
+        self, a: Tensor, a_scales: Tensor | None, b: Tensor, b_scales: Tensor | None, d: Tensor, c: Tensor | None
+    ) -> None:
+        self._extents.check_overlap(*_addresses(a, a_scales, b, b_scales, d, c))
+        if c is None:
+            d.zero_()
+        elif c is not d:
+            d.copy_(c)
 
 
 _INPUTS = ("a", "a_scales", "b", "b_scales", "c")
@@ -870,9 +889,10 @@ class _Operands:
             )
         self.a, self.b = a_rows, b_rows
         self.d_columns = columns = n if steps is None else n // steps.gated
+        self.is_empty = min(n, k) == 0
         self.problem = GemmProblem(
-            n=n,
-            k=k,
+            n=max(n, 1),
+            k=max(k, 1),
             recipe=recipe,
             m=m,
             layout=("n" if a_rows.k_major else "t") + ("t" if b_rows.k_major else "n"),
@@ -950,8 +970,6 @@ class _Rows:
         self.mn, self.k = sizes
         self._mn_stride, self._k_stride = strides
         self._itemsize = tensor.element_size()
-        if min(sizes) < 1 and (self.k < 1 or name == "b"):
-            raise ProblemError(f"{name} has shape {tuple(tensor.shape)}; accepted is n >= 1 and k >= 1")
         k_unit, mn_unit = self._k_stride == 1 or self.k == 1, self._mn_stride == 1 or self.mn <= 1
         if k_unit and mn_unit:  # a vector fits both: take the layout that was named
             self.k_major = not transposed
@@ -1067,10 +1085,14 @@ def _make_plan(
     operands = _Operands(a, a_scales, b, b_scales, d, c, operation, steps)
     problem = operands.problem
     kind = d.device.type
+    if kind not in (_GPU, "cpu"):
+        raise ProblemError(f"d is on {d.device}; accepted are CUDA and CPU tensors")
+    if operands.is_empty:  # of which there is neither a kernel nor a problem to record
+        if problem.m == 0 or operands.b.mn == 0:
+            return _EmptyPlan()
+        return _WithoutProduct(operands.extents) if steps is None else _FusedReferencePlan(operation)
     if kind == _GPU:
         operands.check_for_tma()
-    elif kind != "cpu":
-        raise ProblemError(f"d is on {d.device}; accepted are CUDA and CPU tensors")
     if in_force.record is not None:
         record(in_force.record, problem)
     if kind != _GPU and steps is not None:

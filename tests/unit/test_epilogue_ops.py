@@ -42,6 +42,14 @@ def test_steps_follow_each_other_as_written() -> None:
     assert torch.allclose(d.double(), expected, rtol=1e-6)
 
 
+def test_without_a_product_the_other_steps_remain() -> None:
+    bias, c, d = torch.rand(N), torch.randn(M, N), torch.full((M, N), torch.nan)
+    a, b = (torch.empty(rows, 0).bfloat16() for rows in (M, N))
+    jitgemm.bf16_gemm_nt(a, b, d, c, epilogue=Epilogue(alpha=0.5, bias=bias))
+    assert torch.equal(d, c + bias)
+    jitgemm.bf16_gemm_nt(a, b[:0], d[:, :0], epilogue=Epilogue(alpha=0.5))  # nothing at all
+
+
 def test_swiglu_of_interleaved_weights() -> None:
     a, b = operands()
     d = torch.full((M, N // 2), torch.nan)
