@@ -13,11 +13,13 @@ from torch import Tensor
 
 from jitgemm.errors import ProblemError
 from jitgemm.ops.dispatch import needs_dispatch
+from jitgemm.ops.pack_scales import pack_groups, pack_planes
 from jitgemm.reference import layout as reference
 from jitgemm.reference.quantize import align, ceil_div
 from jitgemm.settings import get_mk_alignment_for_contiguous_layout
 
 _ALIGNMENTS = (8, 16, 32, 64, 128)
+_MAX_ALIGNMENT = 65536
 
 
 def get_tma_aligned_size(mn: int, element_size: int) -> int:
@@ -77,7 +79,7 @@ def get_mn_major_tma_aligned_packed_ue8m0_tensor(sf: Tensor) -> Tensor:
     if needs_dispatch(sf):
         result: Tensor = torch.ops.jitgemm.get_mn_major_tma_aligned_packed_ue8m0_tensor(sf)
         return result
-    return reference.get_mn_major_tma_aligned_packed_ue8m0_tensor(sf)
+    return pack_planes(sf)
 
 
 def get_k_grouped_mn_major_tma_aligned_packed_ue8m0_tensor(
@@ -94,7 +96,7 @@ def get_k_grouped_mn_major_tma_aligned_packed_ue8m0_tensor(
         sf: fp32 [sum of ceil(k / gran_k), mn], the groups one after the other; powers of two, of which only the
             exponents are read.
         grouped_layout: int32 [groups], each group's k; in the psum layout where each ends, which the next one follows
-            at the next multiple of ``k_alignment``. Read on the host in the psum layout alone.
+            at the next multiple of ``k_alignment``. Read on the host in the psum layout alone. On sf's device.
         ks_cpu: each group's k; not used in the psum layout.
         gran_k: elements of K that share a scale.
         k_alignment: by default what ``set_mk_alignment_for_contiguous_layout`` declared.
@@ -112,9 +114,19 @@ def get_k_grouped_mn_major_tma_aligned_packed_ue8m0_tensor(
         raise ProblemError(f"sf is {given}; accepted is torch.float32 [sum of k_blocks, mn]")
     if not isinstance(gran_k, int) or gran_k <= 0:
         raise ProblemError(f"gran_k is {gran_k!r}; accepted is a positive integer")
-    ks = list(ks_cpu or ())
+    if (
+        not isinstance(grouped_layout, Tensor)
+        or grouped_layout.dtype != torch.int32
+        or grouped_layout.dim() != 1
+        or not grouped_layout.is_contiguous()
+        or grouped_layout.device != sf.device
+    ):
+        raise ProblemError(f"grouped_layout is {grouped_layout!r}; accepted is torch.int32 [groups], where sf is")
+    ks, alignment = list(ks_cpu or ()), 0
     if use_psum_layout:
         alignment = get_mk_alignment_for_contiguous_layout() if k_alignment is None else k_alignment
+        if not isinstance(alignment, int) or not 1 <= alignment <= _MAX_ALIGNMENT:
+            raise ProblemError(f"k_alignment is {alignment!r}; accepted is an integer from 1 to {_MAX_ALIGNMENT}")
         ends = grouped_layout.tolist()
         ks = [max(end - align(start, alignment), 0) for start, end in zip([0, *ends], ends, strict=False)]
     elif grouped_layout.numel() != len(ks):
@@ -122,7 +134,11 @@ def get_k_grouped_mn_major_tma_aligned_packed_ue8m0_tensor(
     blocks = [ceil_div(k, gran_k) for k in ks]
     if any(k < 0 for k in ks) or sum(blocks) != sf.shape[0]:
         raise ProblemError(f"sf has {sf.shape[0]} rows; groups of {ks} in steps of {gran_k} have {sum(blocks)}")
-    return reference.get_k_grouped_mn_major_tma_aligned_packed_ue8m0_tensor(sf, blocks)
+    sf = sf.detach() if sf.requires_grad else sf
+    if needs_dispatch(sf, grouped_layout):
+        result: Tensor = torch.ops.jitgemm.pack_k_grouped_ue8m0(sf, grouped_layout, blocks, gran_k, alignment)
+        return result
+    return pack_groups(sf, grouped_layout, blocks, gran_k, alignment)
 
 
 def transform_sf_into_required_layout(
