@@ -16,7 +16,17 @@ from torch.compiler import is_dynamo_compiling
 from jitgemm import settings
 from jitgemm.device import SM90A, Device
 from jitgemm.errors import ProblemError
-from jitgemm.families.gemm import FAMILY, FP4, LAYOUTS, RECIPES, SCALE_GROUP, GemmConfig, GemmProblem, recipe_traits
+from jitgemm.families.gemm import (
+    FAMILY,
+    FP4,
+    LAYOUTS,
+    RECIPES,
+    SCALE_GROUP,
+    GemmConfig,
+    GemmProblem,
+    recipe_traits,
+    scale_blocks,
+)
 from jitgemm.families.gemm_launch import STEPS_OFFSET, GemmGeometry, Matrix, ScaleStrides
 from jitgemm.families.transpose_scales import FAMILY as TRANSPOSE_SCALES
 from jitgemm.heuristics import chooser, prepare
@@ -917,8 +927,9 @@ class _Operands:
         self.device = d.device
 
         k_blocks = -(-k // SCALE_GROUP)
-        self.a_scales = _check_scales("a_scales", a_scales, traits.a_scales, m, k_blocks, recipe, d)
-        self.b_scales = _check_scales("b_scales", b_scales, traits.b_scales, n, k_blocks, recipe, d)
+        blocks = scale_blocks(n, self.problem.gated)
+        self.a_scales = _check_scales("a_scales", a_scales, traits.a_scales, (m, k_blocks), 0, recipe, d)
+        self.b_scales = _check_scales("b_scales", b_scales, traits.b_scales, (n, k_blocks), blocks, recipe, d)
         self.scales_by_tma = (traits.a_scales == "row_k", traits.b_scales == "row_k")
 
         size, d_size = operand_dtype.itemsize, d.element_size()
@@ -1038,9 +1049,10 @@ def _check_tensors(**tensors: object) -> None:
 
 
 def _check_scales(
-    name: str, scales: Tensor | None, granularity: str, mn: int, k_blocks: int, recipe: str, d: Tensor
+    name: str, scales: Tensor | None, granularity: str, of_rows: tuple[int, int], blocks: int, recipe: str, d: Tensor
 ) -> ScaleStrides:
-    """Check one operand's scales and return their strides."""
+    """Check one operand's scales, of rows and 128 of K or of as many blocks along the rows; return their strides."""
+    mn, k_blocks = of_rows
     if granularity == "none":
         return ScaleStrides(0, 0)
     if scales is None:
@@ -1060,7 +1072,7 @@ def _check_scales(
         if shape not in ((mn,), (mn, 1)):
             raise ProblemError(f"{name} has shape {shape}; recipe {recipe} accepts {(mn,)} or {(mn, 1)}")
         return ScaleStrides(scales.stride(0), 0)
-    wanted = (mn, k_blocks) if granularity == "row_k" else (-(-mn // SCALE_GROUP), k_blocks)
+    wanted = of_rows if granularity == "row_k" else (blocks, k_blocks)
     if shape != wanted:
         raise ProblemError(f"{name} has shape {shape}; recipe {recipe} accepts {wanted}")
     return ScaleStrides(scales.stride(0), scales.stride(1))

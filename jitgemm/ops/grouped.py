@@ -15,7 +15,7 @@ from torch import Tensor
 
 from jitgemm import settings
 from jitgemm.errors import ProblemError
-from jitgemm.families.gemm import FP4, SCALE_GROUP
+from jitgemm.families.gemm import FP4, SCALE_GROUP, scale_blocks
 from jitgemm.families.grouped import FAMILY, MAX_GROUPS, GroupedProblem
 from jitgemm.families.grouped_launch import STEPS_OFFSET, GroupedGeometry, Stack
 from jitgemm.heuristics.grouped import chooser
@@ -498,7 +498,7 @@ class _Operands:
             "d": (*stacked, rows, columns),
             name: (rows,) if kind == "contiguous" else (groups,),
             "a_scales": (*stacked, rows, k_blocks),
-            "b_scales": (groups, -(-n // SCALE_GROUP), k_blocks),
+            "b_scales": (groups, scale_blocks(n, 1 if steps is None else steps.gated), k_blocks),
         }
         if b_scales is not None and fp4:
             shapes |= {"b_scales": (groups, n), "b": packed_shape(b_scales.shape, k)}

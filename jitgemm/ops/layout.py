@@ -207,11 +207,11 @@ def interleave_gate_up(weights: Tensor, scales: Tensor | None = None) -> Tensor 
     Args:
         weights: [2h, k] or [groups, 2h, k], of any type; h a multiple of 8.
         scales: of single rows, [.., 2h, k_blocks]; or of 128 x 128, [.., 2 * ceil(h / 128), k_blocks], where gate and
-            up each have blocks of their own.
+            up each have blocks of their own, of which the last may be a part.
 
     Returns:
         A copy of the weights, with scales if given: of single rows in the same order; of blocks, gate's and up's in
-        turn, if h is a multiple of 128; else one for each row, for recipe (1, 1, 128).
+        turn.
 
     Raises:
         ProblemError: an argument is not of that kind.
@@ -220,17 +220,7 @@ def interleave_gate_up(weights: Tensor, scales: Tensor | None = None) -> Tensor 
     interleaved = reference.interleave_gate_up(weights, -2)
     if scales is None:
         return interleaved
-    half, blocks = rows // 2, ceil_div(rows // 2, reference.SCALE_BLOCK)
-    _check_gate_up_scales(weights, scales, (rows, 2 * blocks))
-    if scales.shape[-2] == rows:
-        return interleaved, reference.interleave_gate_up(scales, -2)
-    if half % reference.SCALE_BLOCK == 0:
-        return interleaved, reference.interleave_gate_up(scales, -2, run=1)
-    of_rows = [
-        part.repeat_interleave(reference.SCALE_BLOCK, -2).narrow(-2, 0, half)
-        for part in (scales.narrow(-2, 0, blocks), scales.narrow(-2, blocks, blocks))
-    ]
-    return interleaved, reference.interleave_gate_up(torch.cat(of_rows, -2), -2)
+    return interleaved, reference.interleave_gate_up(scales, -2, _run_of_scales(weights, scales, rows))
 
 
 @overload
@@ -238,7 +228,7 @@ def deinterleave_gate_up(weights: Tensor, scales: None = None) -> Tensor: ...
 @overload
 def deinterleave_gate_up(weights: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]: ...
 def deinterleave_gate_up(weights: Tensor, scales: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-    """Reverse ``interleave_gate_up``; scales that it gave to each row stay those of rows.
+    """Reverse ``interleave_gate_up``.
 
     Raises:
         ProblemError: an argument is not of that kind.
@@ -247,9 +237,7 @@ def deinterleave_gate_up(weights: Tensor, scales: Tensor | None = None) -> Tenso
     stacked = reference.deinterleave_gate_up(weights, -2)
     if scales is None:
         return stacked
-    _check_gate_up_scales(weights, scales, (rows, 2 * ceil_div(rows // 2, reference.SCALE_BLOCK)))
-    run = reference.GATE_UP_RUN if scales.shape[-2] == rows else 1
-    return stacked, reference.deinterleave_gate_up(scales, -2, run)
+    return stacked, reference.deinterleave_gate_up(scales, -2, _run_of_scales(weights, scales, rows))
 
 
 def _gate_up_rows(weights: Tensor) -> int:
@@ -258,11 +246,18 @@ def _gate_up_rows(weights: Tensor) -> int:
     return weights.shape[-2]
 
 
-def _check_gate_up_scales(weights: Tensor, scales: Tensor, rows: tuple[int, int]) -> None:
+def _run_of_scales(weights: Tensor, scales: Tensor, rows: int) -> int:
+    """Scales of gate, then as many of up: those of a run's rows, or one of a block.
+
+    Raises:
+        ProblemError: they fit neither.
+    """
     k_blocks = ceil_div(weights.shape[-1], reference.SCALE_BLOCK)
-    accepted = [(*weights.shape[:-2], count, k_blocks) for count in rows]
+    counts = rows, 2 * ceil_div(rows // 2, reference.SCALE_BLOCK)
+    accepted = [(*weights.shape[:-2], count, k_blocks) for count in counts]
     if tuple(scales.shape) not in accepted:
         raise ProblemError(f"scales have shape {tuple(scales.shape)}; accepted is {accepted[0]} or {accepted[1]}")
+    return reference.GATE_UP_RUN if scales.shape[-2] == rows else 1
 
 
 def check_scales(sf: object) -> None:
