@@ -108,6 +108,7 @@ _PUBLIC = {
     "set_num_sms": "jitgemm.plan",
     "set_pdl": "jitgemm.settings",
     "set_tc_util": "jitgemm.knobs",
+    "shard_weights": "jitgemm.ops.layout",
     "stage_fp8": "jitgemm.ops.rowwise",
     "stage_nvfp4": "jitgemm.ops.rowwise",
     "swiglu": "jitgemm.ops.rowwise",

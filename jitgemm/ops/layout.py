@@ -240,6 +240,49 @@ def deinterleave_gate_up(weights: Tensor, scales: Tensor | None = None) -> Tenso
     return stacked, reference.deinterleave_gate_up(scales, -2, _run_of_scales(weights, scales, rows))
 
 
+def shard_weights(weights: Tensor, scales: Tensor, dim: int, start: int, size: int) -> tuple[Tensor, Tensor, int]:
+    """Cut rows or columns out of weights with scales, also where a block of 128 x 128 is cut in two.
+
+    To kernels, blocks of scales begin with the operand. Where the cut begins within one, zeros take the place of what
+    comes before it in that block, ``start % 128`` elements, and the scales are those of the blocks as they were:
+    products are exact. As rows of b, the zeros make as many columns of d zero, its first. As columns they meet as many
+    columns of a, its first, which must hold zeros too. So if gate and up are cut along n, and down along k at the same
+    place, d of the one is a of the other (an epilogue's bias must be zero there).
+
+    Args:
+        weights: ``[n, k]`` or ``[groups, n, k]``, of any type.
+        scales: of blocks, ``[.., ceil(n / 128), ceil(k / 128)]``, or of single rows, ``[.., n, ceil(k / 128)]``.
+        dim: -2 to cut rows (n), -1 to cut columns (k).
+        start: the first row or column.
+        size: how many.
+
+    Returns:
+        Copies of both, and how many zeros come first.
+
+    Raises:
+        ProblemError: an argument is not of that kind.
+    """
+    if weights.dim() not in (2, 3):
+        raise ProblemError(f"weights have shape {tuple(weights.shape)}; accepted is [n, k] or [groups, n, k]")
+    rows, k = weights.shape[-2:]
+    k_blocks = ceil_div(k, reference.SCALE_BLOCK)
+    accepted = [(*weights.shape[:-2], count, k_blocks) for count in (rows, ceil_div(rows, reference.SCALE_BLOCK))]
+    if tuple(scales.shape) not in accepted:
+        raise ProblemError(f"scales have shape {tuple(scales.shape)}; accepted is {accepted[0]} or {accepted[1]}")
+    if dim not in (-2, -1):
+        raise ProblemError(f"dim is {dim!r}; accepted is -2 (n) or -1 (k)")
+    if not (isinstance(start, int) and isinstance(size, int) and 0 <= start < start + size <= weights.shape[dim]):
+        raise ProblemError(f"start is {start!r} and size {size!r}; accepted is a part of {weights.shape[dim]}")
+    of_rows = dim == -2 and scales.shape[-2] == rows
+    sf, before = reference.slice_scales(scales, dim, start, size, 1 if of_rows else reference.SCALE_BLOCK)
+    shape = list(weights.shape)
+    shape[dim] = before + size
+    shard = torch.zeros(shape, dtype=weights.dtype, device=weights.device)
+    source, target = (reference.as_bytes(x) for x in (weights, shard))
+    target.narrow(dim, before, size).copy_(source.narrow(dim, start, size))
+    return shard, sf.contiguous(), before
+
+
 def _gate_up_rows(weights: Tensor) -> int:
     if weights.dim() not in (2, 3):
         raise ProblemError(f"weights have shape {tuple(weights.shape)}; accepted is [2h, k] or [groups, 2h, k]")

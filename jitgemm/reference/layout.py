@@ -90,7 +90,7 @@ def interleave_gate_up(x: Tensor, dim: int, run: int = GATE_UP_RUN) -> Tensor:
         ProblemError: the extent of ``dim`` is no multiple of two runs.
     """
     dim = _check_gate_up(x, dim, run)
-    halves = torch.unflatten(_as_bytes(x), dim, (2, -1, run)).transpose(dim, dim + 1)
+    halves = torch.unflatten(as_bytes(x), dim, (2, -1, run)).transpose(dim, dim + 1)
     return halves.flatten(dim, dim + 2).contiguous().view(x.dtype)
 
 
@@ -100,7 +100,7 @@ def deinterleave_gate_up(x: Tensor, dim: int, run: int = GATE_UP_RUN) -> Tensor:
     Raises:
         ProblemError: the extent of ``dim`` is no multiple of two runs.
     """
-    return torch.cat([_as_bytes(half) for half in split_gate_up(x, dim, run)], dim).view(x.dtype)
+    return torch.cat([as_bytes(half) for half in split_gate_up(x, dim, run)], dim).view(x.dtype)
 
 
 def split_gate_up(x: Tensor, dim: int, run: int = GATE_UP_RUN) -> tuple[Tensor, Tensor]:
@@ -110,7 +110,7 @@ def split_gate_up(x: Tensor, dim: int, run: int = GATE_UP_RUN) -> tuple[Tensor, 
         ProblemError: the extent of ``dim`` is no multiple of two runs.
     """
     dim = _check_gate_up(x, dim, run)
-    gate, up = torch.unflatten(_as_bytes(x), dim, (-1, 2, run)).unbind(dim + 1)
+    gate, up = torch.unflatten(as_bytes(x), dim, (-1, 2, run)).unbind(dim + 1)
     return gate.flatten(dim, dim + 1).view(x.dtype), up.flatten(dim, dim + 1).view(x.dtype)
 
 
@@ -140,6 +140,6 @@ def _check_gate_up(x: Tensor, dim: int, run: int) -> int:
     return dim % x.dim()
 
 
-def _as_bytes(x: Tensor) -> Tensor:
+def as_bytes(x: Tensor) -> Tensor:
     """FP8 as integers: not every operation is there for every FP8 type."""
     return x.view(torch.uint8) if x.element_size() == 1 else x
