@@ -16,8 +16,8 @@ from jitgemm.testing import calc_diff
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
 GROUPS = 3
-SHAPES = [(192, 352), (320, 96), (136, 720), (72, 48)]
-M = [1, 20, 100, 300]
+SHAPES = [(192, 352), (136, 720), (72, 48)]
+M = [4, 100]
 
 
 @pytest.fixture(autouse=True)
@@ -94,7 +94,7 @@ def test_dense_and_grouped(m: int, n: int, k: int) -> None:
             )
 
 
-@pytest.mark.parametrize(("n", "k"), [(192, 352), (320, 96)])
+@pytest.mark.parametrize(("n", "k"), [(192, 352), (72, 96)])
 @pytest.mark.parametrize("m", M)
 def test_mxfp4_weights(m: int, n: int, k: int) -> None:
     a, scales = rows(GROUPS, m, k), torch.randint(119, 125, (GROUPS, n, k // 32)).byte()
@@ -131,7 +131,7 @@ def test_batches_heads_and_gradients(n: int, k: int) -> None:
 
 
 @pytest.mark.parametrize("start", [0, 192, 384, 352])
-@pytest.mark.parametrize("m", [20, 300])
+@pytest.mark.parametrize("m", M)
 def test_shards_that_begin_within_a_block(start: int, m: int) -> None:
     n, k = 192, 352
     data, scales, before = jitgemm.shard_weights(*blocks(704, k), -2, start, n)

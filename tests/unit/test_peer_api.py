@@ -8,7 +8,9 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 import jitgemm
 
@@ -79,3 +81,11 @@ def test_parameters_are_the_peer_s(name: str) -> None:
 def test_what_is_set_is_the_one_argument(name: str) -> None:
     """By position: there the parameter has no name."""
     assert len(inspect.signature(getattr(jitgemm, name)).parameters) == 1 and name in jitgemm.__all__
+
+
+def test_numbers_of_rows_may_be_numpy_s() -> None:
+    a, b = torch.randn(2, 8, 64).bfloat16(), torch.randn(2, 32, 64).bfloat16()
+    counts, results = torch.tensor([3, 8], dtype=torch.int32), [torch.zeros(2, 8, 32) for _ in range(2)]
+    for d, expected_m in zip(results, (5, np.int64(5)), strict=True):
+        jitgemm.m_grouped_bf16_gemm_nt_masked(a, b, d, counts, expected_m)
+    assert torch.equal(*results) and results[0].any()
