@@ -352,12 +352,10 @@ def bf16_gemm_tt(
 
 
 def _recipe_name(recipe: object, recipe_a: object, recipe_b: object) -> str:
-    recipe, recipe_a, recipe_b = (
-        tuple(given) if isinstance(given, list) else given for given in (recipe, recipe_a, recipe_b)
-    )
     if recipe is None:
         if recipe_a is None and recipe_b is None:
             return "fp8_1x128_128x128"
+        recipe_a, recipe_b = (tuple(given) if isinstance(given, list) else given for given in (recipe_a, recipe_b))
         for name, given, accepted in (
             ("recipe_a", recipe_a, ((1, 128),)),
             ("recipe_b", recipe_b, ((128, 128), (1, 128))),
@@ -368,7 +366,7 @@ def _recipe_name(recipe: object, recipe_a: object, recipe_b: object) -> str:
     if isinstance(recipe, str) and recipe in RECIPES and RECIPES[recipe].is_fp8:
         return recipe
     for peer_recipe, name in _PEER_RECIPES.items():
-        if recipe == peer_recipe:
+        if recipe == peer_recipe or recipe == list(peer_recipe):
             return name
     names = ", ".join(name for name, facts in RECIPES.items() if facts.is_fp8)
     raise ProblemError(f"recipe is {recipe!r}; accepted are {names}, (1, 128, 128) and (1, 1, 128)")
