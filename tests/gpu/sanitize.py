@@ -246,7 +246,7 @@ def run(case: Case) -> None:
 
 
 def small_kernels() -> int:
-    """Row-wise kernels, casts of tiles and packed scales, on sizes that end within a chunk, a group and a tile; how many are wrong."""
+    """Row-wise kernels, casts, packed scales, on sizes that end within chunks, groups or tiles; how many are wrong."""
     table, failed = jitgemm.rope_cos_sin(8), 0
     calls: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]] = {
         "act_quant": (lambda x: jitgemm.act_quant(x, 64, "ue8m0", torch.int32), (torch.randn(7, 448),)),
