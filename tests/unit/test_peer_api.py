@@ -13,6 +13,14 @@ import pytest
 import torch
 
 import jitgemm
+from jitgemm.device import H200
+from jitgemm.families import KernelSpec, family_of
+from jitgemm.families.batched import BatchedProblem
+from jitgemm.families.gemm import GemmProblem
+from jitgemm.families.grouped import GroupedProblem
+from jitgemm.families.small_problem import SmallProblem
+from jitgemm.families.transpose_scales import FAMILY as TRANSPOSE_SCALES
+from jitgemm.heuristics import enumerate_specs
 
 RECIPES: dict[str, object] = {"recipe": None, "recipe_a": None, "recipe_b": None}
 REQUIRED = inspect.Parameter.empty
@@ -89,3 +97,39 @@ def test_numbers_of_rows_may_be_numpy_s() -> None:
     for d, expected_m in zip(results, (5, np.int64(5)), strict=True):
         jitgemm.m_grouped_bf16_gemm_nt_masked(a, b, d, counts, expected_m)
     assert torch.equal(*results) and results[0].any()
+
+
+FP8_RECIPE, ROW_RECIPE = "fp8_1x128_128x128", "fp8_1x128_1x128"
+NAMES: dict[str, list[Any]] = {
+    "fp8_gemm": [
+        GemmProblem(256, 512, FP8_RECIPE),
+        GemmProblem(256, 512, ROW_RECIPE, d_dtype="fp32"),
+        *(GroupedProblem(256, 512, FP8_RECIPE, 4, kind) for kind in ("masked", "contiguous", "psum")),
+        BatchedProblem(256, 512, FP8_RECIPE, 8),
+        BatchedProblem(256, 512, ROW_RECIPE, 8, "k_grouped", d_dtype="fp32"),
+    ],
+    "bf16_gemm": [
+        *(GemmProblem(256, 512, "bf16", layout=layout) for layout in ("nt", "nn", "tn", "tt")),
+        *(GroupedProblem(256, 512, "bf16", 4, kind) for kind in ("masked", "contiguous", "psum")),
+        BatchedProblem(256, 512, "bf16", 8),
+        BatchedProblem(256, 512, "bf16", 8, "k_grouped", layout="tn", d_dtype="fp32"),
+    ],
+    "bmn_bnk_mn_gemm_impl": [BatchedProblem(256, 512, "bf16", 8, "batch_sum", d_dtype="fp32")],
+    "tf32_hc_prenorm_gemm": [SmallProblem.make("hc_prenorm_gemm", n=24, precision="tf32")],
+    "pack_fp32_into_ue8m0": [SmallProblem.make("pack_ue8m0", grouped=grouped) for grouped in (False, True)],
+}
+
+
+def name_of(spec: KernelSpec) -> str:
+    return family_of(spec).kernel_name(spec)
+
+
+@pytest.mark.parametrize("searched", NAMES)
+def test_profiles_show_kernels_by_the_peer_s_names(searched: str) -> None:
+    for problem in NAMES[searched]:
+        specs = enumerate_specs(problem, H200)
+        # With a GEMM, scales may be transposed; what is searched for is to be in one of the names only.
+        names = {name_of(spec) for spec in specs} - {name_of(TRANSPOSE_SCALES.spec("sm_90a"))}
+        assert names and all(searched in name for name in names), problem
+    assert "transpose" in name_of(TRANSPOSE_SCALES.spec("sm_90a"))
+    assert "gemm" not in name_of(TRANSPOSE_SCALES.spec("sm_90a"))
