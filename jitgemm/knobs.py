@@ -40,3 +40,24 @@ def use_deterministic_algorithms(mode: bool) -> None:
 def get_deterministic_algorithms() -> bool:
     """What ``use_deterministic_algorithms`` was given last; False before."""
     return _deterministic
+
+
+def set_ignore_compile_dims(new_value: bool) -> None:
+    """Accepted for the peer's callers, where it makes sizes run-time values of kernels; here they always are.
+
+    Raises:
+        SettingsError: ``new_value`` is not a boolean.
+    """
+    if not isinstance(new_value, bool):
+        raise SettingsError(f"new_value is {new_value!r}; accepted is a boolean")
+
+
+def set_block_size_multiple_of(new_value: int | tuple[int, int]) -> None:
+    """Accepted for the peer's callers, where it narrows the tiles of kernels; here ``override`` does (``tile_m=128``).
+
+    Raises:
+        SettingsError: ``new_value`` is neither a positive integer nor two of them, along m and n.
+    """
+    values = new_value if isinstance(new_value, (tuple, list)) else (new_value, new_value)
+    if len(values) != 2 or any(not isinstance(v, int) or isinstance(v, bool) or v < 1 for v in values):
+        raise SettingsError(f"new_value is {new_value!r}; accepted is a positive integer, or two of them")

@@ -20,6 +20,7 @@ FAMILY_MODULES = {
     "moe_permute": "jitgemm.families.moe:MOE_PERMUTE",
     "topk_gate": "jitgemm.families.moe:TOPK_GATE",
     "m_grouped_gemm": "jitgemm.families.grouped",
+    "pack_ue8m0": "jitgemm.families.pack_scales:PACK_UE8M0",
     "rowwise": "jitgemm.families.rowwise",
     "tiles": "jitgemm.families.tiles",
     "transpose_scales": "jitgemm.families.transpose_scales",

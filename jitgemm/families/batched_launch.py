@@ -10,7 +10,7 @@ from typing import NamedTuple
 from jitgemm.driver import Arguments, Launch, ensure_context
 from jitgemm.errors import DriverError, ProblemError
 from jitgemm.families.batched import MOST_GROUPS_OF_K, BatchedProblem
-from jitgemm.families.gemm import ROWS_STORED, GemmConfig, kernel_shape
+from jitgemm.families.gemm import ROWS_STORED, GemmConfig, kernel_shape, scale_blocks
 from jitgemm.families.gemm_launch import ScaleStrides, divisor, raster_fields, raster_group, scale_fields
 from jitgemm.families.grouped_launch import Stack
 from jitgemm.kernel import Kernel
@@ -130,7 +130,7 @@ class BatchedGeometry:
         b_map = scales_map(recipe.b_scales, b_scales, config.tile_n)
         b_fields, b_group_stride = (0, 0, 0), 0
         if recipe.b_scales == "block_k" and b_scales is not None:
-            b_fields = scale_fields("block_k", ScaleStrides(b_scales.row_stride, b_scales_k_stride), n)
+            b_fields = scale_fields("block_k", ScaleStrides(b_scales.row_stride, b_scales_k_stride), scale_blocks(n))
             b_group_stride = b_scales.group_stride
         none = (0, 0, 0)
         row_fields, column_fields = (b_fields, none) if swap else (none, b_fields)

@@ -140,10 +140,8 @@ class GemmProblem:
         recipe = _ALL_RECIPES[self.recipe]
         if self.epilogue is not None and self.epilogue not in EPILOGUES:
             raise ProblemError(f"epilogue is {self.epilogue!r}; accepted are {', '.join(EPILOGUES)} and None")
-        runs = 2 * SCALE_GROUP if recipe.b_scales == "block_k" else 2 * GATE_UP_RUN
-        if self.epilogue == "swiglu" and self.n % runs:
-            why = "; else weights of gate and up have scales of single rows" if runs > 2 * GATE_UP_RUN else ""
-            raise ProblemError(f"n is {self.n}; SwiGLU with {self.recipe} accepts multiples of {runs}{why}")
+        if self.epilogue == "swiglu" and self.n % (2 * GATE_UP_RUN):
+            raise ProblemError(f"n is {self.n}; SwiGLU accepts multiples of {2 * GATE_UP_RUN}")
         if recipe.is_fp8 and self.layout != "nt":
             raise ProblemError(f"layout is {self.layout!r}; FP8 operands must be nt (both K-major)")
         if not isinstance(self.fast_accum, bool):
@@ -224,11 +222,16 @@ class GemmProblem:
         return cls(**values)
 
 
+def scale_blocks(n: int, gated: int = 1) -> int:
+    """Scales of B along n where one covers 128 x 128; gate and up have their own, also where n cuts a block."""
+    return -(-n // (SCALE_GROUP * gated)) * gated
+
+
 @functools.cache
 def _without_sizes(
     recipe: str, layout: str, d_dtype: str, fast_accum: bool = False, epilogue: str | None = None
 ) -> GemmProblem:
-    n = 2 * SCALE_GROUP if epilogue == "swiglu" else 1  # the least that is accepted
+    n = 2 * GATE_UP_RUN if epilogue == "swiglu" else 1  # the least that is accepted
     return GemmProblem(n, 1, recipe, None, layout, d_dtype, fast_accum, epilogue)
 
 

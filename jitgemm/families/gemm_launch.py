@@ -14,11 +14,11 @@ from jitgemm.families.gemm import (
     PACKED_BYTES,
     PACKED_ROW_BYTES,
     ROWS_STORED,
-    SCALE_GROUP,
     GemmConfig,
     GemmProblem,
     KernelShape,
     kernel_shape,
+    scale_blocks,
 )
 from jitgemm.kernel import Kernel
 from jitgemm.tensor_map import ALIGNMENT, BYTES, OperandMap
@@ -92,15 +92,15 @@ class GemmGeometry:
         if shape.fp4:
             self._b_maps = packed_map(problem.n, self._k_blocks), None
             self._b_scales_map = None
-            self._b_fields = scale_fields(shape.m_side_scales, b_scales, problem.n)
+            self._b_fields = scale_fields(shape.m_side_scales, b_scales, scale_blocks(problem.n, problem.gated))
         elif config.swap_ab:
             self._b_maps = _operand(shape, b, shape.m_side_major, shape.mma_m, config.cluster_m)
             self._b_scales_map = _scales(shape.m_side_scales, problem.n, self._k_blocks, b_scales, shape.mma_m)
-            self._b_fields = scale_fields(shape.m_side_scales, b_scales, problem.n)
+            self._b_fields = scale_fields(shape.m_side_scales, b_scales, scale_blocks(problem.n, problem.gated))
         else:
             self._b_maps = _operand(shape, b, shape.n_side_major, shape.mma_n, config.cluster_m)
             self._b_scales_map = _scales(shape.n_side_scales, problem.n, self._k_blocks, b_scales, shape.mma_n)
-            self._b_fields = scale_fields(shape.n_side_scales, b_scales, problem.n)
+            self._b_fields = scale_fields(shape.n_side_scales, b_scales, scale_blocks(problem.n, problem.gated))
         assert problem.m is not None
         self._d_rows_aligned = _rows_aligned(shape, d)
         self._set_m(problem.m, a_scales)
@@ -124,7 +124,7 @@ class GemmGeometry:
         a_maps = _operand(shape, self._a, major, tile_rows, config.cluster_n)
         a_scales_map = _scales(granularity, m, k_blocks, a_scales, tile_rows)
         d_map = _output(shape, self._d) if config.split_k == 1 else None  # split, D is stored without TMA
-        a_fields, b_fields = scale_fields(granularity, a_scales, m), self._b_fields
+        a_fields, b_fields = scale_fields(granularity, a_scales, scale_blocks(m)), self._b_fields
         if self._swap:
             self._maps = (*self._b_maps, *a_maps, self._b_scales_map, a_scales_map, d_map)
             row_fields, column_fields = b_fields, a_fields
@@ -284,8 +284,8 @@ def _output(shape: KernelShape, d: Matrix) -> OperandMap | None:
     )
 
 
-def scale_fields(granularity: str, strides: ScaleStrides, length: int) -> tuple[int, int, int]:
+def scale_fields(granularity: str, strides: ScaleStrides, blocks: int) -> tuple[int, int, int]:
     """Stride along rows, stride along K, and 128-row blocks."""
     if granularity == "tensor":
         return 0, 0, 0
-    return strides.mn, strides.k, -(-length // SCALE_GROUP)
+    return strides.mn, strides.k, blocks

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from jitgemm.driver import Arguments, Launch, ensure_context
 from jitgemm.errors import DriverError, ProblemError
-from jitgemm.families.gemm import ROWS_STORED, SCALE_GROUP, GemmConfig
+from jitgemm.families.gemm import ROWS_STORED, GemmConfig, scale_blocks
 from jitgemm.families.gemm_launch import d_map_type, packed_map
 from jitgemm.families.grouped import GroupedProblem, token_piece, token_tile
 from jitgemm.kernel import Kernel
@@ -111,7 +111,7 @@ class GroupedGeometry:
         if b_scales is not None and shape.fp4:
             b_fields = (b_scales.row_stride, 0, 0)
         elif b_scales is not None:
-            b_fields = (b_scales.row_stride, b_scales_k_stride, -(-problem.n // SCALE_GROUP))
+            b_fields = (b_scales.row_stride, b_scales_k_stride, scale_blocks(problem.n, problem.dense.gated))
         if config.swap_ab:
             maps = (*weights, *tokens, None, scales_map, d_map)
             row_fields, column_fields = b_fields, (0, 0, 0)

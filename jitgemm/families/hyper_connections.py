@@ -124,6 +124,9 @@ def _prenorm_smem(spec: KernelSpec) -> int:
 
 
 class _PrenormFamily(PlainFamily):
+    def kernel_name(self, spec: KernelSpec) -> str:
+        return "jitgemm_tf32_hc_prenorm_gemm"  # so DeepGEMM's tests find it in a profile, whatever the precision
+
     def of(self, arch: str, n: int, config: PrenormConfig, precise: bool, fp32: bool = False) -> KernelSpec:
         """The spec of the kernel for a config and n rows of B; ``fp32``: A is FP32."""
         n_blocks = 1 if n <= 8 else MAX_N // 8

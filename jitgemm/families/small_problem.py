@@ -1,4 +1,6 @@
-"""What is asked of the kernels around hyper-connections and experts, as problems: what prewarm and records hold."""
+"""What is asked of the kernels around hyper-connections, experts and packed scales, as problems: what prewarm and
+records hold.
+"""
 
 from __future__ import annotations
 
@@ -26,6 +28,7 @@ from jitgemm.families.moe import (
     MOE_PERMUTE,
     gate_spec,
 )
+from jitgemm.families.pack_scales import PACK_UE8M0
 
 SCORES = ("sqrtsoftplus", "sigmoid", "softmax")
 LAYOUTS = ("contiguous", "psum", "masked")
@@ -85,6 +88,7 @@ _KINDS: dict[str, tuple[dict[str, _Accepted], Callable[..., list[KernelSpec]]]] 
         {"topk": range(1, MAX_COMBINED + 1)},
         lambda arch, topk: [MOE_COMBINE.spec(arch, topk=topk)],
     ),
+    "pack_ue8m0": ({"grouped": (False, True)}, lambda arch, grouped: [PACK_UE8M0.spec(arch, grouped=grouped)]),
 }
 """Of each kind the fields beside it, what each accepts, and the kernels that calls can need, whatever their sizes."""
 

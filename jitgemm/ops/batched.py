@@ -4,6 +4,7 @@ gradients of experts' weights (groups along K).
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -134,12 +135,8 @@ def _k_grouped(
         raise ProblemError(f"recipe is {recipe!r}; groups along K accept {_ROW_RECIPE} and (1, 1, 128)")
     scales = {} if recipe is None else {"a_scales": a_scales, "b_scales": b_scales}
     check_tensors(a=a, b=b, d=d, grouped_layout=grouped_layout, **scales, **({} if c is None else {"c": c}))
-    groups = d.shape[0] if d.dim() == 3 else 0
-    if (
-        not isinstance(ks, Sequence)
-        or len(ks) != groups
-        or any(not isinstance(k, int) or isinstance(k, bool) or not 0 <= k < 2**31 for k in ks)
-    ):
+    groups, sizes = d.shape[0] if d.dim() == 3 else 0, _integers(ks)
+    if len(sizes) != groups or any(not 0 <= k < 2**31 for k in sizes):
         raise ProblemError(f"ks is {ks!r}; accepted are {groups} integers, at least 0: K of each group in d")
     if grouped_layout.dtype != torch.int32 or tuple(grouped_layout.shape) != (groups,):
         raise ProblemError(
@@ -147,11 +144,21 @@ def _k_grouped(
             f" accepted is torch.int32 {(groups,)}"
         )
     accumulate = c is not None and (c is d or _is_same(c, d))
-    arguments = (a, a_scales, b, b_scales, d, None if accumulate else c, accumulate, list(ks), layout)
+    arguments = (a, a_scales, b, b_scales, d, None if accumulate else c, accumulate, sizes, layout)
     if needs_dispatch(a, a_scales, b, b_scales, d, c):
         torch.ops.jitgemm.k_grouped_gemm(*arguments)
     else:
         _run_k_grouped(*arguments)
+
+
+def _integers(values: object) -> list[int]:
+    """What a list holds, NumPy's integers too; no number where there is anything else."""
+    if not isinstance(values, Sequence) or any(isinstance(value, (bool, Tensor)) for value in values):
+        return []
+    try:
+        return [operator.index(value) for value in values]
+    except TypeError:
+        return []
 
 
 def _is_same(c: Tensor, d: Tensor) -> bool:

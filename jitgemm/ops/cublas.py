@@ -42,6 +42,9 @@ def cublaslt_gemm_nt(a: Tensor, b: Tensor, d: Tensor, c: Tensor | None = None) -
     if a.shape[1] != b.shape[1] or d.shape != shape or (c is not None and c.shape != shape):
         shapes = [tuple(tensor.shape) for tensor in (a, b, d, c) if tensor is not None]
         raise ProblemError(f"a, b, d and c have shapes {shapes}; accepted is [m, k], [n, k], [m, n], [m, n]")
+    if a.shape[1] == 0 or not d.numel():  # which cuBLAS does not take in FP8
+        d.zero_() if c is None else d.copy_(c)
+        return
     if d.is_cuda:
         _on_device(a, b, d, c)
         return

@@ -38,7 +38,7 @@ class Epilogue:
         bias: bf16 or fp32 ``[n]``; in grouped functions also ``[groups, n]``. Of b's rows, so with SwiGLU interleaved
             as they are.
         swiglu: ``silu(gate) * up``, where b's rows are gate's and up's as ``interleave_gate_up`` orders them: d has
-            half as many columns. With 128 x 128 scales n must be a multiple of 256.
+            half as many columns. With 128 x 128 scales gate and up have ``ceil(n / 256)`` blocks each.
         limit: of SwiGLU: gate is clamped to at most this, up to plus and minus it.
         row_weights: fp32, one for each row of d: ``[m]``, or ``[groups, max_m]`` of a masked GEMM.
     """

@@ -16,7 +16,17 @@ from torch.compiler import is_dynamo_compiling
 from jitgemm import settings
 from jitgemm.device import SM90A, Device
 from jitgemm.errors import ProblemError
-from jitgemm.families.gemm import FAMILY, FP4, LAYOUTS, RECIPES, SCALE_GROUP, GemmConfig, GemmProblem, recipe_traits
+from jitgemm.families.gemm import (
+    FAMILY,
+    FP4,
+    LAYOUTS,
+    RECIPES,
+    SCALE_GROUP,
+    GemmConfig,
+    GemmProblem,
+    recipe_traits,
+    scale_blocks,
+)
 from jitgemm.families.gemm_launch import STEPS_OFFSET, GemmGeometry, Matrix, ScaleStrides
 from jitgemm.families.transpose_scales import FAMILY as TRANSPOSE_SCALES
 from jitgemm.heuristics import chooser, prepare
@@ -345,6 +355,7 @@ def _recipe_name(recipe: object, recipe_a: object, recipe_b: object) -> str:
     if recipe is None:
         if recipe_a is None and recipe_b is None:
             return "fp8_1x128_128x128"
+        recipe_a, recipe_b = (tuple(given) if isinstance(given, list) else given for given in (recipe_a, recipe_b))
         for name, given, accepted in (
             ("recipe_a", recipe_a, ((1, 128),)),
             ("recipe_b", recipe_b, ((128, 128), (1, 128))),
@@ -781,10 +792,26 @@ class _FusedReferencePlan:
 
 
 class _EmptyPlan:
-    """m is 0: nothing to do."""
+    """m or n is 0: nothing to do."""
 
     def __call__(self, *_: object) -> None:
         return None
+
+
+class _WithoutProduct:
+    """k is 0: D is C, or zero."""
+
+    def __init__(self, extents: _Extents) -> None:
+        self._extents = extents
+
+    def __call__(
+        self, a: Tensor, a_scales: Tensor | None, b: Tensor, b_scales: Tensor | None, d: Tensor, c: Tensor | None
+    ) -> None:
+        self._extents.check_overlap(*_addresses(a, a_scales, b, b_scales, d, c))
+        if c is None:
+            d.zero_()
+        elif c is not d:
+            d.copy_(c)
 
 
 _INPUTS = ("a", "a_scales", "b", "b_scales", "c")
@@ -870,9 +897,10 @@ class _Operands:
             )
         self.a, self.b = a_rows, b_rows
         self.d_columns = columns = n if steps is None else n // steps.gated
+        self.is_empty = min(n, k) == 0
         self.problem = GemmProblem(
-            n=n,
-            k=k,
+            n=max(n, 1),
+            k=max(k, 1),
             recipe=recipe,
             m=m,
             layout=("n" if a_rows.k_major else "t") + ("t" if b_rows.k_major else "n"),
@@ -897,8 +925,9 @@ class _Operands:
         self.device = d.device
 
         k_blocks = -(-k // SCALE_GROUP)
-        self.a_scales = _check_scales("a_scales", a_scales, traits.a_scales, m, k_blocks, recipe, d)
-        self.b_scales = _check_scales("b_scales", b_scales, traits.b_scales, n, k_blocks, recipe, d)
+        blocks = scale_blocks(n, self.problem.gated)
+        self.a_scales = _check_scales("a_scales", a_scales, traits.a_scales, (m, k_blocks), 0, recipe, d)
+        self.b_scales = _check_scales("b_scales", b_scales, traits.b_scales, (n, k_blocks), blocks, recipe, d)
         self.scales_by_tma = (traits.a_scales == "row_k", traits.b_scales == "row_k")
 
         size, d_size = operand_dtype.itemsize, d.element_size()
@@ -950,8 +979,6 @@ class _Rows:
         self.mn, self.k = sizes
         self._mn_stride, self._k_stride = strides
         self._itemsize = tensor.element_size()
-        if min(sizes) < 1 and (self.k < 1 or name == "b"):
-            raise ProblemError(f"{name} has shape {tuple(tensor.shape)}; accepted is n >= 1 and k >= 1")
         k_unit, mn_unit = self._k_stride == 1 or self.k == 1, self._mn_stride == 1 or self.mn <= 1
         if k_unit and mn_unit:  # a vector fits both: take the layout that was named
             self.k_major = not transposed
@@ -1020,9 +1047,10 @@ def _check_tensors(**tensors: object) -> None:
 
 
 def _check_scales(
-    name: str, scales: Tensor | None, granularity: str, mn: int, k_blocks: int, recipe: str, d: Tensor
+    name: str, scales: Tensor | None, granularity: str, of_rows: tuple[int, int], blocks: int, recipe: str, d: Tensor
 ) -> ScaleStrides:
-    """Check one operand's scales and return their strides."""
+    """Check one operand's scales, of rows and 128 of K or of as many blocks along the rows; return their strides."""
+    mn, k_blocks = of_rows
     if granularity == "none":
         return ScaleStrides(0, 0)
     if scales is None:
@@ -1042,7 +1070,7 @@ def _check_scales(
         if shape not in ((mn,), (mn, 1)):
             raise ProblemError(f"{name} has shape {shape}; recipe {recipe} accepts {(mn,)} or {(mn, 1)}")
         return ScaleStrides(scales.stride(0), 0)
-    wanted = (mn, k_blocks) if granularity == "row_k" else (-(-mn // SCALE_GROUP), k_blocks)
+    wanted = of_rows if granularity == "row_k" else (blocks, k_blocks)
     if shape != wanted:
         raise ProblemError(f"{name} has shape {shape}; recipe {recipe} accepts {wanted}")
     return ScaleStrides(scales.stride(0), scales.stride(1))
@@ -1067,10 +1095,14 @@ def _make_plan(
     operands = _Operands(a, a_scales, b, b_scales, d, c, operation, steps)
     problem = operands.problem
     kind = d.device.type
+    if kind not in (_GPU, "cpu"):
+        raise ProblemError(f"d is on {d.device}; accepted are CUDA and CPU tensors")
+    if operands.is_empty:  # of which there is neither a kernel nor a problem to record
+        if problem.m == 0 or operands.b.mn == 0:
+            return _EmptyPlan()
+        return _WithoutProduct(operands.extents) if steps is None else _FusedReferencePlan(operation)
     if kind == _GPU:
         operands.check_for_tma()
-    elif kind != "cpu":
-        raise ProblemError(f"d is on {d.device}; accepted are CUDA and CPU tensors")
     if in_force.record is not None:
         record(in_force.record, problem)
     if kind != _GPU and steps is not None:

@@ -6,6 +6,7 @@ Launches do not depend on how many rows the groups have: nothing waits for the d
 from __future__ import annotations
 
 import ctypes
+import operator
 import os
 from collections.abc import Callable
 from typing import Any, cast
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from jitgemm import settings
 from jitgemm.errors import ProblemError
-from jitgemm.families.gemm import FP4, SCALE_GROUP
+from jitgemm.families.gemm import FP4, SCALE_GROUP, scale_blocks
 from jitgemm.families.grouped import FAMILY, MAX_GROUPS, GroupedProblem
 from jitgemm.families.grouped_launch import STEPS_OFFSET, GroupedGeometry, Stack
 from jitgemm.heuristics.grouped import chooser
@@ -170,7 +171,7 @@ def m_grouped_fp8_gemm_nt_masked(
     """
     _check_recipe(recipe, recipe_a, recipe_b)
     (a_data, a_scales), (b_data, b_scales) = pair("a", a), pair("b", b)
-    _check_expected("expected_m", expected_m)
+    expected_m = _expected("expected_m", expected_m)
     _call(a_data, a_scales, b_data, b_scales, d, masked_m, "masked", expected_m, False, epilogue)
 
 
@@ -268,7 +269,7 @@ def m_grouped_fp8_fp4_gemm_nt_masked(
         return
     check_fp4_recipe(recipe, recipe_a, recipe_b)
     a_data, a_scales = pair("a", a)
-    _check_expected("expected_m", expected_m)
+    expected_m = _expected("expected_m", expected_m)
     data, units = prepared_b(a_data, b)
     _call(a_data, a_scales, data, units, d, masked_m, "masked", expected_m, False, epilogue)
 
@@ -335,7 +336,7 @@ def m_grouped_bf16_gemm_nt_masked(
 
     As ``m_grouped_fp8_gemm_nt_masked``; either dimension of b may be the contiguous one.
     """
-    _check_expected("expected_m", expected_m)
+    expected_m = _expected("expected_m", expected_m)
     _call(a, None, b, None, d, masked_m, "masked", expected_m, False, epilogue)
 
 
@@ -359,9 +360,15 @@ def _check_recipe(recipe: object, recipe_a: object, recipe_b: object) -> None:
             raise ProblemError(f"{name} is {given!r}; grouped GEMMs accept {' and '.join(map(str, accepted))}")
 
 
-def _check_expected(name: str, expected_m: object) -> None:
-    if not isinstance(expected_m, int) or isinstance(expected_m, bool) or not 0 <= expected_m < 2**31:
+def _expected(name: str, expected_m: Any) -> int:
+    """A number of rows, NumPy's integers too."""
+    try:
+        number = -1 if isinstance(expected_m, (bool, Tensor)) else operator.index(expected_m)
+    except TypeError:
+        number = -1
+    if not 0 <= number < 2**31:
         raise ProblemError(f"{name} is {expected_m!r}; accepted is an integer from 0 to 2**31 - 1")
+    return number
 
 
 def _call(
@@ -380,7 +387,7 @@ def _call(
     if epilogue is not None:
         steps, d = steps_of(epilogue, d)
     if expected_m is not None and kind != "masked":
-        _check_expected("expected_m_for_psum_layout", expected_m)
+        expected_m = _expected("expected_m_for_psum_layout", expected_m)
     if not isinstance(zero_padding, bool):
         raise ProblemError(f"ensure_zero_padding is {zero_padding!r}; accepted is a boolean")
     of_steps = () if steps is None else steps.tensors().values()
@@ -498,7 +505,7 @@ class _Operands:
             "d": (*stacked, rows, columns),
             name: (rows,) if kind == "contiguous" else (groups,),
             "a_scales": (*stacked, rows, k_blocks),
-            "b_scales": (groups, -(-n // SCALE_GROUP), k_blocks),
+            "b_scales": (groups, scale_blocks(n, 1 if steps is None else steps.gated), k_blocks),
         }
         if b_scales is not None and fp4:
             shapes |= {"b_scales": (groups, n), "b": packed_shape(b_scales.shape, k)}

@@ -110,26 +110,26 @@ def get_hc_prenorm_num_splits(m: int, k: int, num_sms: int | None = None) -> int
 
 
 def tf32_hc_prenorm_gemm(
-    a: Tensor, fn: Tensor, d: Tensor, sqr_sum: Tensor, num_splits: int | None = None, *, precision: str = "tf32"
+    a: Tensor, b: Tensor, d: Tensor, sqr_sum: Tensor, num_splits: int | None = None, *, precision: str = "tf32"
 ) -> None:
-    """``d = a @ fn.T`` and ``sqr_sum``, the sums of the squares of a's rows, in one pass over a.
+    """``d = a @ b.T`` and ``sqr_sum``, the sums of the squares of a's rows, in one pass over a.
 
     Args:
         a: bf16 or fp32 [m, k], k contiguous and a multiple of 8, rows a multiple of 16 bytes apart.
-        fn: fp32 [n, k] of up to 24 rows, k contiguous, row stride a multiple of 4.
+        b: fp32 [n, k] of up to 24 rows, k contiguous, row stride a multiple of 4.
         d: output, fp32 [m, n], or [num_splits, m, n] of sums over parts of K, which the caller adds; contiguous.
         sqr_sum: output, fp32 [m] or [num_splits, m]; contiguous.
         num_splits: parts of K; None: one, without the dimension. Each has whole blocks of 64, the first ones one more.
             ``get_hc_prenorm_num_splits`` says how many are fast.
-        precision: ``"tf32"``: fn is rounded to TF32 (nearest), and so is an fp32 a, while bf16 is exact in it;
+        precision: ``"tf32"``: b is rounded to TF32 (nearest), and so is an fp32 a, while bf16 is exact in it;
             ``"fp32"``: what is not exact is the sum of two TF32 numbers, which hold all but its last bits.
 
     Raises:
         ProblemError: an argument is not of these; nothing has been launched.
         CacheMissError: the kernel is not cached, and compiling is forbidden or a CUDA graph is being captured.
     """
-    arguments = (a, fn, d, sqr_sum, num_splits, precision)
-    if needs_dispatch(a, fn, d, sqr_sum):
+    arguments = (a, b, d, sqr_sum, num_splits, precision)
+    if needs_dispatch(a, b, d, sqr_sum):
         _check_prenorm(*arguments)
         torch.ops.jitgemm.tf32_hc_prenorm_gemm(*arguments)
         return
@@ -325,13 +325,13 @@ def _split_sinkhorn(
 # -- The prenorm GEMM
 
 
-def _check_prenorm(a: Tensor, fn: Tensor, d: Tensor, sqr_sum: Tensor, num_splits: int | None, precision: str) -> None:
+def _check_prenorm(a: Tensor, b: Tensor, d: Tensor, sqr_sum: Tensor, num_splits: int | None, precision: str) -> None:
     check_tensor("a", a, tuple(_DTYPES), ("m", "k"))
     m, k = a.shape
-    check_tensor("fn", fn, torch.float32, ("n", k), a)
-    n = fn.shape[0]
+    check_tensor("b", b, torch.float32, ("n", k), a)
+    n = b.shape[0]
     if not 1 <= n <= MAX_N or k < 1:
-        raise ProblemError(f"fn has shape {list(fn.shape)}; accepted is [n, k] with 1 <= n <= {MAX_N} and k >= 1")
+        raise ProblemError(f"b has shape {list(b.shape)}; accepted is [n, k] with 1 <= n <= {MAX_N} and k >= 1")
     splits: tuple[int, ...] = ()
     if num_splits is not None:
         check_number("num_splits", num_splits, 1, MAX_GRID_Y)
@@ -340,20 +340,20 @@ def _check_prenorm(a: Tensor, fn: Tensor, d: Tensor, sqr_sum: Tensor, num_splits
     check_tensor("sqr_sum", sqr_sum, torch.float32, (*splits, m), a)
     check_choice("precision", precision, PRECISIONS)
     check_rows("a", a)
-    check_rows("fn", fn)
+    check_rows("b", b)
     if k % VECTOR:
         raise ProblemError(f"a has shape {[m, k]}; accepted is k a multiple of {VECTOR}")
     check_contiguous(d=d, sqr_sum=sqr_sum)
 
 
-def _fake_prenorm(a: Tensor, fn: Tensor, d: Tensor, sqr_sum: Tensor, num_splits: int | None, precision: str) -> None:
-    _check_prenorm(a, fn, d, sqr_sum, num_splits, precision)
+def _fake_prenorm(a: Tensor, b: Tensor, d: Tensor, sqr_sum: Tensor, num_splits: int | None, precision: str) -> None:
+    _check_prenorm(a, b, d, sqr_sum, num_splits, precision)
 
 
 def _prenorm_launch(
-    gpu: Gpu, dtype: torch.dtype, a_row_stride: int, fn: Tensor, m: int, splits: int, precision: str
+    gpu: Gpu, dtype: torch.dtype, a_row_stride: int, b: Tensor, m: int, splits: int, precision: str
 ) -> PlainLaunch:
-    n, k = fn.shape
+    n, k = b.shape
     config = choose_prenorm(m)
     each, more = divmod(-(-k // SPLIT_BLOCK), splits)
     return gpu.launch(
@@ -361,7 +361,7 @@ def _prenorm_launch(
         HC_PRENORM.of(gpu.arch, n, config, precision == "fp32", dtype == torch.float32),
         (-(-m // config.tile_m), splits),
         a_row_stride=a_row_stride,
-        b_row_stride=row_stride(fn),
+        b_row_stride=row_stride(b),
         m=m,
         n=n,
         k=k,
@@ -370,38 +370,38 @@ def _prenorm_launch(
     )
 
 
-def _prenorm(a: Tensor, fn: Tensor, d: Tensor, sqr_sum: Tensor, num_splits: int | None, precision: str) -> None:
+def _prenorm(a: Tensor, b: Tensor, d: Tensor, sqr_sum: Tensor, num_splits: int | None, precision: str) -> None:
     def make() -> Call:
-        _check_prenorm(a, fn, d, sqr_sum, num_splits, precision)
-        n, dtype = fn.shape[0], _DTYPES[a.dtype]
+        _check_prenorm(a, b, d, sqr_sum, num_splits, precision)
+        n, dtype = b.shape[0], _DTYPES[a.dtype]
         gpu, problem = on_gpu(a), SmallProblem.make("hc_prenorm_gemm", n=n, precision=precision, dtype=dtype)
         record_if_asked(problem)
         if not gpu:
-            return lambda a, fn, d, sqr_sum: _reference_prenorm(a, fn, d, sqr_sum, num_splits)
+            return lambda a, b, d, sqr_sum: _reference_prenorm(a, b, d, sqr_sum, num_splits)
         if a.shape[0] == 0:
             return lambda *_: None
         where = Gpu(a, problem)
-        launch = _prenorm_launch(where, a.dtype, row_stride(a), fn, a.shape[0], num_splits or 1, precision)
+        launch = _prenorm_launch(where, a.dtype, row_stride(a), b, a.shape[0], num_splits or 1, precision)
 
-        spans = [span_of(tensor) for tensor in (a, fn, d, sqr_sum)]
+        spans = [span_of(tensor) for tensor in (a, b, d, sqr_sum)]
 
         def call(*tensors: Tensor) -> None:
             addresses = [tensor.data_ptr() for tensor in tensors]
-            check_aligned(("a", "fn"), addresses)
-            known = list(zip(("a", "fn", "d"), addresses, spans, strict=False))
+            check_aligned(("a", "b"), addresses)
+            known = list(zip(("a", "b", "d"), addresses, spans, strict=False))
             check_apart("d", addresses[2], spans[2], known[:2])
             check_apart("sqr_sum", addresses[3], spans[3], known)
             launch(raw_stream(where.ordinal), *addresses)
 
         return where.here(call)
 
-    tensors = (a, fn, d, sqr_sum)
+    tensors = (a, b, d, sqr_sum)
     plan_of("hc_prenorm_gemm", tensors, (num_splits, precision), make)(*tensors)
 
 
-def _reference_prenorm(a: Tensor, fn: Tensor, d: Tensor, sqr_sum: Tensor, num_splits: int | None) -> None:
+def _reference_prenorm(a: Tensor, b: Tensor, d: Tensor, sqr_sum: Tensor, num_splits: int | None) -> None:
     for split, (start, end) in enumerate(reference.split_ranges(a.shape[1], num_splits or 1)):
-        product, squares = reference.hc_prenorm_gemm(a[:, start:end], fn[:, start:end])
+        product, squares = reference.hc_prenorm_gemm(a[:, start:end], b[:, start:end])
         (d if num_splits is None else d[split]).copy_(product)
         (sqr_sum if num_splits is None else sqr_sum[split]).copy_(squares)
 
@@ -644,7 +644,7 @@ define(
     _fake_sinkhorn,
 )
 define(
-    "tf32_hc_prenorm_gemm(Tensor a, Tensor fn, Tensor(d!) d, Tensor(s!) sqr_sum, int? num_splits, str precision) -> ()",
+    "tf32_hc_prenorm_gemm(Tensor a, Tensor b, Tensor(d!) d, Tensor(s!) sqr_sum, int? num_splits, str precision) -> ()",
     _prenorm,
     _fake_prenorm,
 )

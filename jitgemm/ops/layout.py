@@ -13,11 +13,13 @@ from torch import Tensor
 
 from jitgemm.errors import ProblemError
 from jitgemm.ops.dispatch import needs_dispatch
+from jitgemm.ops.pack_scales import pack_groups, pack_planes
 from jitgemm.reference import layout as reference
 from jitgemm.reference.quantize import align, ceil_div
 from jitgemm.settings import get_mk_alignment_for_contiguous_layout
 
 _ALIGNMENTS = (8, 16, 32, 64, 128)
+_MAX_ALIGNMENT = 65536
 
 
 def get_tma_aligned_size(mn: int, element_size: int) -> int:
@@ -77,7 +79,7 @@ def get_mn_major_tma_aligned_packed_ue8m0_tensor(sf: Tensor) -> Tensor:
     if needs_dispatch(sf):
         result: Tensor = torch.ops.jitgemm.get_mn_major_tma_aligned_packed_ue8m0_tensor(sf)
         return result
-    return reference.get_mn_major_tma_aligned_packed_ue8m0_tensor(sf)
+    return pack_planes(sf)
 
 
 def get_k_grouped_mn_major_tma_aligned_packed_ue8m0_tensor(
@@ -94,7 +96,7 @@ def get_k_grouped_mn_major_tma_aligned_packed_ue8m0_tensor(
         sf: fp32 [sum of ceil(k / gran_k), mn], the groups one after the other; powers of two, of which only the
             exponents are read.
         grouped_layout: int32 [groups], each group's k; in the psum layout where each ends, which the next one follows
-            at the next multiple of ``k_alignment``. Read on the host in the psum layout alone.
+            at the next multiple of ``k_alignment``. Read on the host in the psum layout alone. On sf's device.
         ks_cpu: each group's k; not used in the psum layout.
         gran_k: elements of K that share a scale.
         k_alignment: by default what ``set_mk_alignment_for_contiguous_layout`` declared.
@@ -112,9 +114,19 @@ def get_k_grouped_mn_major_tma_aligned_packed_ue8m0_tensor(
         raise ProblemError(f"sf is {given}; accepted is torch.float32 [sum of k_blocks, mn]")
     if not isinstance(gran_k, int) or gran_k <= 0:
         raise ProblemError(f"gran_k is {gran_k!r}; accepted is a positive integer")
-    ks = list(ks_cpu or ())
+    if (
+        not isinstance(grouped_layout, Tensor)
+        or grouped_layout.dtype != torch.int32
+        or grouped_layout.dim() != 1
+        or not grouped_layout.is_contiguous()
+        or grouped_layout.device != sf.device
+    ):
+        raise ProblemError(f"grouped_layout is {grouped_layout!r}; accepted is torch.int32 [groups], where sf is")
+    ks, alignment = list(ks_cpu or ()), 0
     if use_psum_layout:
         alignment = get_mk_alignment_for_contiguous_layout() if k_alignment is None else k_alignment
+        if not isinstance(alignment, int) or not 1 <= alignment <= _MAX_ALIGNMENT:
+            raise ProblemError(f"k_alignment is {alignment!r}; accepted is an integer from 1 to {_MAX_ALIGNMENT}")
         ends = grouped_layout.tolist()
         ks = [max(end - align(start, alignment), 0) for start, end in zip([0, *ends], ends, strict=False)]
     elif grouped_layout.numel() != len(ks):
@@ -122,7 +134,11 @@ def get_k_grouped_mn_major_tma_aligned_packed_ue8m0_tensor(
     blocks = [ceil_div(k, gran_k) for k in ks]
     if any(k < 0 for k in ks) or sum(blocks) != sf.shape[0]:
         raise ProblemError(f"sf has {sf.shape[0]} rows; groups of {ks} in steps of {gran_k} have {sum(blocks)}")
-    return reference.get_k_grouped_mn_major_tma_aligned_packed_ue8m0_tensor(sf, blocks)
+    sf = sf.detach() if sf.requires_grad else sf
+    if needs_dispatch(sf, grouped_layout):
+        result: Tensor = torch.ops.jitgemm.pack_k_grouped_ue8m0(sf, grouped_layout, blocks, gran_k, alignment)
+        return result
+    return pack_groups(sf, grouped_layout, blocks, gran_k, alignment)
 
 
 def transform_sf_into_required_layout(
@@ -191,11 +207,11 @@ def interleave_gate_up(weights: Tensor, scales: Tensor | None = None) -> Tensor 
     Args:
         weights: [2h, k] or [groups, 2h, k], of any type; h a multiple of 8.
         scales: of single rows, [.., 2h, k_blocks]; or of 128 x 128, [.., 2 * ceil(h / 128), k_blocks], where gate and
-            up each have blocks of their own.
+            up each have blocks of their own, of which the last may be a part.
 
     Returns:
         A copy of the weights, with scales if given: of single rows in the same order; of blocks, gate's and up's in
-        turn, if h is a multiple of 128; else one for each row, for recipe (1, 1, 128).
+        turn.
 
     Raises:
         ProblemError: an argument is not of that kind.
@@ -204,17 +220,7 @@ def interleave_gate_up(weights: Tensor, scales: Tensor | None = None) -> Tensor 
     interleaved = reference.interleave_gate_up(weights, -2)
     if scales is None:
         return interleaved
-    half, blocks = rows // 2, ceil_div(rows // 2, reference.SCALE_BLOCK)
-    _check_gate_up_scales(weights, scales, (rows, 2 * blocks))
-    if scales.shape[-2] == rows:
-        return interleaved, reference.interleave_gate_up(scales, -2)
-    if half % reference.SCALE_BLOCK == 0:
-        return interleaved, reference.interleave_gate_up(scales, -2, run=1)
-    of_rows = [
-        part.repeat_interleave(reference.SCALE_BLOCK, -2).narrow(-2, 0, half)
-        for part in (scales.narrow(-2, 0, blocks), scales.narrow(-2, blocks, blocks))
-    ]
-    return interleaved, reference.interleave_gate_up(torch.cat(of_rows, -2), -2)
+    return interleaved, reference.interleave_gate_up(scales, -2, _run_of_scales(weights, scales, rows))
 
 
 @overload
@@ -222,7 +228,7 @@ def deinterleave_gate_up(weights: Tensor, scales: None = None) -> Tensor: ...
 @overload
 def deinterleave_gate_up(weights: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]: ...
 def deinterleave_gate_up(weights: Tensor, scales: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-    """Reverse ``interleave_gate_up``; scales that it gave to each row stay those of rows.
+    """Reverse ``interleave_gate_up``.
 
     Raises:
         ProblemError: an argument is not of that kind.
@@ -231,9 +237,50 @@ def deinterleave_gate_up(weights: Tensor, scales: Tensor | None = None) -> Tenso
     stacked = reference.deinterleave_gate_up(weights, -2)
     if scales is None:
         return stacked
-    _check_gate_up_scales(weights, scales, (rows, 2 * ceil_div(rows // 2, reference.SCALE_BLOCK)))
-    run = reference.GATE_UP_RUN if scales.shape[-2] == rows else 1
-    return stacked, reference.deinterleave_gate_up(scales, -2, run)
+    return stacked, reference.deinterleave_gate_up(scales, -2, _run_of_scales(weights, scales, rows))
+
+
+def shard_weights(weights: Tensor, scales: Tensor, dim: int, start: int, size: int) -> tuple[Tensor, Tensor, int]:
+    """Cut rows or columns out of weights with scales, also where a block of 128 x 128 is cut in two.
+
+    To kernels, blocks of scales begin with the operand. Where the cut begins within one, zeros take the place of what
+    comes before it in that block, ``start % 128`` elements, and the scales are those of the blocks as they were:
+    products are exact. As rows of b, the zeros make as many columns of d zero, its first. As columns they meet as many
+    columns of a, its first, which must hold zeros too. So if gate and up are cut along n, and down along k at the same
+    place, d of the one is a of the other (an epilogue's bias must be zero there).
+
+    Args:
+        weights: ``[n, k]`` or ``[groups, n, k]``, of any type.
+        scales: of blocks, ``[.., ceil(n / 128), ceil(k / 128)]``, or of single rows, ``[.., n, ceil(k / 128)]``.
+        dim: -2 to cut rows (n), -1 to cut columns (k).
+        start: the first row or column.
+        size: how many.
+
+    Returns:
+        Copies of both, and how many zeros come first.
+
+    Raises:
+        ProblemError: an argument is not of that kind.
+    """
+    if weights.dim() not in (2, 3):
+        raise ProblemError(f"weights have shape {tuple(weights.shape)}; accepted is [n, k] or [groups, n, k]")
+    rows, k = weights.shape[-2:]
+    k_blocks = ceil_div(k, reference.SCALE_BLOCK)
+    accepted = [(*weights.shape[:-2], count, k_blocks) for count in (rows, ceil_div(rows, reference.SCALE_BLOCK))]
+    if tuple(scales.shape) not in accepted:
+        raise ProblemError(f"scales have shape {tuple(scales.shape)}; accepted is {accepted[0]} or {accepted[1]}")
+    if dim not in (-2, -1):
+        raise ProblemError(f"dim is {dim!r}; accepted is -2 (n) or -1 (k)")
+    if not (isinstance(start, int) and isinstance(size, int) and 0 <= start < start + size <= weights.shape[dim]):
+        raise ProblemError(f"start is {start!r} and size {size!r}; accepted is a part of {weights.shape[dim]}")
+    of_rows = dim == -2 and scales.shape[-2] == rows
+    sf, before = reference.slice_scales(scales, dim, start, size, 1 if of_rows else reference.SCALE_BLOCK)
+    shape = list(weights.shape)
+    shape[dim] = before + size
+    shard = torch.zeros(shape, dtype=weights.dtype, device=weights.device)
+    source, target = (reference.as_bytes(x) for x in (weights, shard))
+    target.narrow(dim, before, size).copy_(source.narrow(dim, start, size))
+    return shard, sf.contiguous(), before
 
 
 def _gate_up_rows(weights: Tensor) -> int:
@@ -242,11 +289,18 @@ def _gate_up_rows(weights: Tensor) -> int:
     return weights.shape[-2]
 
 
-def _check_gate_up_scales(weights: Tensor, scales: Tensor, rows: tuple[int, int]) -> None:
+def _run_of_scales(weights: Tensor, scales: Tensor, rows: int) -> int:
+    """Scales of gate, then as many of up: those of a run's rows, or one of a block.
+
+    Raises:
+        ProblemError: they fit neither.
+    """
     k_blocks = ceil_div(weights.shape[-1], reference.SCALE_BLOCK)
-    accepted = [(*weights.shape[:-2], count, k_blocks) for count in rows]
+    counts = rows, 2 * ceil_div(rows // 2, reference.SCALE_BLOCK)
+    accepted = [(*weights.shape[:-2], count, k_blocks) for count in counts]
     if tuple(scales.shape) not in accepted:
         raise ProblemError(f"scales have shape {tuple(scales.shape)}; accepted is {accepted[0]} or {accepted[1]}")
+    return reference.GATE_UP_RUN if scales.shape[-2] == rows else 1
 
 
 def check_scales(sf: object) -> None:

@@ -5,7 +5,7 @@ What a graph, a fake tensor or a dispatch mode sees in place of the public funct
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from jitgemm.ops import fp4
 from jitgemm.ops.layout import check_scales, copy_to_mn_major
+from jitgemm.ops.pack_scales import pack_groups, pack_planes
 from jitgemm.ops.quantize import (
     cast_back,
     check_cast,
@@ -94,12 +95,18 @@ def _mn_major_fake(sf: Tensor) -> Tensor:
 
 def _packed(sf: Tensor) -> Tensor:
     check_scales(sf)
-    return layout.get_mn_major_tma_aligned_packed_ue8m0_tensor(sf)
+    return pack_planes(sf)
 
 
 def _packed_fake(sf: Tensor) -> Tensor:
     check_scales(sf)
-    return layout.empty_mn_major(layout.packed_shape(sf.shape), torch.int32, sf.device)
+    return layout.empty_packed(sf)
+
+
+def _packed_groups_fake(
+    sf: Tensor, grouped_layout: Tensor, blocks: Sequence[int], gran_k: int, alignment: int
+) -> Tensor:
+    return layout.empty_packed_groups(sf, blocks)
 
 
 _define(
@@ -126,3 +133,8 @@ _define(
 )
 _define("get_mn_major_tma_aligned_tensor(Tensor sf) -> Tensor", _mn_major, _mn_major_fake)
 _define("get_mn_major_tma_aligned_packed_ue8m0_tensor(Tensor sf) -> Tensor", _packed, _packed_fake)
+_define(
+    "pack_k_grouped_ue8m0(Tensor sf, Tensor grouped_layout, int[] blocks, int gran_k, int alignment) -> Tensor",
+    pack_groups,
+    _packed_groups_fake,
+)

@@ -126,12 +126,13 @@ def gemm_into(
 
 
 def _scales_of_interleaved_rows(b_scales: Tensor, n: int) -> Tensor:
-    if n % (2 * SCALE_BLOCK) or b_scales.shape[0] != n // SCALE_BLOCK:
+    blocks = 2 * ceil_div(n // 2, SCALE_BLOCK)
+    if b_scales.shape[0] != blocks:
         raise ProblemError(
-            f"b has {n} interleaved rows and scales {tuple(b_scales.shape)}; accepted are scales of 128 x 128"
-            " for a multiple of 256 rows, else scales of single rows"
+            f"b has {n} interleaved rows and scales {tuple(b_scales.shape)}; accepted are {blocks} scales of 128 x 128,"
+            " gate's and up's in turn, along n"
         )
-    return rows_of_gate_up_blocks(b_scales)
+    return rows_of_gate_up_blocks(b_scales)[:n]
 
 
 def swiglu(gate: Tensor, up: Tensor, limit: float | None = None) -> Tensor:

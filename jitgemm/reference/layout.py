@@ -47,21 +47,25 @@ def get_mn_major_tma_aligned_tensor(sf: Tensor) -> Tensor:
     return empty_mn_major(sf.shape, sf.dtype, sf.device).copy_(sf)
 
 
-def packed_shape(shape: Sequence[int]) -> tuple[int, ...]:
-    """The shape of scales of ``shape`` once packed four to an int32 along k."""
-    return (*shape[:-1], ceil_div(shape[-1], 4))
+def empty_packed(sf: Tensor) -> Tensor:
+    """An uninitialized tensor for ``sf`` once packed four to an int32 along k."""
+    return empty_mn_major((*sf.shape[:-1], ceil_div(sf.shape[-1], 4)), torch.int32, sf.device)
 
 
 def get_mn_major_tma_aligned_packed_ue8m0_tensor(sf: Tensor) -> Tensor:
     """The exponents of ``sf``, four k_blocks to an int32 (unused bytes zero), in the layout."""
-    return empty_mn_major(packed_shape(sf.shape), torch.int32, sf.device).copy_(pack_ue8m0(sf, padding=0))
+    return empty_packed(sf).copy_(pack_ue8m0(sf, padding=0))
+
+
+def empty_packed_groups(sf: Tensor, blocks: Sequence[int]) -> Tensor:
+    """An uninitialized tensor for ``sf`` [sum of blocks, mn] once packed along K within each group."""
+    words = sum(ceil_div(count, 4) for count in blocks)
+    return empty_mn_major((sf.shape[1], words), torch.int32, sf.device).mT
 
 
 def get_k_grouped_mn_major_tma_aligned_packed_ue8m0_tensor(sf: Tensor, blocks: Sequence[int]) -> Tensor:
     """The exponents of ``sf`` [sum of blocks, mn], packed along K within each group, rows padded to 16 bytes."""
-    words, mn = sum(ceil_div(count, 4) for count in blocks), sf.shape[1]
-    output = empty_mn_major((mn, words), torch.int32, sf.device).mT
-    start = 0
+    output, start = empty_packed_groups(sf, blocks), 0
     for part in torch.split(sf, list(blocks)):
         packed = pack_ue8m0(part.mT, padding=0).mT
         output[start : start + packed.shape[0]] = packed
@@ -86,7 +90,7 @@ def interleave_gate_up(x: Tensor, dim: int, run: int = GATE_UP_RUN) -> Tensor:
         ProblemError: the extent of ``dim`` is no multiple of two runs.
     """
     dim = _check_gate_up(x, dim, run)
-    halves = torch.unflatten(_as_bytes(x), dim, (2, -1, run)).transpose(dim, dim + 1)
+    halves = torch.unflatten(as_bytes(x), dim, (2, -1, run)).transpose(dim, dim + 1)
     return halves.flatten(dim, dim + 2).contiguous().view(x.dtype)
 
 
@@ -96,7 +100,7 @@ def deinterleave_gate_up(x: Tensor, dim: int, run: int = GATE_UP_RUN) -> Tensor:
     Raises:
         ProblemError: the extent of ``dim`` is no multiple of two runs.
     """
-    return torch.cat([_as_bytes(half) for half in split_gate_up(x, dim, run)], dim).view(x.dtype)
+    return torch.cat([as_bytes(half) for half in split_gate_up(x, dim, run)], dim).view(x.dtype)
 
 
 def split_gate_up(x: Tensor, dim: int, run: int = GATE_UP_RUN) -> tuple[Tensor, Tensor]:
@@ -106,7 +110,7 @@ def split_gate_up(x: Tensor, dim: int, run: int = GATE_UP_RUN) -> tuple[Tensor, 
         ProblemError: the extent of ``dim`` is no multiple of two runs.
     """
     dim = _check_gate_up(x, dim, run)
-    gate, up = torch.unflatten(_as_bytes(x), dim, (-1, 2, run)).unbind(dim + 1)
+    gate, up = torch.unflatten(as_bytes(x), dim, (-1, 2, run)).unbind(dim + 1)
     return gate.flatten(dim, dim + 1).view(x.dtype), up.flatten(dim, dim + 1).view(x.dtype)
 
 
@@ -136,6 +140,6 @@ def _check_gate_up(x: Tensor, dim: int, run: int) -> int:
     return dim % x.dim()
 
 
-def _as_bytes(x: Tensor) -> Tensor:
+def as_bytes(x: Tensor) -> Tensor:
     """FP8 as integers: not every operation is there for every FP8 type."""
     return x.view(torch.uint8) if x.element_size() == 1 else x

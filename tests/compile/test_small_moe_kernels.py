@@ -1,4 +1,4 @@
-"""The kernels around hyper-connections and experts through NVRTC: no spills, no advisories, few enough registers."""
+"""The kernels around hyper-connections, experts and scales through NVRTC: no spills, no advisories, few registers."""
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ PROBLEMS = [
     *(SmallProblem.make("moe_permutation", layout=layout, index_dtype="int64") for layout in LAYOUTS),
     *(SmallProblem.make("moe_permute", zero_padding=zero_padding) for zero_padding in (False, True)),
     *(SmallProblem.make("moe_combine", topk=topk) for topk in (1, 6, 16)),
+    *(SmallProblem.make("pack_ue8m0", grouped=grouped) for grouped in (False, True)),
 ]
 SPECS = list(dict.fromkeys(spec for problem in PROBLEMS for spec in problem.specs(SM90A.name)))
 

@@ -246,7 +246,7 @@ def run(case: Case) -> None:
 
 
 def small_kernels() -> int:
-    """Row-wise kernels and casts of tiles, on sizes that end within a chunk, a group and a tile; how many are wrong."""
+    """Row-wise kernels, casts, packed scales, on sizes that end within chunks, groups or tiles; how many are wrong."""
     table, failed = jitgemm.rope_cos_sin(8), 0
     calls: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]] = {
         "act_quant": (lambda x: jitgemm.act_quant(x, 64, "ue8m0", torch.int32), (torch.randn(7, 448),)),
@@ -257,6 +257,11 @@ def small_kernels() -> int:
         "nvfp4": (jitgemm.nvfp4_act_quant, (torch.randn(5, 80),)),
         "rms_norm": (jitgemm.rms_norm, (torch.randn(3, 777), torch.randn(777))),
         "wide rms_norm": (jitgemm.rms_norm_act_quant, (torch.randn(3, 7168), torch.randn(7168))),
+        "packed scales": (jitgemm.get_mn_major_tma_aligned_packed_ue8m0_tensor, (torch.rand(2, 131, 9),)),
+        "packed scales of groups": (
+            lambda sf, ks: jitgemm.get_k_grouped_mn_major_tma_aligned_packed_ue8m0_tensor(sf, ks, [128, 0, 1152], 128),
+            (torch.rand(10, 131), torch.tensor([128, 0, 1152], dtype=torch.int32)),
+        ),
         "rope": (jitgemm.head_norm_rope, (torch.randn(3, 5, 136), torch.tensor([0, 7, 8]), table)),
     }
     for name, (call, tensors) in calls.items():

@@ -158,14 +158,16 @@ CASES: dict[str, Callable[[], None]] = {
     "quantized, swapped": lambda: run(None, FP8, tile(16, 128, **SWAP), "e4m3", n=456),
     "UE8M0": lambda: run(None, FP8, tile(128, 64), "e4m3_ue8m0", n=456),
     "UE8M0, swapped": lambda: run(None, BF16, tile(32, 64, **SWAP), "e4m3_ue8m0", n=456),
-    "every step, cluster": lambda: run(None, FP8, tile(128, 128, **PAIR), "e4m3", EVERY, n=768),
+    "every step, cluster": lambda: run(
+        None, FP8, tile(128, 128, **PAIR), "e4m3", EVERY, n=720
+    ),  # ends in blocks of scales
     "every step, swapped cluster": lambda: run(None, FP8, tile(16, 128, **SWAP, **PAIR), "e4m3", EVERY, n=768),
     "every step, swapped alone": lambda: run(None, FP8, tile(16, 256, **SWAP), "e4m3", EVERY, n=768),
     "masked, linear": lambda: run("masked", FP8, tile(64, 64), "fp32", ("alpha", "bias", "row_weights"), padding=1),
     "masked, SwiGLU": lambda: run("masked", BF16, tile(128, 64), steps=("swiglu",), n=240),
     "masked, UE8M0": lambda: run("masked", FP8, tile(64, 128), "e4m3_ue8m0", EVERY),
     "masked, cluster": lambda: run("masked", FP8, tile(128, 128, **PAIR), "e4m3", EVERY, n=768),
-    "masked, swapped cluster": lambda: run("masked", FP8, tile(16, 128, **SWAP, **PAIR), "e4m3", EVERY, n=768),
+    "masked, swapped cluster": lambda: run("masked", FP8, tile(16, 128, **SWAP, **PAIR), "e4m3", EVERY, n=720),
     "masked, swapped alone": lambda: run("masked", FP8, tile(32, 256, **SWAP), "e4m3", EVERY, n=768),
     "psum": lambda: run("psum", FP8, tile(64, 128, **PAIR), "e4m3", ("swiglu",)),
     "psum, any row": lambda: run("psum", FP8, tile(64, 128, **PAIR), "e4m3", EVERY, alignment=1, padding=1),

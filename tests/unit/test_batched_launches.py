@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -444,6 +445,15 @@ def test_bad_scales_and_recipes(gpu: Gpu) -> None:
     assert not gpu.launched
 
 
+def test_groups_along_k_may_be_given_as_numpy_s_integers() -> None:
+    ks, counts = (24, 40), torch.tensor([24, 40], dtype=torch.int32)
+    a, b = (torch.randn(sum(ks), mn).bfloat16() for mn in (8, 16))
+    results = [torch.full((2, 8, 16), torch.nan) for _ in range(2)]
+    for d, given in zip(results, (ks, list(np.array(ks))), strict=True):
+        jitgemm.k_grouped_bf16_gemm_tn_contiguous(a, b, d, given, counts)
+    assert torch.equal(*results) and not results[0].isnan().any()
+
+
 def test_bad_groups_along_k(gpu: Gpu) -> None:
     call = jitgemm.k_grouped_fp8_gemm_nt_contiguous
     a, b, d, ks, counts = k_grouped((128, 256))
@@ -451,6 +461,8 @@ def test_bad_groups_along_k(gpu: Gpu) -> None:
         ("ks is None", (a, b, d, None, counts)),
         ("ks is", (a, b, d, [128, -1], counts)),
         ("ks is", (a, b, d, [384], counts)),
+        ("ks is", (a, b, d, [128.0, 256], counts)),
+        ("ks is", (a, b, d, torch.tensor([128, 256]), counts)),
         ("grouped_layout is", (a, b, d, ks, counts.long())),
         ("a has shape", (a, b, d, [128, 128], counts)),
         ("a_scales has shape", ((a[0], a[1][:, :2]), b, d, ks, counts)),

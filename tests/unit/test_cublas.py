@@ -32,6 +32,17 @@ def test_products_of_integers_are_exact(
     assert d.dtype == d_dtype and torch.equal(d.long(), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn])
+@pytest.mark.parametrize(("m", "n", "k"), [(0, 5, 7), (3, 0, 7), (3, 5, 0)])
+def test_sizes_of_zero(m: int, n: int, k: int, dtype: torch.dtype) -> None:
+    a, b, d = torch.ones(m, k).to(dtype), torch.ones(n, k).to(dtype), torch.randn(m, n)
+    c = d.clone()
+    jitgemm.cublaslt_gemm_nt(a, b, d, d)
+    assert torch.equal(d, c)
+    jitgemm.cublaslt_gemm_nt(a, b, d)
+    assert torch.equal(d, torch.zeros(m, n))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

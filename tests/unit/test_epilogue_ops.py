@@ -20,6 +20,7 @@ from jitgemm.heuristics import gemm as dense_heuristics
 from jitgemm.heuristics import grouped as grouped_heuristics
 from jitgemm.ops import epilogue as ops
 from jitgemm.reference.layout import has_mn_major_strides
+from jitgemm.testing import calc_diff
 
 RECIPE = "fp8_1x128_128x128"
 M, N, K = 5, 64, 48
@@ -40,6 +41,14 @@ def test_steps_follow_each_other_as_written() -> None:
     jitgemm.bf16_gemm_nt(a, b, d, c, epilogue=Epilogue(alpha=0.5, bias=bias, row_weights=weights))
     expected = (0.5 * (a.double() @ b.double().T) + c + bias) * weights[:, None]
     assert torch.allclose(d.double(), expected, rtol=1e-6)
+
+
+def test_without_a_product_the_other_steps_remain() -> None:
+    bias, c, d = torch.rand(N), torch.randn(M, N), torch.full((M, N), torch.nan)
+    a, b = (torch.empty(rows, 0).bfloat16() for rows in (M, N))
+    jitgemm.bf16_gemm_nt(a, b, d, c, epilogue=Epilogue(alpha=0.5, bias=bias))
+    assert torch.equal(d, c + bias)
+    jitgemm.bf16_gemm_nt(a, b[:0], d[:, :0], epilogue=Epilogue(alpha=0.5))  # nothing at all
 
 
 def test_swiglu_of_interleaved_weights() -> None:
@@ -179,10 +188,55 @@ def test_bad_outputs() -> None:
         jitgemm.bf16_gemm_nt(a, b, whole, epilogue={})  # type: ignore[arg-type]
 
 
-def test_blocks_of_gate_and_up_need_whole_blocks() -> None:
-    with pytest.raises(ProblemError, match="n is 384; SwiGLU with fp8_1x128_128x128 accepts multiples of 256"):
-        GemmProblem(384, 128, "fp8_1x128_128x128", epilogue="swiglu")
-    GemmProblem(384, 128, "fp8_1x128_1x128", epilogue="swiglu")
+@pytest.mark.parametrize("grouping", [None, "masked", "contiguous", "psum"])
+@pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.parametrize(("half", "k"), [(192, 352), (8, 144), (96, 128), (320, 64)])
+def test_blocks_of_gate_and_up_may_be_cut(half: int, k: int, quantized: bool, grouping: str | None) -> None:
+    """Shards of tensor parallelism: their last blocks are parts, gate's and up's each."""
+    groups, generator = 2, torch.Generator().manual_seed(half)
+    a, gate, up = (torch.randn(groups, rows, k, generator=generator).bfloat16() for rows in (M, half, half))
+    blocks = [[jitgemm.per_block_cast_to_fp8(part) for part in stack] for stack in (gate, up)]
+    weights = [torch.stack([torch.cat([g[i], u[i]]) for g, u in zip(*blocks, strict=True)]) for i in range(2)]
+    b = jitgemm.interleave_gate_up(*weights)
+    x = [jitgemm.per_token_cast_to_fp8(part) for part in a]
+    values, scales = (torch.stack(parts) for parts in zip(*x, strict=True))
+    exact = []
+    for (data, sf), *stacked in zip(x, *blocks, strict=True):
+        of_x = jitgemm.cast_back_from_fp8(data, sf).double()
+        gates, ups = (of_x @ jitgemm.cast_back_from_fp8(w, s, (128, 128)).double().T for w, s in stacked)
+        exact.append(gates / (1 + (-gates).exp()) * ups)
+    rows = (groups, M) if grouping == "masked" else (groups * M,)
+    d: Any = empty_quantized((*rows, half), device="cpu") if quantized else torch.full((*rows, half), torch.nan)
+    swiglu = Epilogue(swiglu=True)
+    if grouping is None:
+        for i in range(groups):
+            part = tuple(t[i * M : i * M + M] for t in d) if quantized else d[i * M : i * M + M]
+            jitgemm.fp8_gemm_nt((values[i], scales[i]), (b[0][i], b[1][i]), part, epilogue=swiglu)
+    elif grouping == "masked":
+        counts = torch.full((groups,), M, dtype=torch.int32)
+        jitgemm.m_grouped_fp8_gemm_nt_masked((values, scales), b, d, counts, M, epilogue=swiglu)
+    else:
+        psum = grouping == "psum"
+        layout = torch.arange(groups) + 1 if psum else torch.arange(groups).repeat_interleave(M)
+        with settings.override(mk_alignment=M):
+            jitgemm.m_grouped_fp8_gemm_nt_contiguous(
+                *((values.flatten(0, 1), scales.flatten(0, 1)), b, d),
+                (layout * M if psum else layout).int(),
+                use_psum_layout=psum,
+                epilogue=swiglu,
+            )
+    result = d if not quantized else (d[0].float() * d[1].repeat_interleave(128, -1)[..., :half])
+    error = calc_diff(result.view(groups, M, half), torch.stack(exact))
+    assert error < (1e-3 if quantized else 1e-10)
+
+
+def test_operands_that_an_epilogue_does_not_take() -> None:
+    with pytest.raises(ProblemError, match="n is 392; SwiGLU accepts multiples of 16"):
+        GemmProblem(392, 128, "fp8_1x128_128x128", epilogue="swiglu")
+    a, b = torch.zeros(M, 128).to(torch.float8_e4m3fn), torch.zeros(384, 128).to(torch.float8_e4m3fn)
+    with pytest.raises(ProblemError, match=r"b_scales has shape \(3, 1\); .* accepts \(4, 1\)"):
+        d = torch.empty(M, 192)
+        jitgemm.fp8_gemm_nt((a, torch.ones(M, 1)), (b, torch.ones(3, 1)), d, epilogue=Epilogue(swiglu=True))
     with pytest.raises(ProblemError, match="with an epilogue, e4m3"):
         GemmProblem(384, 128, "bf16", d_dtype="e4m3")
 

@@ -74,6 +74,7 @@ def test_cpu_tensors_get_the_reference(recipe: str, layout: str, d_dtype: str, w
         ({"recipe_a": (1, 128), "recipe_b": (128, 128)}, "fp8_1x128_128x128"),
         ({"recipe_a": (1, 128), "recipe_b": (1, 128)}, "fp8_1x128_1x128"),
         ({"recipe_b": (1, 128)}, "fp8_1x128_1x128"),
+        ({"recipe_a": [1, 128], "recipe_b": [1, 128]}, "fp8_1x128_1x128"),
         ({"compiled_dims": "nk", "disable_ue8m0_cast": True}, "fp8_1x128_128x128"),
     ],
     ids=str,
@@ -141,6 +142,14 @@ def test_knobs_of_the_peer_remember_what_they_are_given() -> None:
             jitgemm.set_tc_util(value)  # type: ignore[arg-type]
     with pytest.raises(SettingsError, match="mode is 1"):
         jitgemm.use_deterministic_algorithms(1)  # type: ignore[arg-type]
+    jitgemm.set_ignore_compile_dims(True)
+    jitgemm.set_block_size_multiple_of(64)
+    jitgemm.set_block_size_multiple_of((128, 32))
+    with pytest.raises(SettingsError, match="new_value is 1; accepted is a boolean"):
+        jitgemm.set_ignore_compile_dims(1)  # type: ignore[arg-type]
+    for bad in (0, (64,), (64, True), "64"):
+        with pytest.raises(SettingsError, match=r"new_value is .*; accepted is a positive integer, or two"):
+            jitgemm.set_block_size_multiple_of(bad)  # type: ignore[arg-type]
 
 
 def test_fast_accum_and_one_element_scales() -> None:
@@ -178,6 +187,33 @@ def test_no_rows(recipe: str) -> None:
     d = torch.empty(0, N)
     call(Operands(recipe, x.a[:0], a_scales, x.b, x.b_scales), d)
     call(Operands(recipe, x.a[:0], a_scales, x.b, x.b_scales), d, d)
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("with_c", ["no c", "c", "c is d"])
+@pytest.mark.parametrize(("m", "n", "k"), [(M, 0, K), (M, N, 0), (0, 0, K), (0, N, 0), (M, 0, 0)])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_sizes_of_zero(m: int, n: int, k: int, with_c: str, dtype: torch.dtype, compiled: bool) -> None:
+    """Nothing is multiplied: D is C, or zero, in each layout and through torch.compile."""
+    scales = torch.ones(m, -(-k // 128)), torch.ones(-(-n // 128), -(-k // 128))
+    for recipe, layout in (("fp8", "nt"), ("fp8", "tn"), *(("bf16", layout) for layout in LAYOUTS)):
+        if compiled and layout != "nt":
+            continue
+        a = empty(*((k, m) if layout[0] == "t" else (m, k)), dtype=F8 if recipe == "fp8" else BF16)
+        b = empty(*((n, k) if layout[1] == "t" else (k, n)), dtype=a.dtype)
+        d = torch.randn(m, n + 3).to(dtype)[:, :n]
+        c = {"no c": None, "c": torch.randn(m, n).to(dtype), "c is d": d}[with_c]
+        expected = torch.zeros(m, n).to(dtype) if c is None else c.clone()
+        function: Any = getattr(jitgemm, f"{recipe}_gemm_{layout}")
+        if compiled:
+            torch._dynamo.reset()
+            function = torch.compile(function, backend="eager", fullgraph=True)
+        if recipe == "fp8":
+            a_scales, b_scales = (x.T for x in scales) if layout == "tn" else scales
+            function((a, a_scales), (b, b_scales), d, c)
+        else:
+            function(a, b, d, c)
+        assert torch.equal(d, expected)
 
 
 # -- Refusals. Nothing may be written: D is NaN before and after.
@@ -223,8 +259,8 @@ FP8_FAULTS: dict[str, tuple[Callable[[Arguments], Arguments], str]] = {
     "b scales shape": (pair("b", scales=torch.ones(N, GROUPS)), r"b_scales has shape \(40, 3\); .* accepts \(1, 3\)"),
     "a scales rank": (pair("a", scales=torch.ones(M)), r"a_scales has shape \(5,\)"),
     "k": (pair("b", empty(N, K - 16)), r"a \(5, 272\) and b \(40, 256\) in layout nt have k 272 and 256"),
-    "k 0": (change(a=(empty(M, 0), torch.ones(M, 0)), b=(empty(N, 0), torch.ones(1, 0))), "a has shape .*k >= 1"),
-    "n 0": (change(b=(empty(0, K), torch.ones(0, GROUPS)), d=torch.empty(M, 0)), "b has shape .*n >= 1"),
+    "k 0 of a": (change(a=(empty(M, 0), torch.ones(M, 0))), "in layout nt have k 0 and 272; they must agree"),
+    "k 0 of scales": (change(a=(empty(M, 0), torch.ones(M, 1)), b=(empty(N, 0), torch.ones(1, 0))), "a_scales has sh"),
     "recipe": (change(recipe="fp8_1x32"), "recipe is 'fp8_1x32'; accepted are fp8_1x128_128x128.*fp8_tensorwise"),
     "recipe bf16": (change(recipe="bf16"), "recipe is 'bf16'; accepted are fp8"),
     "recipe numbers": (change(recipe=(1, 64, 64)), r"recipe is \(1, 64, 64\); accepted are .*\(1, 128, 128\)"),
@@ -265,8 +301,7 @@ BF16_FAULTS: dict[str, tuple[Callable[[Arguments], Arguments], str]] = {
     "b dtype": (change(b=empty(N, K)), "b has dtype torch.float8_e4m3fn; recipe bf16 accepts torch.bfloat16"),
     "b rank": (change(b=empty(1, N, K, dtype=BF16)), "b has 3 dimensions"),
     "k": (change(b=empty(N, K + 8, dtype=BF16)), "have k 272 and 280; they must agree"),
-    "n 0": (change(b=empty(0, K, dtype=BF16), d=torch.empty(M, 0)), "b has shape .*n >= 1"),
-    "k 0": (change(a=empty(M, 0, dtype=BF16), b=empty(N, 0, dtype=BF16)), "k >= 1"),
+    "n 0": (change(b=empty(0, K, dtype=BF16)), r"d has shape \(5, 40\); a and b make it \(5, 0\)"),
 }
 
 

@@ -273,7 +273,7 @@ BAD: list[tuple[str, str, tuple[Any, ...], dict[str, Any]]] = [
     ("hc_split_sinkhorn", r"mixes has shape \[\]", (torch.ones(()), TRAINED_SCALE, TRAINED_BASE), {}),
     ("tf32_hc_prenorm_gemm", r"d has shape \[2, 24\]", (X.flatten(1), FN, torch.empty(2, 24), torch.empty(2), 2), {}),
     ("tf32_hc_prenorm_gemm", "num_splits is 0", (X.flatten(1), FN, torch.empty(2, 24), torch.empty(2), 0), {}),
-    ("tf32_hc_prenorm_gemm", r"fn has shape \[25, 64\]", (X[:, 0], ONES, D, SUMS), {}),
+    ("tf32_hc_prenorm_gemm", r"b has shape \[25, 64\]", (X[:, 0], ONES, D, SUMS), {}),
     ("tf32_hc_prenorm_gemm", "a has rows of 120 bytes", (X[:, 0, :60], ONES[:4, :60], D, SUMS), {}),
 ]  # fmt: skip
 
@@ -288,7 +288,7 @@ def test_what_overlaps_what_is_written(emulated: Any) -> None:  # noqa: F811
     with pytest.raises(ProblemError, match="residual, which is written, overlaps x"):
         jitgemm.hc_post(X[:1, 0], X[:1], POST[:1], COMB[:1], inplace=True)
     d, squares = torch.empty(2, 24), torch.empty(2)
-    with pytest.raises(ProblemError, match="d overlaps fn"):
+    with pytest.raises(ProblemError, match="d overlaps b"):
         jitgemm.tf32_hc_prenorm_gemm(X.flatten(1), FN, FN.view(-1)[:48].view(2, 24), squares)
     with pytest.raises(ProblemError, match="sqr_sum overlaps d"):
         jitgemm.tf32_hc_prenorm_gemm(X.flatten(1), FN, d, d.view(-1)[:2])

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import inspect
+import json
 import math
 import random
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from emulation.plain import emulated  # noqa: F401 (a fixture)
 from support import environment
 from torch import Tensor
 
 import jitgemm
 from jitgemm import settings, utils
 from jitgemm.errors import ProblemError, SettingsError
+from jitgemm.ops import pack_scales
+from jitgemm.reference import layout as reference
 from jitgemm.reference.layout import rows_of_gate_up_blocks
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -156,7 +162,7 @@ def test_casts_along_any_dimensions(dims: tuple[int, ...], use_ue8m0: bool) -> N
     )
     for index in np.ndindex(*sf.shape):
         amax = moved[index].abs().max()
-        scale = amax * torch.tensor(1 / 448)
+        scale = amax.clamp(min=1e-4) * torch.tensor(1 / 448)
         assert sf[index] == (jitgemm.ceil_to_ue8m0(scale) if use_ue8m0 else scale)
         assert ((moved_values[index] * sf[index] - moved[index]).abs() <= amax / 16).all()
 
@@ -283,6 +289,88 @@ def test_scales_of_groups_along_k_are_packed_group_by_group(
         assert result.stride() == (-(-mn // 4) * 4, 1)
 
 
+def bits(*shape: int) -> Tensor:
+    """fp32 of any bits: signs, mantissas, NaN and Inf too."""
+    return torch.randint(-(2**31), 2**31, shape, dtype=torch.int64).int().view(torch.float32)
+
+
+@pytest.mark.parametrize("shape", [(131, 1), (128, 9), (3, 257, 6), (2, 1, 4)])
+@pytest.mark.parametrize("k_major", [True, False])
+def test_the_kernel_packs_planes(emulated: Any, shape: tuple[int, ...], k_major: bool) -> None:  # noqa: F811
+    sf = bits(*shape) if k_major else bits(*shape[:-2], shape[-1], shape[-2]).mT
+    for view in (sf, sf[..., ::2, :], sf[..., 1:]):
+        packed = jitgemm.get_mn_major_tma_aligned_packed_ue8m0_tensor(view)
+        expected = reference.get_mn_major_tma_aligned_packed_ue8m0_tensor(view)
+        assert torch.equal(packed, expected) and packed.stride() == expected.stride()
+    empty = jitgemm.get_mn_major_tma_aligned_packed_ue8m0_tensor(sf[..., :0])
+    assert empty.shape == (*shape[:-1], 0)
+    assert {spec["grouped"] for spec in emulated} == {False}
+
+
+@pytest.mark.parametrize("mn", [1, 130])
+@pytest.mark.parametrize("use_psum_layout", [False, True])
+@pytest.mark.parametrize(("gran_k", "ks"), [(128, (128, 0, 1000, 512, 4)), (32, (96, 128, 0)), (32, (0,))])
+def test_the_kernel_packs_groups(
+    emulated: Any,  # noqa: F811
+    gran_k: int,
+    ks: tuple[int, ...],
+    use_psum_layout: bool,
+    mn: int,
+) -> None:
+    blocks = [-(-k // gran_k) for k in ks]
+    ends, end = [], 0
+    for k in ks:
+        end = -(-end // 160) * 160 + k
+        ends.append(end)
+    layout = torch.tensor(ends if use_psum_layout else ks, dtype=torch.int32)
+    for sf in (bits(sum(blocks), mn), bits(mn, sum(blocks)).T):
+        packed = jitgemm.get_k_grouped_mn_major_tma_aligned_packed_ue8m0_tensor(
+            sf, layout, list(ks), gran_k, 160, use_psum_layout
+        )
+        expected = reference.get_k_grouped_mn_major_tma_aligned_packed_ue8m0_tensor(sf, blocks)
+        assert torch.equal(packed, expected) and packed.stride() == expected.stride()
+    assert {spec["grouped"] for spec in emulated} == ({True} if sum(blocks) else set())
+
+
+@pytest.mark.parametrize("wrong", [(128, 2**31 - 1, 2**31 - 1, 128), (-5, 99999, -(2**31), 1), (0, 0, 0, 2**31 - 1)])
+def test_the_kernel_stays_within_its_tensors(emulated: Any, wrong: tuple[int, ...]) -> None:  # noqa: F811
+    """The layout on the device may say otherwise than the host: what lies around the output is left alone."""
+    ks, mn = [128, 256, 640, 128], 5
+    sf, storage = bits(9, mn), torch.full((100, 8), -1, dtype=torch.int32)
+    inside = storage[30:].view(-1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pack_scales.reference, "empty_packed_groups", lambda *_: inside.as_strided((5, mn), (8, 1)))
+        layout = torch.tensor(wrong, dtype=torch.int32)
+        jitgemm.get_k_grouped_mn_major_tma_aligned_packed_ue8m0_tensor(sf, layout, ks, 128)
+    assert bool((storage[:30] == -1).all() and (storage[35:] == -1).all() and (storage[30:35, 5:] == -1).all())
+
+
+def test_packed_scales_compile_without_breaks() -> None:
+    sf, ks = bits(9, 20), torch.tensor([128, 256, 640, 128], dtype=torch.int32)
+
+    def pack(sf: Tensor) -> tuple[Tensor, Tensor]:
+        return (
+            jitgemm.get_mn_major_tma_aligned_packed_ue8m0_tensor(sf),
+            jitgemm.get_k_grouped_mn_major_tma_aligned_packed_ue8m0_tensor(sf, ks, [128, 256, 640, 128], 128),
+        )
+
+    compiled = torch.compile(pack, backend="eager", fullgraph=True)(sf)
+    for one, other in zip(compiled, pack(sf), strict=True):
+        assert torch.equal(one, other) and one.stride() == other.stride()
+    torch.library.opcheck(torch.ops.jitgemm.pack_k_grouped_ue8m0, (sf, ks, [1, 2, 5, 1], 128, 0))
+
+
+def test_calls_that_pack_are_recorded(tmp_path: Path) -> None:
+    path = tmp_path / "shapes.jsonl"
+    with settings.override(record=path):
+        jitgemm.get_mn_major_tma_aligned_packed_ue8m0_tensor(bits(4, 4))
+        jitgemm.get_k_grouped_mn_major_tma_aligned_packed_ue8m0_tensor(
+            bits(1, 4), torch.tensor([128], dtype=torch.int32), [128], 128
+        )
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert lines == [{"kind": "pack_ue8m0", "grouped": grouped} for grouped in (False, True)]
+
+
 def test_scales_of_groups_along_k_that_are_refused() -> None:
     pack = jitgemm.get_k_grouped_mn_major_tma_aligned_packed_ue8m0_tensor
     ks = torch.tensor([128, 256], dtype=torch.int32)
@@ -296,6 +384,11 @@ def test_scales_of_groups_along_k_that_are_refused() -> None:
         pack(torch.ones(3), ks, [128, 256], 128)
     with pytest.raises(ProblemError, match="gran_k is 0"):
         pack(torch.ones(3, 8), ks, [128, 256], 0)
+    for layout in (ks.long(), ks[None], None):
+        with pytest.raises(ProblemError, match="grouped_layout is "):
+            pack(torch.ones(3, 8), layout, [128, 256], 128)  # type: ignore[arg-type]
+    with pytest.raises(ProblemError, match="k_alignment is 0"):
+        pack(torch.ones(3, 8), ks, None, 128, 0, True)
 
 
 @pytest.mark.parametrize("leading", [(), (2,)])
@@ -311,16 +404,11 @@ def test_gate_and_up_are_interleaved_with_their_scales(leading: tuple[int, ...],
 
     interleaved, scales = jitgemm.interleave_gate_up(weights, block_scales)
     assert torch.equal(interleaved.float(), weights.float()[..., order, :])
-    if half % 128 == 0:
-        assert scales.shape == block_scales.shape
-        for part, rows in zip(scales.view(-1, *scales.shape[-2:]), of_rows.view(-1, 2 * half, 2), strict=True):
-            assert torch.equal(rows_of_gate_up_blocks(part), rows[order])
-        back = jitgemm.deinterleave_gate_up(interleaved, scales)
-        assert torch.equal(back[1], block_scales)
-    else:
-        assert torch.equal(scales, of_rows[..., order, :])
-        back = jitgemm.deinterleave_gate_up(interleaved, scales)
-        assert torch.equal(back[1], of_rows)
+    assert scales.shape == block_scales.shape
+    for part, rows in zip(scales.view(-1, *scales.shape[-2:]), of_rows.view(-1, 2 * half, 2), strict=True):
+        assert torch.equal(rows_of_gate_up_blocks(part)[: 2 * half], rows[order])
+    back = jitgemm.deinterleave_gate_up(interleaved, scales)
+    assert torch.equal(back[1], block_scales)
     assert torch.equal(back[0].float(), weights.float())
 
     row_scales = torch.rand(*leading, 2 * half, 2)
