@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 
 from jitgemm import settings
 from jitgemm.device import SM90A, Device
@@ -22,6 +23,7 @@ from jitgemm.settings import Settings
 # holds a group's rows leaves most to the loads. There are tiles enough to keep all SMs busy with 128 rows of weights,
 # for which tokens are loaded half as often as for 64.
 _MOST_TOKENS = 160  # of FP8, on the MMA's N side
+_TALLEST_STEP = 128  # rows: what tiles' heights are multiples or divisors of
 _SUMS_OF_THREE = 128  # registers a thread that sums may take where three warpgroups promote
 
 
@@ -117,9 +119,9 @@ def illegal(problem: GroupedProblem, config: GemmConfig, device: Device) -> str 
         return "grouped kernels have no split K, and clusters only where they make up the columns of a scale of d"
     if config.cluster_n > 2:
         return "a cluster has at most 2 CTAs"
-    tile, alignment = config.tile_m, problem.alignment
+    tile, alignment = config.tile_m, math.gcd(problem.alignment, _TALLEST_STEP)
     if problem.kind == "contiguous" and alignment % tile and tile % alignment:
-        return f"tile_m must divide the alignment of the groups, {alignment}, or be a multiple of it"
+        return f"tile_m must divide {alignment}, of which groups start at multiples, or be a multiple of it"
     if problem.scale_slack and tile + problem.scale_slack > MAX_BOX:
         return f"tile_m must be at most {MAX_BOX - problem.scale_slack} where FP8 groups start at any row"
     if shape.math_warpgroups == 3 and problem.dense.promotes and shape.accumulator_registers > _SUMS_OF_THREE:
