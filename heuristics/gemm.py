@@ -33,7 +33,6 @@ from jitgemm.families.gemm import (
     FEW_BOUNDARIES_STEP,
     GATE_UP_RUN,
     MMA_M,
-    PACKED_BYTES,
     SCALE_GROUP,
     STAGE_ROW_BYTES,
     GemmConfig,
@@ -103,10 +102,13 @@ def enumerate_configs(problem: GemmProblem, device: Device, limit: int = MAX_KER
 def enumerate_specs(problem: GemmProblem, device: Device) -> tuple[KernelSpec, ...]:
     """Every kernel that calls of the problem can need: of any m, with scales in any layout, with or without C."""
     from jitgemm.families.transpose_scales import FAMILY as TRANSPOSE_SCALES
+    from jitgemm.families.unpack_scales import FAMILY as UNPACK_SCALES
 
     specs = [FAMILY.spec(problem, config, device.arch.name) for config in enumerate_configs(problem, device)]
     if "row_k" in (problem.traits.a_scales, problem.traits.b_scales):
         specs.append(TRANSPOSE_SCALES.spec(device.arch.name))
+    if problem.traits.fp4_b:
+        specs.append(UNPACK_SCALES.spec(device.arch.name))
     return tuple(specs)
 
 
@@ -447,19 +449,21 @@ def _traits(problem: GemmProblem, config: GemmConfig) -> _Traits:
             hidden, waiting = promotion, sm90a.OVERLAPPED_OVERHEAD * (overhead + latency)
             exposed = sm90a.PROMOTION_EXPOSED_IN_CHAIN * shape.math_warpgroups * promotion
         else:
-            waiting = waves * (latency + promotion) + overhead
-            exposed = sm90a.PROMOTION_EXPOSED * waves * (latency + promotion)
+            of_wave = shape.parts // shape.parts_at_once * latency + shape.parts * promotion
+            waiting = waves * of_wave + overhead
+            exposed = sm90a.PROMOTION_EXPOSED * waves * of_wave
     tokens, weights = (shape.n_side_rows, shape.mma_m) if config.swap_ab else (shape.mma_m, shape.n_side_rows)
     reads: float = all_waves * sm90a.MMAS_PER_STAGE * (MMA_M + columns) * 32
     tensor: float = all_waves * mma
     weight_bytes: float = STAGE_ROW_BYTES
     if shape.fp4:
-        weight_bytes = PACKED_BYTES / MMA_M
-        reads = all_waves * (PACKED_BYTES + sm90a.MMAS_PER_STAGE * columns * 32)
+        weight_bytes = shape.packed_bytes / MMA_M
+        reads = all_waves * (shape.packed_bytes + sm90a.MMAS_PER_STAGE * columns * 32)
         # Expansion runs beside the warpgroup's own MMAs, but all warpgroups' is issued by the same four schedulers.
         hidden += sm90a.EXPANSION_CYCLES
         waiting += 0.0 if shape.chain > 1 else sm90a.EXPANSION_CYCLES
-        tensor = max(tensor, all_waves * (sm90a.EXPANSION_CYCLES + columns / 2 * sm90a.PROMOTION_CYCLES))
+        promoting = shape.parts * columns / 2 * sm90a.PROMOTION_CYCLES
+        tensor = max(tensor, all_waves * (sm90a.EXPANSION_CYCLES + promoting))
     boxes = 1 if config.swap_ab else columns // problem.gated * shape.d_bytes // shape.store_row_bytes
     steps = sm90a.EPILOGUE_STEP_CYCLES[problem.epilogue] * columns * waves
     if shape.quantizes:

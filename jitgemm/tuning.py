@@ -242,7 +242,7 @@ def tune(
     Args:
         n: columns of D.
         k: length of the contraction.
-        recipe: ``"bf16"``, one of ``fp8_gemm_nt``, or ``"fp8_1x128_fp4_1x32"`` for MXFP4 weights.
+        recipe: ``"bf16"``, one of ``fp8_gemm_nt``, or for MXFP4 weights ``"fp8_1x128_fp4_1x32"`` or ``"fp8_1x32_fp4_1x32"``.
         m: rows of D, one value or several; default: all m. What is measured are the anchors that serve them.
         layout: ``"nt"``, ``"nn"``, ``"tn"`` or ``"tt"``; FP8: ``"nt"``.
         d_dtype: ``"bf16"`` or ``"fp32"``.
@@ -358,7 +358,7 @@ class Workload:
 
             def call() -> None:
                 with settings.override(**forced):
-                    ops.fp8_fp4_gemm_nt(scaled_a, prepared, d)
+                    ops.fp8_fp4_gemm_nt(scaled_a, prepared, d, recipe=problem.recipe)
         elif self._a_scales is None or self._b_scales is None:
             a, b = self._a, self._b
             function = getattr(ops, f"bf16_gemm_{problem.layout}")
@@ -396,6 +396,7 @@ class Workload:
         if granularity == "none":
             return None
         if granularity == "row_k":  # MN-major and aligned, which TMA reads in place
+            groups = -(-self._problem.k // self._problem.traits.a_group)  # of b 128
             return self._positive(groups, get_tma_aligned_size(mn, 4)).t()[:mn]
         shapes = {"block_k": (-(-mn // SCALE_GROUP), groups), "row": (mn, 1), "tensor": (1, 1)}
         return self._positive(*shapes[granularity])

@@ -23,6 +23,7 @@ FAMILY_MODULES = {
     "rowwise": "jitgemm.families.rowwise",
     "tiles": "jitgemm.families.tiles",
     "transpose_scales": "jitgemm.families.transpose_scales",
+    "unpack_scales": "jitgemm.families.unpack_scales",
 }
 """Family name -> module, and after a colon the name in it, ``FAMILY`` by default, that implements the protocol."""
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from jitgemm.errors import ProblemError
-from jitgemm.families.gemm import PACKED_BYTES
+from jitgemm.families.gemm import FP4, FP4_RECIPES
+from jitgemm.ops.checks import pair
 from jitgemm.ops.dispatch import needs_dispatch
+from jitgemm.ops.layout import unpack_ue8m0
 from jitgemm.reference import fp4 as reference
+from jitgemm.reference.fp4 import PACKED_BYTES
 from jitgemm.reference.quantize import ceil_div
 
 FP4_DTYPES = tuple(
@@ -19,8 +23,11 @@ FP4_DTYPES = tuple(
 """Types of tensors that hold two E2M1 codes a byte."""
 
 _SCALE_DTYPES = tuple(
-    getattr(torch, name) for name in ("uint8", "float8_e8m0fnu", "float32") if getattr(torch, name, None) is not None
+    getattr(torch, name)
+    for name in ("uint8", "float8_e8m0fnu", "int32", "float32")
+    if getattr(torch, name, None) is not None
 )
+_PACKED_SCALES = 4  # in an int32
 
 
 class PreparedWeights(NamedTuple):
@@ -49,13 +56,14 @@ def prepare_fp4_weights(weights: Tensor, scales: Tensor) -> PreparedWeights:
         weights: int8, uint8 or float4_e2m1fn_x2 ``[n, k/2]`` or ``[groups, n, k/2]``: E2M1, two to a byte, the even
             column's in the low half.
         scales: of 32 elements of a row, ``[n, ceil(k/32)]`` or ``[groups, n, ceil(k/32)]``: UE8M0 as uint8 or
-            float8_e8m0fnu, or fp32 powers of two, which are checked on the host.
+            float8_e8m0fnu, or fp32 powers of two, which are checked on the host; or UE8M0 packed four to an int32,
+            the first in the low byte, ``[.., n, ceil(k/128)]``; any strides.
 
     Raises:
         ProblemError: an argument is not of that kind.
     """
     _check(weights, scales)
-    packed, exponents = weights.detach().view(torch.uint8), reference.ue8m0_to_exponents(scales.detach())
+    packed, exponents = weights.detach().view(torch.uint8), _exponents(scales.detach(), 2 * weights.shape[-1])
     if needs_dispatch(weights, scales):
         data, units = torch.ops.jitgemm.prepare_fp4_weights(packed, exponents)
     else:
@@ -89,7 +97,8 @@ def mxfp4_to_fp8(weights: Tensor, scales: Tensor) -> tuple[Tensor, Tensor] | Non
         ProblemError: an argument is not of that kind.
     """
     _check(weights, scales)
-    return reference.to_fp8(weights.detach().view(torch.uint8), reference.ue8m0_to_exponents(scales.detach()))
+    exponents = _exponents(scales.detach(), 2 * weights.shape[-1])
+    return reference.to_fp8(weights.detach().view(torch.uint8), exponents)
 
 
 def pack(packed: Tensor, exponents: Tensor) -> tuple[Tensor, Tensor]:
@@ -135,6 +144,50 @@ def prepared_b(a: Any, b: Any) -> tuple[Tensor, Tensor]:
     return b.data, b.units
 
 
+def activations(a: Any, recipe_a: tuple[int, int] | None) -> tuple[Tensor, Tensor, str]:
+    """A of a call with FP4 weights: e4m3, fp32 scales, and the recipe that these make.
+
+    Args:
+        a: e4m3 and its scales of 128 or 32 of K: fp32, or UE8M0 packed four to an int32, which are unpacked now.
+        recipe_a: ``(1, 128)``, ``(1, 32)``, or None: what the number of scales says, 128 where both would fit.
+
+    Raises:
+        ProblemError: there is another number of scales, or packed ones of other rows.
+    """
+    data, scales = pair("a", a)
+    if not isinstance(data, Tensor) or not isinstance(scales, Tensor) or not data.dim() or not scales.dim():
+        return data, scales, FP4  # refused where all is checked
+    k, found, is_packed = data.shape[-1], scales.shape[-1], scales.dtype == torch.int32
+    wanted = []
+    for group in _RECIPES if recipe_a is None else recipe_a[1:]:
+        count = ceil_div(k, group)
+        wanted.append(ceil_div(count, _PACKED_SCALES) if is_packed else count)
+        if found == wanted[-1]:
+            return data, _unpacked(data, scales, count) if is_packed else scales, _RECIPES[group]
+    accepted = " or ".join(str((*data.shape[:-1], number)) for number in wanted)
+    raise ProblemError(f"a_scales has shape {tuple(scales.shape)}; a {tuple(data.shape)} makes it {accepted}")
+
+
+_RECIPES = {recipe.a_group: name for name, recipe in FP4_RECIPES.items()}
+
+
+def recipe_of(data: Tensor, scales: Tensor) -> str:
+    """The recipe that A makes, as ``activations`` left it; some recipe where it makes none."""
+    k, found = (tensor.shape[-1] if tensor.dim() else 0 for tensor in (data, scales))
+    return next((name for group, name in _RECIPES.items() if found == ceil_div(k, group)), FP4)
+
+
+def _unpacked(data: Tensor, scales: Tensor, count: int) -> Tensor:
+    if scales.shape[:-1] != data.shape[:-1] or scales.dim() not in (2, 3):
+        raise ProblemError(f"a_scales has shape {tuple(scales.shape)}; a has rows {tuple(data.shape[:-1])}")
+    if scales.device != data.device:
+        raise ProblemError(f"a_scales is on {scales.device} and a on {data.device}; accepted is one device for all")
+    unpack: Callable[[Tensor, int], Tensor] = (
+        torch.ops.jitgemm.unpack_ue8m0 if needs_dispatch(data, scales) else unpack_ue8m0
+    )
+    return unpack(scales.detach(), count)
+
+
 def check_prepared(prepared: PreparedWeights) -> None:
     """Check that tensors are as ``prepare_fp4_weights`` returns them.
 
@@ -167,10 +220,18 @@ def _check(weights: object, scales: object) -> None:
         if tensor.dim() not in (2, 3) or 0 in tensor.shape:
             raise ProblemError(f"{name} has shape {tuple(tensor.shape)}; accepted is a matrix, or one for each group")
     assert isinstance(weights, Tensor) and isinstance(scales, Tensor)
-    wanted = (*weights.shape[:-1], ceil_div(2 * weights.shape[-1], reference.GROUP))
+    each = reference.GROUP * (_PACKED_SCALES if scales.dtype == torch.int32 else 1)
+    wanted = (*weights.shape[:-1], ceil_div(2 * weights.shape[-1], each))
     if tuple(scales.shape) != wanted:
         raise ProblemError(
-            f"scales have shape {tuple(scales.shape)}; weights {tuple(weights.shape)} make it {wanted}: one for 32"
+            f"scales have shape {tuple(scales.shape)}; weights {tuple(weights.shape)} make it {wanted}: one for {each}"
         )
     if scales.device != weights.device:
         raise ProblemError(f"scales are on {scales.device} and weights on {weights.device}; accepted is one device")
+
+
+def _exponents(scales: Tensor, k: int) -> Tensor:
+    """The exponents of checked scales, one for 32 of K."""
+    if scales.dtype == torch.int32:
+        return scales.contiguous().view(torch.uint8)[..., : ceil_div(k, reference.GROUP)]
+    return reference.ue8m0_to_exponents(scales)

@@ -16,7 +16,16 @@ from torch.compiler import is_dynamo_compiling
 from jitgemm import settings
 from jitgemm.device import SM90A, Device
 from jitgemm.errors import ProblemError
-from jitgemm.families.gemm import FAMILY, FP4, LAYOUTS, RECIPES, SCALE_GROUP, GemmConfig, GemmProblem, recipe_traits
+from jitgemm.families.gemm import (
+    FAMILY,
+    FP4_RECIPES,
+    LAYOUTS,
+    RECIPES,
+    SCALE_GROUP,
+    GemmConfig,
+    GemmProblem,
+    recipe_traits,
+)
 from jitgemm.families.gemm_launch import STEPS_OFFSET, GemmGeometry, Matrix, ScaleStrides
 from jitgemm.families.transpose_scales import FAMILY as TRANSPOSE_SCALES
 from jitgemm.heuristics import chooser, prepare
@@ -25,7 +34,7 @@ from jitgemm.nvtx import in_range
 from jitgemm.ops.checks import Scaled, check_tensors, extent, pair
 from jitgemm.ops.dispatch import are_plain, dispatch_modes, function_modes, needs_dispatch
 from jitgemm.ops.epilogue import Epilogue, Steps, check_apart, check_steps, pack, steps_of
-from jitgemm.ops.fp4 import PreparedWeights, is_fp4, packed_shape, prepared_b
+from jitgemm.ops.fp4 import PreparedWeights, activations, is_fp4, packed_shape, prepared_b
 from jitgemm.ops.layout import copy_to_mn_major, fp4_note
 from jitgemm.plan import BOUND_LAUNCHES, Sizes, Table, current_device, device_facts, matcher, raw_stream
 from jitgemm.record import record
@@ -54,10 +63,10 @@ class Operation(NamedTuple):
 
 _OPERATIONS = {
     (recipe, layout, fast_accum): Operation(recipe, layout, fast_accum)
-    for recipe, layout, fast_accum in itertools.product((*RECIPES, FP4), LAYOUTS, (False, True))
+    for recipe, layout, fast_accum in itertools.product((*RECIPES, *FP4_RECIPES), LAYOUTS, (False, True))
 }
 _FP8 = _OPERATIONS["fp8_1x128_128x128", "nt", False]
-_FP4 = _OPERATIONS[FP4, "nt", False]
+_FP4 = {recipe: _OPERATIONS[recipe, "nt", False] for recipe in FP4_RECIPES}
 _BF16_NT, _BF16_NN, _BF16_TN, _BF16_TT = (_OPERATIONS["bf16", layout, False] for layout in LAYOUTS)
 
 
@@ -194,13 +203,16 @@ def fp8_fp4_gemm_nt(
     """``d = a @ b.T (+ c)`` with e4m3 A and MXFP4 B, which stays 4 bit in memory; or with FP8 B, as ``fp8_gemm_nt``.
 
     Args:
-        a: e4m3 ``[m, k]``, K contiguous, and fp32 scales ``[m, ceil(k/128)]``, as ``fp8_gemm_nt`` takes them.
+        a: e4m3 ``[m, k]``, K contiguous, and scales of 128 or of 32 of a row: fp32 ``[m, ceil(k/128)]`` or
+            ``[m, ceil(k/32)]``, as ``fp8_gemm_nt`` takes them; or UE8M0, four to an int32, the first in the low byte,
+            ``[m, ceil(k/512)]`` or ``[m, ceil(k/128)]``, which a small kernel unpacks first.
         b: what ``prepare_fp4_weights`` made of ``[n, k]``; or its arguments, packed E2M1 ``[n, k/2]`` and scales
             ``[n, ceil(k/32)]``, which each call then prepares anew: many times the GEMM itself.
         d: output, bf16 or fp32 ``[m, n]``, n contiguous, any row stride.
         c: added to the product; ``[m, n]`` of d's dtype, may be ``d`` itself.
         recipe: with FP4 B none; else as ``fp8_gemm_nt`` takes it.
-        recipe_a: the peer's way to say what a scale of a covers, ``(1, 128)``.
+        recipe_a: the peer's way to say what a scale of a covers, ``(1, 128)`` or ``(1, 32)``; without it the number of
+            scales says so, and is that of 128 where both would fit.
         recipe_b: and of b, ``(1, 32)`` for FP4.
         compiled_dims: accepted for the peer's callers; sizes are always run-time values here.
         disable_ue8m0_cast: accepted for the peer's callers; fp32 scales are never cast here.
@@ -214,34 +226,42 @@ def fp8_fp4_gemm_nt(
         given = (recipe, recipe_a, recipe_b, compiled_dims, disable_ue8m0_cast)
         fp8_gemm_nt(a, cast("Scaled", b), d, c, *given, epilogue=epilogue)
         return
-    check_fp4_recipe(recipe, recipe_a, recipe_b)
-    a_data, a_scales = pair("a", a)
-    b_data, units = prepared_b(a_data, b)
+    a_data, a_scales, name = activations(a, fp4_recipe_a(recipe, recipe_a, recipe_b))
+    operation, (b_data, units) = _FP4[name], prepared_b(a_data, b)
     if epilogue is not None:
-        _launch_with_epilogue(a_data, a_scales, b_data, units, d, c, _FP4, epilogue)
+        _launch_with_epilogue(a_data, a_scales, b_data, units, d, c, operation, epilogue)
         return
-    if not _launch_again(a_data, a_scales, b_data, units, d, c, _FP4):
-        _launch(a_data, a_scales, b_data, units, d, c, _FP4)
+    if not _launch_again(a_data, a_scales, b_data, units, d, c, operation):
+        _launch(a_data, a_scales, b_data, units, d, c, operation)
 
 
 # The peer's names for operands of either type; in these layouts FP8 ones only.
 fp8_fp4_gemm_nn, fp8_fp4_gemm_tn, fp8_fp4_gemm_tt = fp8_gemm_nn, fp8_gemm_tn, fp8_gemm_tt
 
 
-def check_fp4_recipe(recipe: object, recipe_a: object, recipe_b: object) -> None:
+def fp4_recipe_a(recipe: object, recipe_a: object, recipe_b: object) -> tuple[int, int] | None:
     """Check the recipe of a call whose B is FP4.
 
+    Returns:
+        What a scale of A covers, None where nothing says so.
+
     Raises:
-        ProblemError: it says anything else.
+        ProblemError: it is none that is accepted.
     """
+    if recipe is None and recipe_a is None and recipe_b is None:
+        return None
+    of_a = {name: (1, facts.a_group) for name, facts in FP4_RECIPES.items()}
     for name, given, accepted in (
-        ("recipe", recipe, FP4),
-        ("recipe_a", recipe_a, (1, 128)),
-        ("recipe_b", recipe_b, (1, 32)),
+        ("recipe", recipe, (*of_a,)),
+        ("recipe_a", recipe_a, (*of_a.values(),)),
+        ("recipe_b", recipe_b, ((1, 32),)),
     ):
         given = tuple(given) if isinstance(given, list) else given
-        if given is not None and given != accepted:
-            raise ProblemError(f"{name} is {given!r}; with FP4 weights accepted is {accepted!r}")
+        if given is not None and given not in accepted:
+            raise ProblemError(f"{name} is {given!r}; with FP4 weights accepted is {' or '.join(map(repr, accepted))}")
+    if recipe is not None:
+        return of_a[cast("str", recipe)]
+    return None if recipe_a is None else cast("tuple[int, int]", tuple(cast("Any", recipe_a)))
 
 
 def _transposed(name: str, operand: Any) -> Scaled:
@@ -687,7 +707,7 @@ class _ReferencePlan:
     def __init__(self, extents: _Extents, recipe: str, layout: str, d_dtype: str) -> None:
         self._extents = extents
         self._arguments: dict[str, Any] = {"recipe": recipe, "layout": layout, "d_dtype": d_dtype}
-        self._fp4 = recipe == FP4
+        self._fp4 = recipe in FP4_RECIPES
 
     def __call__(
         self, a: Tensor, a_scales: Tensor | None, b: Tensor, b_scales: Tensor | None, d: Tensor, c: Tensor | None
@@ -766,7 +786,7 @@ class _FusedReferencePlan:
     ) -> None:
         check_apart(steps, d, {"a": a, "a_scales": a_scales, "b": b, "b_scales": b_scales})
         recipe, layout, _ = self._operation
-        if recipe == FP4 and b_scales is not None:
+        if recipe in FP4_RECIPES and b_scales is not None:
             b, b_scales = dequantize_fp4(*unpack(b, b_scales, a.shape[1])), None
         epilogue_reference.gemm_into(
             a if layout[0] == "n" else a.mT,
@@ -897,7 +917,8 @@ class _Operands:
         self.device = d.device
 
         k_blocks = -(-k // SCALE_GROUP)
-        self.a_scales = _check_scales("a_scales", a_scales, traits.a_scales, m, k_blocks, recipe, d)
+        a_blocks = -(-k // traits.a_group)
+        self.a_scales = _check_scales("a_scales", a_scales, traits.a_scales, m, a_blocks, recipe, d)
         self.b_scales = _check_scales("b_scales", b_scales, traits.b_scales, n, k_blocks, recipe, d)
         self.scales_by_tma = (traits.a_scales == "row_k", traits.b_scales == "row_k")
 
@@ -1081,11 +1102,12 @@ def _make_plan(
         return _EmptyPlan()
     assert problem.m is not None
     strides, transposes = [operands.a_scales, operands.b_scales], [False, False]
-    k_blocks = -(-problem.k // SCALE_GROUP)
+    groups = problem.traits.a_group, SCALE_GROUP
     for index, mn in enumerate((problem.m, problem.n)):
         scales = (a_scales, b_scales)[index]
         if scales is None or not operands.scales_by_tma[index]:
             continue
+        k_blocks = -(-problem.k // groups[index])
         aligned = scales.data_ptr() % _ALIGNMENT == 0
         transposes[index] = not (aligned and _loads_in_place(strides[index], mn, k_blocks))
         if transposes[index] or k_blocks == 1:

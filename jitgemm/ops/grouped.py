@@ -15,7 +15,7 @@ from torch import Tensor
 
 from jitgemm import settings
 from jitgemm.errors import ProblemError
-from jitgemm.families.gemm import FP4, SCALE_GROUP
+from jitgemm.families.gemm import SCALE_GROUP, recipe_traits
 from jitgemm.families.grouped import FAMILY, MAX_GROUPS, GroupedProblem
 from jitgemm.families.grouped_launch import STEPS_OFFSET, GroupedGeometry, Stack
 from jitgemm.heuristics.grouped import chooser
@@ -24,8 +24,8 @@ from jitgemm.nvtx import in_range
 from jitgemm.ops.checks import Scaled, check_tensors, extent, pair
 from jitgemm.ops.dispatch import needs_dispatch
 from jitgemm.ops.epilogue import Epilogue, Steps, check_apart, check_steps, pack, steps_of
-from jitgemm.ops.fp4 import PreparedWeights, is_fp4, packed_shape, prepared_b
-from jitgemm.ops.gemm import check_fp4_recipe
+from jitgemm.ops.fp4 import PreparedWeights, activations, is_fp4, packed_shape, prepared_b, recipe_of
+from jitgemm.ops.gemm import fp4_recipe_a
 from jitgemm.ops.layout import copy_to_mn_major, fp4_note
 from jitgemm.plan import BOUND_LAUNCHES, Table, current_device, device_facts, raw_stream
 from jitgemm.record import record
@@ -193,12 +193,12 @@ def m_grouped_fp8_fp4_gemm_nt_contiguous(
     """``m_grouped_fp8_gemm_nt_contiguous`` with MXFP4 B, which stays 4 bit in memory; FP8 B is accepted too.
 
     Args:
-        a: as there.
+        a: as there, with scales of 128 or of 32 of K, fp32 or packed UE8M0, as ``fp8_fp4_gemm_nt`` takes them.
         b: what ``prepare_fp4_weights`` made of ``[groups, n, k]``, or its arguments, which each call then prepares.
         d: as there; so are the arguments that follow, but for:
         grouped_layout: as there.
         recipe: with FP4 B none.
-        recipe_a: the peer's way to say what a scale of a covers, ``(1, 128)``.
+        recipe_a: the peer's way to say what a scale of a covers, ``(1, 128)`` or ``(1, 32)``.
         recipe_b: and of b, ``(1, 32)`` for FP4.
         compiled_dims: as there.
         disable_ue8m0_cast: as there.
@@ -218,9 +218,8 @@ def m_grouped_fp8_fp4_gemm_nt_contiguous(
             epilogue=epilogue,
         )
         return
-    check_fp4_recipe(recipe, recipe_a, recipe_b)
     kind = _contiguous(use_psum_layout)
-    a_data, a_scales = pair("a", a)
+    a_data, a_scales, _ = activations(a, fp4_recipe_a(recipe, recipe_a, recipe_b))
     data, units = prepared_b(a_data, b)
     given = (kind, expected_m_for_psum_layout, ensure_zero_padding, epilogue)
     _call(a_data, a_scales, data, units, d, grouped_layout, *given)
@@ -243,13 +242,13 @@ def m_grouped_fp8_fp4_gemm_nt_masked(
     """``m_grouped_fp8_gemm_nt_masked`` with MXFP4 B, which stays 4 bit in memory; FP8 B is accepted too.
 
     Args:
-        a: as there.
+        a: as there, with scales of 128 or of 32 of K, fp32 or packed UE8M0, as ``fp8_fp4_gemm_nt`` takes them.
         b: what ``prepare_fp4_weights`` made of ``[groups, n, k]``, or its arguments, which each call then prepares.
         d: as there.
         masked_m: as there.
         expected_m: as there.
         recipe: with FP4 B none.
-        recipe_a: the peer's way to say what a scale of a covers, ``(1, 128)``.
+        recipe_a: the peer's way to say what a scale of a covers, ``(1, 128)`` or ``(1, 32)``.
         recipe_b: and of b, ``(1, 32)`` for FP4.
         compiled_dims: as there.
         disable_ue8m0_cast: as there.
@@ -266,8 +265,7 @@ def m_grouped_fp8_fp4_gemm_nt_masked(
             epilogue=epilogue,
         )
         return
-    check_fp4_recipe(recipe, recipe_a, recipe_b)
-    a_data, a_scales = pair("a", a)
+    a_data, a_scales, _ = activations(a, fp4_recipe_a(recipe, recipe_a, recipe_b))
     _check_expected("expected_m", expected_m)
     data, units = prepared_b(a_data, b)
     _call(a_data, a_scales, data, units, d, masked_m, "masked", expected_m, False, epilogue)
@@ -464,9 +462,12 @@ class _Operands:
         recipe = "bf16"
         if a_scales is not None or b_scales is not None:
             named |= {"a_scales": a_scales, "b_scales": b_scales}
-            recipe = FP4 if isinstance(b, Tensor) and b.dtype == torch.uint8 else _FP8
+            recipe = _FP8
         check_tensors(**named)
-        fp4, plain = recipe == FP4, recipe == "bf16"
+        fp4 = recipe == _FP8 and b.dtype == torch.uint8
+        if fp4:
+            recipe = recipe_of(a, named["a_scales"])
+        plain = recipe == "bf16"
         dtype = torch.bfloat16 if plain else torch.float8_e4m3fn
         d_dtypes = tuple(_D_DTYPES) if steps is None else (d.dtype,)  # with an epilogue: checked with its tensors
         dtypes = {"a": (dtype,), "b": (torch.uint8 if fp4 else dtype,), "d": d_dtypes, name: (torch.int32,)}
@@ -487,7 +488,7 @@ class _Operands:
         if b_scales is not None and fp4:
             n, k = b_scales.shape[1], a.shape[-1]
         rows = a.shape[-2]
-        k_blocks = -(-k // SCALE_GROUP)
+        a_group, k_blocks = recipe_traits(recipe).a_group, -(-k // SCALE_GROUP)
         if min(n, k) < 1 or not 1 <= groups <= MAX_GROUPS:
             raise ProblemError(f"b has shape {tuple(b.shape)}; accepted is 1 to {MAX_GROUPS} groups, n >= 1 and k >= 1")
         if rows >= _MAX_ROWS:
@@ -497,7 +498,7 @@ class _Operands:
             "a": (*stacked, rows, k),
             "d": (*stacked, rows, columns),
             name: (rows,) if kind == "contiguous" else (groups,),
-            "a_scales": (*stacked, rows, k_blocks),
+            "a_scales": (*stacked, rows, -(-k // a_group)),
             "b_scales": (groups, -(-n // SCALE_GROUP), k_blocks),
         }
         if b_scales is not None and fp4:
@@ -593,7 +594,7 @@ class _Operands:
     def b_scales_stack(self) -> tuple[Stack, int]:
         """B's scales, and their stride along K."""
         shape, strides, _ = self._tensors["b_scales"]
-        if self.problem.recipe == FP4:
+        if self.problem.dense.traits.fp4_b:
             return Stack(shape[1], 1, strides[1], shape[0], strides[0]), 0
         return Stack(shape[1], shape[2], strides[1], shape[0], strides[0]), strides[2]
 
@@ -670,7 +671,7 @@ class _ReferencePlan:
 
         _check_overlap(self._operands, a, a_scales, b, b_scales, d, layout)
         problem = self._operands.problem
-        if problem.recipe == FP4 and b_scales is not None:
+        if problem.dense.traits.fp4_b and b_scales is not None:
             b, b_scales = dequantize_fp4(*unpack(b, b_scales, problem.k)), None
         epilogue = PLAIN
         output: Output = d

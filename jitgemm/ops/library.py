@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from jitgemm.ops import fp4
-from jitgemm.ops.layout import check_scales, copy_to_mn_major
+from jitgemm.ops.layout import check_scales, copy_to_mn_major, unpack_ue8m0
 from jitgemm.ops.quantize import (
     cast_back,
     check_cast,
@@ -102,6 +102,10 @@ def _packed_fake(sf: Tensor) -> Tensor:
     return layout.empty_mn_major(layout.packed_shape(sf.shape), torch.int32, sf.device)
 
 
+def _unpack_fake(sf: Tensor, k_blocks: int) -> Tensor:
+    return layout.empty_mn_major((*sf.shape[:-1], k_blocks), torch.float32, sf.device)
+
+
 _define(
     "per_token_cast_to_fp8(Tensor x, bool use_ue8m0, int gran_k, bool use_packed_ue8m0) -> (Tensor, Tensor)",
     _per_token,
@@ -126,3 +130,4 @@ _define(
 )
 _define("get_mn_major_tma_aligned_tensor(Tensor sf) -> Tensor", _mn_major, _mn_major_fake)
 _define("get_mn_major_tma_aligned_packed_ue8m0_tensor(Tensor sf) -> Tensor", _packed, _packed_fake)
+_define("unpack_ue8m0(Tensor sf, int k_blocks) -> Tensor", unpack_ue8m0, _unpack_fake)

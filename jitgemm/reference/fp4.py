@@ -25,13 +25,16 @@ import torch
 from torch import Tensor
 
 from jitgemm.errors import ProblemError
-from jitgemm.families.gemm import MMA_M, PACKED_BYTES
+from jitgemm.families.gemm import MMA_M, packed_bytes
 from jitgemm.reference.quantize import E2M1_VALUES, ceil_div, pack_nibbles, unpack_nibbles
 
 GROUP = 32
 """Elements of a row that share a scale."""
 
 PACKED_VERSION = 1
+PACKED_BYTES = packed_bytes(GROUP)
+"""Of a tile of 64 rows and 128 of K."""
+
 _BLOCK = 128  # of K
 _GROUPS = _BLOCK // GROUP
 _CODES_BYTES = MMA_M * _BLOCK // 2

@@ -13,6 +13,7 @@ from jitgemm.families.base import KernelSpec
 from jitgemm.families.gemm import FAMILY, FP4, GemmConfig, GemmProblem, KernelShape
 from jitgemm.families.grouped import FAMILY as GROUPED
 from jitgemm.families.grouped import GroupedProblem
+from jitgemm.families.unpack_scales import FAMILY as UNPACK_SCALES
 from jitgemm.heuristics import gemm, grouped
 
 
@@ -58,6 +59,31 @@ def test_dense_kernels_fit(cache: None) -> None:
     for config in largest(shapes):
         found += faults(FAMILY.spec(problem, config, SM90A.name), shapes[config])
     assert not found, "\n".join(found)
+
+
+def test_kernels_that_sum_parts_fit(cache: None) -> None:
+    """Of each number of parts that are waited for together, the widest."""
+    problem = GemmProblem(4096, 7168, "fp8_1x32_fp4_1x32", None, "nt", "fp32")
+    legal = [c for c in gemm.candidates(problem, ()) if gemm.illegal(problem, c, H200) is None]
+    kinds: dict[tuple[int, int, bool], GemmConfig] = {}
+    for config in sorted(legal):
+        shape = KernelShape(problem, config)
+        kinds[shape.parts_at_once, config.tile_n, config.split_k > 1] = config
+    assert {at_once for at_once, *_ in kinds} == {1, 2, 4}
+    found = []
+    for config in kinds.values():
+        found += faults(FAMILY.spec(problem, config, SM90A.name), KernelShape(problem, config))
+    grouped_problem = GroupedProblem(4096, 7168, problem.recipe, 8, "psum", alignment=1)
+    for text in ("32x128x128 s8 swap", "128x128x128 s4 swap"):
+        config = GemmConfig.from_text(text)
+        assert grouped.illegal(grouped_problem, config, H200) is None
+        found += faults(GROUPED.spec(grouped_problem, config, SM90A.name), grouped_problem.shape(config))
+    assert not found, "\n".join(found)
+
+
+def test_the_kernel_that_unpacks_scales(cache: None) -> None:
+    metadata = builder.build(UNPACK_SCALES.spec(SM90A.name)).cubin.metadata
+    assert (metadata.spill_bytes, metadata.stack_bytes, metadata.warnings) == (0, 0, ())
 
 
 @pytest.mark.parametrize(("kind", "alignment", "d_dtype"), [("masked", 128, "fp32"), ("psum", 1, "bf16")])

@@ -15,7 +15,6 @@ from support import ROOT
 from torch import Tensor
 
 from jitgemm.errors import ProblemError
-from jitgemm.families.gemm import PACKED_BYTES
 from jitgemm.reference import fp4
 from jitgemm.reference.quantize import pack_nibbles
 
@@ -81,7 +80,7 @@ def test_packing_can_be_undone(shape: tuple[int, ...], window: tuple[int, int]) 
     packed, exponents = random_weights(shape, *window)
     data, units = fp4.pack(packed, exponents)
     tiles, blocks = -(-shape[-2] // 64), -(-shape[-1] // 128)
-    assert data.shape == (*shape[:-2], tiles, blocks * PACKED_BYTES) and units.shape == shape[:-1]
+    assert data.shape == (*shape[:-2], tiles, blocks * fp4.PACKED_BYTES) and units.shape == shape[:-1]
     codes, found = fp4.unpack(data, units, shape[-1])
     assert torch.equal(codes, packed)
     values = fp4.dequantize_fp4(packed, exponents)

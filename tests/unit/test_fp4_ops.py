@@ -18,7 +18,7 @@ import jitgemm
 from jitgemm import prewarming, settings, tensor_map
 from jitgemm.device import H200
 from jitgemm.errors import ProblemError
-from jitgemm.families.gemm import FP4, PACKED_BYTES, GemmConfig, GemmProblem
+from jitgemm.families.gemm import FP4, FP4_RECIPES, GemmConfig, GemmProblem
 from jitgemm.families.grouped import GroupedProblem
 from jitgemm.heuristics import enumerate_specs, gemm, grouped
 from jitgemm.ops.fp4 import PreparedWeights
@@ -112,6 +112,80 @@ def test_grouped(kind: str) -> None:
         assert others.isnan().all() if kind == "masked" else (others == 0).all()
 
 
+def scaled_activations(group: int, form: str, *shape: int) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """e4m3 with scales of ``group`` of K that differ much, in some form; and the values."""
+    generator = torch.Generator().manual_seed(9)
+    data = torch.randn(shape, generator=generator).to(torch.float8_e4m3fn)
+    count = -(-shape[-1] // group)
+    exponents = torch.randint(110, 141, (*shape[:-1], count), generator=generator)
+    scales = 2.0 ** (exponents.double() - 127)
+    expected = data.double() * scales.repeat_interleave(group, -1)[..., : shape[-1]]
+    if form == "floats":
+        return (data, scales.float()), expected
+    packed = torch.full((*shape[:-1], -(-count // 4) * 4), 255, dtype=torch.uint8)  # what lies behind is not read
+    packed[..., :count] = exponents.to(torch.uint8)
+    words = packed.view(torch.int32)
+    if form == "packed, as the peer lays them out":
+        words = words.mT.contiguous().mT
+    return (data, words), expected
+
+
+_FORMS = ("floats", "packed", "packed, as the peer lays them out")
+
+
+@pytest.mark.parametrize("form", _FORMS)
+@pytest.mark.parametrize("group", [128, 32])
+def test_scales_of_activations(group: int, form: str) -> None:
+    for m, n, k in ((5, 72, 160), (3, 64, 1312), (4, 64, 32)):
+        a, plain = scaled_activations(group, form, m, k)
+        b = weights(n, k)
+        d = torch.full((m, n), float("nan"))
+        expected = (plain @ decoded(*b).T).float()
+        for recipe_a in (None, (1, group), [1, group]):
+            if recipe_a is None and group == 32 and k <= 128 and form != "floats":
+                continue  # a word a row could be either
+            jitgemm.fp8_fp4_gemm_nt(a, b, d, recipe_a=recipe_a)  # type: ignore[arg-type]
+            assert torch.equal(d, expected)
+
+
+@pytest.mark.parametrize("form", _FORMS)
+@pytest.mark.parametrize("group", [128, 32])
+def test_scales_of_grouped_activations(group: int, form: str) -> None:
+    groups, m, n, k = 2, 6, 72, 672
+    b = weights(groups, n, k)
+    a, plain = scaled_activations(group, form, groups, m, k)
+    d = torch.full((groups, m, n), float("nan"))
+    counts = torch.full((groups,), m, dtype=torch.int32)
+    jitgemm.m_grouped_fp8_fp4_gemm_nt_masked(a, b, d, counts, m, recipe_a=(1, group))
+    expected = (plain @ decoded(*b).mT).float()
+    assert torch.equal(d, expected)
+    rows: Any = tuple(part.flatten(0, 1) for part in a)
+    index = torch.arange(groups, dtype=torch.int32).repeat_interleave(m)
+    flat = torch.full((groups * m, n), float("nan"))
+    with settings.override(mk_alignment=1):
+        jitgemm.m_grouped_fp8_fp4_gemm_nt_contiguous(rows, b, flat, index)
+    assert torch.equal(flat, expected.flatten(0, 1))
+
+
+def test_every_packed_exponent_has_its_value() -> None:
+    exponents = torch.arange(256).to(torch.uint8).view(2, 128)
+    found = torch.ops.jitgemm.unpack_ue8m0(exponents.view(torch.int32), 128).double().flatten()
+    assert torch.equal(found[:255], 2.0 ** (torch.arange(255).double() - 127))
+    assert found[255].isnan()
+
+
+def test_the_unpacking_operator_passes_opcheck() -> None:
+    torch.library.opcheck(torch.ops.jitgemm.unpack_ue8m0, (torch.ones((2, 5, 3), dtype=torch.int32), 10))
+
+
+def test_scales_of_weights_that_are_packed() -> None:
+    packed, exponents = weights(2, 72, 160)
+    words = torch.nn.functional.pad(exponents, (0, 3), value=255).view(torch.int32)
+    for form in (words, words.mT.contiguous().mT):
+        one, other = jitgemm.prepare_fp4_weights(packed, form), jitgemm.prepare_fp4_weights(packed, exponents)
+        assert torch.equal(one.data, other.data) and torch.equal(one.units, other.units)
+
+
 @pytest.mark.parametrize("output", ["bf16", "quantized"])
 @pytest.mark.parametrize("is_masked", [False, True])
 def test_epilogues_follow_the_product(is_masked: bool, output: str) -> None:
@@ -155,7 +229,7 @@ def test_restored_weights_are_the_prepared() -> None:
     packed, exponents = weights(2, 100, 160)
     prepared = jitgemm.prepare_fp4_weights(packed, exponents)
     assert isinstance(prepared, PreparedWeights) and prepared.k == 160
-    assert prepared.data.shape == (2, 2, 2 * PACKED_BYTES) and prepared.units.shape == (2, 100)
+    assert prepared.data.shape == (2, 2, 2 * fp4.PACKED_BYTES) and prepared.units.shape == (2, 100)
     codes, scales = jitgemm.restore_fp4_weights(prepared)
     assert torch.equal(codes, packed) and torch.equal(scales, exponents)
     each = [jitgemm.prepare_fp4_weights(packed[i], exponents[i]) for i in range(2)]
@@ -188,8 +262,9 @@ def test_compiled() -> None:
         jitgemm.fp8_fp4_gemm_nt((data, scales), prepared, d)
         return d
 
-    expected = run(*a, *b)
-    assert torch.equal(torch.compile(run, fullgraph=True, backend="eager")(*a, *b), expected)
+    for given in (a, scaled_activations(128, "packed", 5, 128)[0]):
+        compiled = torch.compile(run, fullgraph=True, backend="eager")
+        assert torch.equal(compiled(*given, *b), run(*given, *b))
 
 
 @pytest.mark.parametrize(
@@ -197,9 +272,16 @@ def test_compiled() -> None:
     [
         ({"recipe": (1, 128, 128)}, "recipe is .* with FP4 weights accepted is"),
         ({"recipe_b": (1, 128)}, "recipe_b is"),
+        ({"recipe_a": (1, 64)}, r"recipe_a is .* accepted is \(1, 128\) or \(1, 32\)"),
+        ({"recipe_a": (1, 32)}, r"a_scales has shape \(5, 1\); a \(5, 128\) makes it \(5, 4\)"),
+        ({"recipe": "fp8_1x32_fp4_1x32"}, r"a_scales has shape"),
+        ({"a": (activations(5, 128)[0], torch.ones(5, 2))}, r"makes it \(5, 1\) or \(5, 4\)"),
+        ({"a": (activations(5, 640)[0], torch.ones(5, 3, dtype=torch.int32))}, r"makes it \(5, 2\) or \(5, 5\)"),
+        ({"a": (activations(5, 128)[0], torch.ones(4, 1, dtype=torch.int32))}, r"a has rows \(5,\)"),
         ({"a": activations(5, 256)}, "have k 256 and 128"),
         ({"b": (weights(64, 128)[0], weights(64, 128)[1][:, :3])}, "scales have shape"),
-        ({"b": (weights(64, 128)[0], weights(64, 128)[1].int())}, "scales has dtype torch.int32"),
+        ({"b": (weights(64, 128)[0], weights(64, 128)[1].long())}, "scales has dtype torch.int64"),
+        ({"b": (weights(64, 128)[0], weights(64, 128)[1].int())}, r"scales have shape .* make it \(64, 1\)"),
         ({"b": (weights(64, 128)[0], torch.full((64, 4), 3.0))}, "no power of two"),
         ({"d": torch.empty(5, 65, dtype=torch.bfloat16)}, "d has shape"),
         ({"a": (activations(5, 128)[0].view(torch.uint8), activations(5, 128)[1])}, "a has dtype torch.uint8"),
@@ -252,13 +334,33 @@ def test_dense_launch(dense_gpu: test_launches.Gpu, monkeypatch: pytest.MonkeyPa
     jitgemm.fp8_fp4_gemm_nt(a, b, d)
     tail = dense_gpu.last().tail
     (packed,) = [one for one in maps if one[1] == b.data.data_ptr()]
-    rows = PACKED_BYTES // 256
+    rows = fp4.PACKED_BYTES // 256
     assert packed == (3, b.data.data_ptr(), (256, 4 * 4 * rows, 1), (256, b.data.numel()), (256, rows, 1), 0)
     assert tail[0] == d.data_ptr() and tail[4] == b.units.data_ptr() and tail[5] == 1 and tail[9] == a[1].data_ptr()
     assert tail[24:27] == (m, n, 4)
     jitgemm.fp8_fp4_gemm_nt(a, b, d)  # again
     assert dense_gpu.last().tail == tail
     assert dense_gpu.loaded_for[-1].to_dict()["recipe"] == FP4
+
+
+def test_launch_with_scales_of_32(dense_gpu: test_launches.Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    m, n, k = 40, 200, 416
+    maps: dict[int, tuple[Any, ...]] = {}
+
+    def encode(target: int, code: int, rank: int, address: int, *rest: int) -> int:
+        dims = tuple((ctypes.c_uint64 * rank).from_address(rest[0]))
+        maps[address] = (dims, tuple((ctypes.c_uint32 * rank).from_address(rest[2])))
+        return 0
+
+    monkeypatch.setattr(tensor_map, "encode_tensor_map_function", lambda: encode)
+    (data, scales), _ = scaled_activations(32, "floats", m, k)
+    a = test_launches.aligned(data), test_launches.aligned(jitgemm.get_mn_major_tma_aligned_tensor(scales))
+    b, d = prepared_for_launch(n, k), test_launches.aligned(torch.zeros(m, n, dtype=torch.bfloat16))
+    with settings.override(config="16x128x128 s4 swap"):
+        jitgemm.fp8_fp4_gemm_nt(a, b, d)
+    dense_gpu.last()
+    assert maps[a[1].data_ptr()] == ((m, 13), (16, 4))  # 13 scales a row, four of them a stage
+    assert dense_gpu.loaded_for[-1].to_dict()["recipe"] == "fp8_1x32_fp4_1x32"
 
 
 @pytest.mark.parametrize("kind", ["masked", "contiguous"])
@@ -270,7 +372,7 @@ def test_grouped_launch(grouped_gpu: test_grouped_launches.Gpu, kind: str) -> No
     getattr(jitgemm, f"m_grouped_fp8_fp4_gemm_nt_{kind}")(a, b, one.d, one.layout, *more)
     launched = grouped_gpu.last()
     assert launched.config.swap_ab
-    rows_of_boxes = PACKED_BYTES // 256
+    rows_of_boxes = fp4.PACKED_BYTES // 256
     height = 5 * 3 * rows_of_boxes
     assert launched.map(0) == (b.data.data_ptr(), 256, height, groups, 256, 256 * height, 256, rows_of_boxes, 1)
     assert launched.map(1) == (0,) * 9
@@ -295,25 +397,27 @@ def test_recorded_problems_can_be_prewarmed(tmp_path: Path) -> None:
     assert found[0] == GemmProblem(72, 128, FP4) and isinstance(found[1], GroupedProblem)
     for problem in found:
         specs = enumerate_specs(problem, H200)
-        assert specs and any(spec.family == "transpose_scales" for spec in specs)
+        assert {"transpose_scales", "unpack_scales"} < {spec.family for spec in specs}
 
 
 # -- Choice.
 
 
-def test_every_shape_gets_a_legal_config() -> None:
+@pytest.mark.parametrize("recipe", FP4_RECIPES)
+def test_every_shape_gets_a_legal_config(recipe: str) -> None:
     for n, k in ((4096, 7168), (7168, 2048), (576, 7168), (64, 128), (7168, 16384)):
         for m in (1, 8, 16, 33, 64, 128, 512, 4096):
-            problem = GemmProblem(n, k, FP4, m)
+            problem = GemmProblem(n, k, recipe, m)
             config = gemm.choose_config(problem, H200)
             assert gemm.illegal(problem, config, H200) is None and config.swap_ab
-            many = GroupedProblem(n, k, FP4, 8, "masked", m)
+            many = GroupedProblem(n, k, recipe, 8, "masked", m)
             chosen = grouped.choose_config(many, H200)
             assert grouped.illegal(many, chosen, H200) is None and chosen.swap_ab
 
 
-def test_tuning_has_operands() -> None:
-    problem = GemmProblem(72, 160, FP4, 5)
+@pytest.mark.parametrize("recipe", FP4_RECIPES)
+def test_tuning_has_operands(recipe: str) -> None:
+    problem = GemmProblem(72, 160, recipe, 5)
     work = Workload(problem, "cpu")
     work.call(gemm.choose_config(problem, H200))()
     assert bool(work.d.isfinite().all()) and bool((work.d != 0).any())
