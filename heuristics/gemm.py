@@ -287,7 +287,7 @@ def stage_choices(problem: GemmProblem, config: GemmConfig) -> list[int]:
 
 # -- Limits.
 
-_MOST_FP4_TOKENS = 128  # in a tile, on the MMA's N side
+_MOST_FP4_TOKENS = {32: 128, 16: 64}  # in a tile, on the MMA's N side, by the weights that share a scale
 
 
 def illegal(problem: GemmProblem, config: GemmConfig, device: Device) -> str | None:
@@ -339,8 +339,8 @@ def illegal_tile(problem: GemmProblem, config: GemmConfig, arch: Architecture) -
             return "swap_ab must be on: FP4 weights take the MMA's M side"
         if config.tile_n not in (64, 128):
             return "tile_n must be 64 or 128: a warpgroup expands the FP4 weights of 64 rows"
-        if config.tile_m > _MOST_FP4_TOKENS:
-            return f"tile_m must be at most {_MOST_FP4_TOKENS} beside FP4 weights"
+        if config.tile_m > (most := _MOST_FP4_TOKENS[problem.traits.fp4_group]):
+            return f"tile_m must be at most {most} beside FP4 weights"
         if config.cluster_m > 1 or config.cluster_n not in (1, shape.scale_parts):
             return "FP4 weights have clusters only where they make up the columns of a scale of d"
     if config.tile_k != 128 // problem.traits.operand_bytes:

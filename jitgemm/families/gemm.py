@@ -37,6 +37,7 @@ CHAIN_REGISTERS = {
     "fp32": 176,
 }  # that sums and two partial sums may take for MMAs to overlap with promotion
 FP4_CHAIN_REGISTERS = {"bf16": 176, "fp32": 168}  # the same with expanded weights
+NVFP4_GROUP = 16  # of K, that share a scale
 PARTS_REGISTERS = 64  # that the sums of parts of a k-block may take, where these have scales of their own
 FEW_BOUNDARIES_STEP = (
     32  # tile columns that are multiples of it meet scale blocks at 4 places at most; 8 cost more than selects
@@ -89,9 +90,10 @@ FP4_RECIPES: dict[str, Recipe] = {
     for recipe in (
         Recipe(FP4, 1, "row_k", "row", fp4_group=32),
         Recipe("fp8_1x32_fp4_1x32", 1, "row_k", "row", a_group=32, fp4_group=32),
+        Recipe("fp8_1x128_nvfp4_1x16", 1, "row_k", "row", fp4_group=16),
     )
 }
-"""Those whose B is not a plain matrix: MXFP4 with scales of A of 1 x 128 or 1 x 32."""
+"""Those whose B is not a plain matrix: MXFP4 with scales of A of 1 x 128 or 1 x 32, and NVFP4."""
 
 _ALL_RECIPES = {**RECIPES, **FP4_RECIPES}
 
@@ -366,6 +368,11 @@ class KernelShape:
         return self.problem.traits.fp4_b
 
     @functools.cached_property
+    def fp4_group(self) -> int:
+        """Of K, that share a scale of FP4 weights; 0 where there are none."""
+        return self.problem.traits.fp4_group
+
+    @functools.cached_property
     def packed_bytes(self) -> int:
         """Bytes of 64 x 128 weights where these are FP4."""
         return packed_bytes(self.problem.traits.fp4_group)
@@ -377,8 +384,8 @@ class KernelShape:
 
     @functools.cached_property
     def parts(self) -> int:
-        """Parts of a k-block that have scales of their own, and so sums of their own."""
-        return self.a_scales_per_stage
+        """Parts of a k-block that have sums of their own: their scales are not multiplied into the operands."""
+        return SCALE_GROUP // NVFP4_GROUP if self.fp4_group == NVFP4_GROUP else self.a_scales_per_stage
 
     @functools.cached_property
     def parts_at_once(self) -> int:
@@ -585,7 +592,7 @@ class KernelShape:
 
         With them those of expanded weights.
         """
-        partial = self.parts_at_once if self.parts > 1 else min(2, self.chain)
+        partial = self.parts_at_once + (self.fp4_group == NVFP4_GROUP) if self.parts > 1 else min(2, self.chain)
         sums = self.mma_n // 2 * (self.waves + (partial if self.problem.promotes else 0))
         return sums + self._fragment_registers
 
@@ -694,6 +701,7 @@ class Gemm:
             "scale_parts",
             "exchange_bytes",
             "fp4",
+            "fp4_group",
             "a_scales_per_stage",
             "parts",
             "parts_at_once",

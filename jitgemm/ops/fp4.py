@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 
 from jitgemm.errors import ProblemError
-from jitgemm.families.gemm import FP4, FP4_RECIPES
+from jitgemm.families.gemm import FP4, FP4_RECIPES, MMA_M, NVFP4_GROUP, SCALE_GROUP, packed_bytes
 from jitgemm.ops.checks import pair
 from jitgemm.ops.dispatch import needs_dispatch
 from jitgemm.ops.layout import unpack_ue8m0
 from jitgemm.reference import fp4 as reference
-from jitgemm.reference.fp4 import PACKED_BYTES
 from jitgemm.reference.quantize import ceil_div
 
 FP4_DTYPES = tuple(
@@ -24,7 +23,7 @@ FP4_DTYPES = tuple(
 
 _SCALE_DTYPES = tuple(
     getattr(torch, name)
-    for name in ("uint8", "float8_e8m0fnu", "int32", "float32")
+    for name in ("uint8", "float8_e8m0fnu", "int32", "float32", "float8_e4m3fn")
     if getattr(torch, name, None) is not None
 )
 _PACKED_SCALES = 4  # in an int32
@@ -34,53 +33,68 @@ class PreparedWeights(NamedTuple):
     """FP4 weights in the kernels' layout: two tensors, to be saved and loaded as any.
 
     Args:
-        data: uint8 ``[..., ceil(n/64), ceil(k/128) * 4352]``; see ``jitgemm.reference.fp4``.
+        data: uint8 ``[..., ceil(n/64), ceil(k/128) * 4352]``, of NVFP4 4608; see ``jitgemm.reference.fp4``.
         units: fp32 ``[..., n]``.
         k: elements of a row.
         version: of the layout.
+        group: elements of a row that share a scale: 32 of MXFP4, 16 of NVFP4.
     """
 
     data: Tensor
     units: Tensor
     k: int
     version: int = reference.PACKED_VERSION
+    group: int = reference.GROUP
 
 
-def prepare_fp4_weights(weights: Tensor, scales: Tensor) -> PreparedWeights:
-    """MXFP4 weights in the layout that the kernels take; ``restore_fp4_weights`` reverses it.
+def prepare_fp4_weights(weights: Tensor, scales: Tensor, global_scale: Tensor | float | None = None) -> PreparedWeights:
+    """MXFP4 or NVFP4 weights in the layout that the kernels take; ``restore_fp4_weights`` reverses it.
 
-    Layout and formats: OCP Microscaling Formats 1.0, as checkpoints store them. All values are kept, but for groups
-    whose scales are more than 2^241 below the largest of their row, which become zero. A NaN scale makes its row NaN.
+    Formats: OCP Microscaling Formats 1.0 (MXFP4), and E2M1 with UE4M3 scales of 16 and an FP32 one (NVFP4), as
+    checkpoints store them. All values are kept, but for groups of MXFP4 whose scales are more than 2^241 below the
+    largest of their row, which become zero. A NaN scale makes its row NaN.
 
     Args:
         weights: int8, uint8 or float4_e2m1fn_x2 ``[n, k/2]`` or ``[groups, n, k/2]``: E2M1, two to a byte, the even
             column's in the low half.
         scales: of 32 elements of a row, ``[n, ceil(k/32)]`` or ``[groups, n, ceil(k/32)]``: UE8M0 as uint8 or
             float8_e8m0fnu, or fp32 powers of two, which are checked on the host; or UE8M0 packed four to an int32,
-            the first in the low byte, ``[.., n, ceil(k/128)]``; any strides.
+            the first in the low byte, ``[.., n, ceil(k/128)]``; any strides. With NVFP4 float8_e4m3fn
+            ``[.., n, ceil(k/16)]`` in the order of the weights, signs are not read.
+        global_scale: of NVFP4, what all else is multiplied by (default 1): a number or an fp32 tensor of one, one for
+            each group ``[groups]``, or one for each row ``[.., n]``.
 
     Raises:
         ProblemError: an argument is not of that kind.
     """
     _check(weights, scales)
-    packed, exponents = weights.detach().view(torch.uint8), _exponents(scales.detach(), 2 * weights.shape[-1])
-    if needs_dispatch(weights, scales):
-        data, units = torch.ops.jitgemm.prepare_fp4_weights(packed, exponents)
-    else:
-        data, units = pack(packed, exponents)
-    return PreparedWeights(data, units, 2 * weights.shape[-1])
+    k, packed = 2 * weights.shape[-1], weights.detach().view(torch.uint8)
+    dispatched = needs_dispatch(weights, scales, global_scale if isinstance(global_scale, Tensor) else None)
+    if scales.dtype == torch.float8_e4m3fn:
+        given = packed, scales.detach(), _of_rows(global_scale, weights)
+        prepare = torch.ops.jitgemm.prepare_nvfp4_weights if dispatched else pack_nvfp4
+        data, units = prepare(*given)
+        return PreparedWeights(data, units, k, group=NVFP4_GROUP)
+    if global_scale is not None:
+        raise ProblemError(f"global_scale is given with scales of {scales.dtype}; accepted is None, but for NVFP4")
+    exponents = _exponents(scales.detach(), k)
+    data, units = (torch.ops.jitgemm.prepare_fp4_weights if dispatched else pack)(packed, exponents)
+    return PreparedWeights(data, units, k)
 
 
-def restore_fp4_weights(prepared: PreparedWeights) -> tuple[Tensor, Tensor]:
-    """Weights as int8 ``[..., n, k/2]`` and UE8M0 scales as uint8 ``[..., n, ceil(k/32)]`` of the same values.
+def restore_fp4_weights(prepared: PreparedWeights) -> tuple[Tensor, ...]:
+    """Weights as int8 ``[..., n, k/2]`` and scales of the same values, as ``prepare_fp4_weights`` takes them.
 
-    Of rows with a NaN scale all scales become NaN; those of groups of zeros may differ from what was prepared.
+    Scales of MXFP4 are UE8M0 as uint8 ``[..., n, ceil(k/32)]``; those of NVFP4 float8_e4m3fn ``[..., n, ceil(k/16)]``,
+    and a third tensor has the fp32 scale of each row ``[..., n]``. Of rows with a NaN scale all scales become NaN;
+    those of groups of zeros may differ from what was prepared.
 
     Raises:
         ProblemError: ``prepared`` is not what ``prepare_fp4_weights`` returned.
     """
     check_prepared(prepared)
-    return reference.unpack(prepared.data, prepared.units, prepared.k)
+    data, units, k, _, group = prepared
+    return reference.unpack_nvfp4(data, units, k) if group == NVFP4_GROUP else reference.unpack(data, units, k)
 
 
 def mxfp4_to_fp8(weights: Tensor, scales: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -91,90 +105,128 @@ def mxfp4_to_fp8(weights: Tensor, scales: Tensor) -> tuple[Tensor, Tensor] | Non
 
     Args:
         weights: as ``prepare_fp4_weights`` takes them.
-        scales: likewise.
+        scales: likewise, of MXFP4.
 
     Raises:
         ProblemError: an argument is not of that kind.
     """
     _check(weights, scales)
+    if scales.dtype == torch.float8_e4m3fn:
+        raise ProblemError("scales are those of NVFP4; accepted is MXFP4: FP8 does not hold products with such scales")
     exponents = _exponents(scales.detach(), 2 * weights.shape[-1])
     return reference.to_fp8(weights.detach().view(torch.uint8), exponents)
 
 
 def pack(packed: Tensor, exponents: Tensor) -> tuple[Tensor, Tensor]:
     """``reference.pack``, group by group, which bounds its memory."""
-    if packed.dim() == 2:
-        return reference.pack(packed, exponents)
-    parts = [reference.pack(*group) for group in zip(packed, exponents, strict=True)]
+    return _each_group(reference.pack, packed, exponents)
+
+
+def pack_nvfp4(packed: Tensor, scales: Tensor, units: Tensor) -> tuple[Tensor, Tensor]:
+    """``reference.pack_nvfp4``, likewise."""
+    return _each_group(reference.pack_nvfp4, packed, scales, units)
+
+
+def _each_group(pack: Callable[..., tuple[Tensor, Tensor]], *tensors: Tensor) -> tuple[Tensor, Tensor]:
+    if tensors[0].dim() == 2:
+        return pack(*tensors)
+    parts = [pack(*group) for group in zip(*tensors, strict=True)]
     return torch.stack([data for data, _ in parts]), torch.stack([units for _, units in parts])
 
 
-def pack_fake(packed: Tensor, exponents: Tensor) -> tuple[Tensor, Tensor]:
-    """Tensors as ``pack`` returns them."""
-    *lead, n, half = packed.shape
-    width = ceil_div(2 * half, 128) * PACKED_BYTES
-    return (
-        packed.new_empty((*lead, ceil_div(n, 64), width), dtype=torch.uint8),
-        packed.new_empty((*lead, n), dtype=torch.float32),
-    )
+def pack_fake(packed: Tensor, scales: Tensor, units: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Tensors as ``pack`` returns them, and with units ``pack_nvfp4``."""
+    rows = torch.Size(packed.shape[:-1])
+    shape = packed_shape(rows, 2 * packed.shape[-1], reference.GROUP if units is None else NVFP4_GROUP)
+    return packed.new_empty(shape, dtype=torch.uint8), packed.new_empty(rows, dtype=torch.float32)
 
 
 def is_fp4(b: Any) -> bool:
     """Whether B of a call is FP4, prepared or not."""
     if isinstance(b, PreparedWeights):
         return True
-    return isinstance(b, (tuple, list)) and len(b) == 2 and getattr(b[0], "dtype", None) in FP4_DTYPES
+    return isinstance(b, (tuple, list)) and len(b) in (2, 3) and getattr(b[0], "dtype", None) in FP4_DTYPES
 
 
-def prepared_b(a: Any, b: Any) -> tuple[Tensor, Tensor]:
-    """``data`` and ``units`` of B, prepared now if it is not.
+class Operands(NamedTuple):
+    """What a call with FP4 weights is launched with."""
+
+    a: Tensor
+    a_scales: Tensor
+    data: Tensor
+    units: Tensor
+    recipe: str
+
+
+def operands(a: Any, b: Any, recipe: object, recipe_a: object, recipe_b: object) -> Operands:
+    """The operands of a call whose B is FP4, and the recipe that they make.
+
+    Args:
+        a: e4m3 and its scales of 128 or 32 of K: fp32, or UE8M0 packed four to an int32, which are unpacked now.
+        b: prepared weights, or the arguments of ``prepare_fp4_weights``, which they are handed to now.
+        recipe: a name in ``FP4_RECIPES``, or None: what the tensors are. Where a's scales could be of 128 or of 32,
+            they are of 128.
+        recipe_a: what a scale of a covers, or None.
+        recipe_b: and of b.
 
     Raises:
-        ProblemError: it is not FP4 weights with the k of ``a``.
+        ProblemError: the tensors make no recipe, or another one than is named.
     """
     if not isinstance(b, PreparedWeights):
-        b = prepare_fp4_weights(b[0], b[1])
-    k = a.shape[-1] if isinstance(a, Tensor) and a.dim() else None
-    if k is not None and b.k != k:
-        raise ProblemError(f"a {tuple(a.shape)} and b have k {k} and {b.k}; they must agree")
+        b = prepare_fp4_weights(*b)
     if b.version != reference.PACKED_VERSION:
         raise ProblemError(
             f"b has layout version {b.version}; accepted is {reference.PACKED_VERSION}: prepare the weights anew"
         )
-    return b.data, b.units
-
-
-def activations(a: Any, recipe_a: tuple[int, int] | None) -> tuple[Tensor, Tensor, str]:
-    """A of a call with FP4 weights: e4m3, fp32 scales, and the recipe that these make.
-
-    Args:
-        a: e4m3 and its scales of 128 or 32 of K: fp32, or UE8M0 packed four to an int32, which are unpacked now.
-        recipe_a: ``(1, 128)``, ``(1, 32)``, or None: what the number of scales says, 128 where both would fit.
-
-    Raises:
-        ProblemError: there is another number of scales, or packed ones of other rows.
-    """
+    names = [name for name, facts in FP4_RECIPES.items() if facts.fp4_group == b.group]
+    if recipe is not None or recipe_a is not None or recipe_b is not None:
+        names = _named(names, b.group, recipe, recipe_a, recipe_b)
     data, scales = pair("a", a)
     if not isinstance(data, Tensor) or not isinstance(scales, Tensor) or not data.dim() or not scales.dim():
-        return data, scales, FP4  # refused where all is checked
+        return Operands(data, scales, b.data, b.units, names[0])  # refused where all is checked
     k, found, is_packed = data.shape[-1], scales.shape[-1], scales.dtype == torch.int32
+    if b.k != k:
+        raise ProblemError(f"a {tuple(data.shape)} and b have k {k} and {b.k}; they must agree")
     wanted = []
-    for group in _RECIPES if recipe_a is None else recipe_a[1:]:
-        count = ceil_div(k, group)
+    for name in names:
+        count = ceil_div(k, FP4_RECIPES[name].a_group)
         wanted.append(ceil_div(count, _PACKED_SCALES) if is_packed else count)
         if found == wanted[-1]:
-            return data, _unpacked(data, scales, count) if is_packed else scales, _RECIPES[group]
-    accepted = " or ".join(str((*data.shape[:-1], number)) for number in wanted)
+            return Operands(data, _unpacked(data, scales, count) if is_packed else scales, b.data, b.units, name)
+    accepted = " or ".join(str((*data.shape[:-1], number)) for number in dict.fromkeys(wanted))
     raise ProblemError(f"a_scales has shape {tuple(scales.shape)}; a {tuple(data.shape)} makes it {accepted}")
 
 
-_RECIPES = {recipe.a_group: name for name, recipe in FP4_RECIPES.items()}
+def _named(names: list[str], group: int, recipe: object, recipe_a: object, recipe_b: object) -> list[str]:
+    """Those of the recipes that a call's arguments allow."""
+    for name, given, accepted in (
+        ("recipe", recipe, names),
+        ("recipe_a", recipe_a, [(1, FP4_RECIPES[name].a_group) for name in names]),
+        ("recipe_b", recipe_b, [(1, group)]),
+    ):
+        given = tuple(given) if isinstance(given, list) else given
+        if given is not None and given not in accepted:
+            shown = " or ".join(map(repr, accepted))
+            raise ProblemError(f"{name} is {given!r}; with FP4 weights and scales of {group} accepted is {shown}")
+        if given is not None and name != "recipe_b":
+            names = [names[accepted.index(given)]]
+    return names
 
 
-def recipe_of(data: Tensor, scales: Tensor) -> str:
-    """The recipe that A makes, as ``activations`` left it; some recipe where it makes none."""
-    k, found = (tensor.shape[-1] if tensor.dim() else 0 for tensor in (data, scales))
-    return next((name for group, name in _RECIPES.items() if found == ceil_div(k, group)), FP4)
+def recipe_of(data: Tensor, scales: Tensor, packed: Tensor) -> str:
+    """The recipe that ``operands`` found, by A, its scales and prepared weights; some recipe where they make none."""
+    k, found, width = (tensor.shape[-1] if tensor.dim() else 0 for tensor in (data, scales, packed))
+    for name, facts in FP4_RECIPES.items():
+        if found == ceil_div(k, facts.a_group) and width == ceil_div(k, SCALE_GROUP) * packed_bytes(facts.fp4_group):
+            return name
+    return FP4
+
+
+def dequantized(data: Tensor, units: Tensor, k: int, group: int) -> Tensor:
+    """The values of prepared weights, in float64."""
+    if group == NVFP4_GROUP:
+        return reference.dequantize_nvfp4(*reference.unpack_nvfp4(data, units, k))
+    return reference.dequantize_fp4(*reference.unpack(data, units, k))
 
 
 def _unpacked(data: Tensor, scales: Tensor, count: int) -> Tensor:
@@ -196,19 +248,21 @@ def check_prepared(prepared: PreparedWeights) -> None:
     """
     if not isinstance(prepared, PreparedWeights):
         raise ProblemError(f"prepared is {type(prepared).__name__}; accepted is PreparedWeights")
-    data, units, k, version = prepared
+    data, units, k, version, group = prepared
+    if group not in (reference.GROUP, NVFP4_GROUP):
+        raise ProblemError(f"prepared has group {group!r}; accepted is {reference.GROUP} or {NVFP4_GROUP}")
     if version != reference.PACKED_VERSION:
         raise ProblemError(f"prepared has layout version {version}; accepted is {reference.PACKED_VERSION}")
     if data.dtype != torch.uint8 or units.dtype != torch.float32:
         raise ProblemError(f"data and units are {data.dtype} and {units.dtype}; accepted is torch.uint8, torch.float32")
-    wanted = packed_shape(units.shape, k)
+    wanted = packed_shape(units.shape, k, group)
     if tuple(data.shape) != wanted:
         raise ProblemError(f"data has shape {tuple(data.shape)}; units {tuple(units.shape)} and k {k} make it {wanted}")
 
 
-def packed_shape(units: torch.Size, k: int) -> tuple[int, ...]:
+def packed_shape(units: torch.Size, k: int, group: int) -> tuple[int, ...]:
     """The shape of ``data``."""
-    return (*units[:-1], ceil_div(units[-1], 64), ceil_div(k, 128) * PACKED_BYTES)
+    return (*units[:-1], ceil_div(units[-1], MMA_M), ceil_div(k, SCALE_GROUP) * packed_bytes(group))
 
 
 def _check(weights: object, scales: object) -> None:
@@ -220,7 +274,8 @@ def _check(weights: object, scales: object) -> None:
         if tensor.dim() not in (2, 3) or 0 in tensor.shape:
             raise ProblemError(f"{name} has shape {tuple(tensor.shape)}; accepted is a matrix, or one for each group")
     assert isinstance(weights, Tensor) and isinstance(scales, Tensor)
-    each = reference.GROUP * (_PACKED_SCALES if scales.dtype == torch.int32 else 1)
+    each = NVFP4_GROUP if scales.dtype == torch.float8_e4m3fn else reference.GROUP
+    each *= _PACKED_SCALES if scales.dtype == torch.int32 else 1
     wanted = (*weights.shape[:-1], ceil_div(2 * weights.shape[-1], each))
     if tuple(scales.shape) != wanted:
         raise ProblemError(
@@ -235,3 +290,27 @@ def _exponents(scales: Tensor, k: int) -> Tensor:
     if scales.dtype == torch.int32:
         return scales.contiguous().view(torch.uint8)[..., : ceil_div(k, reference.GROUP)]
     return reference.ue8m0_to_exponents(scales)
+
+
+def _of_rows(global_scale: Tensor | float | None, weights: Tensor) -> Tensor:
+    """The fp32 scale of NVFP4 weights as one for each row."""
+    rows = weights.shape[:-1]
+    if global_scale is None or isinstance(global_scale, (int, float)):
+        return torch.full(rows, 1.0 if global_scale is None else global_scale, device=weights.device)
+    if not isinstance(global_scale, Tensor) or global_scale.dtype != torch.float32:
+        given = global_scale.dtype if isinstance(global_scale, Tensor) else type(global_scale).__name__
+        raise ProblemError(f"global_scale is {given}; accepted is a number or a torch.float32 tensor")
+    if global_scale.device != weights.device:
+        raise ProblemError(
+            f"global_scale is on {global_scale.device} and weights on {weights.device}; accepted is one device"
+        )
+    one = global_scale.detach()
+    if one.numel() == 1:
+        return one.reshape(()).expand(rows).contiguous()
+    if one.shape == rows[:-1]:
+        return one[..., None].expand(rows).contiguous()
+    if one.shape != rows:
+        raise ProblemError(
+            f"global_scale has shape {tuple(one.shape)}; accepted is one number, one for each group or {tuple(rows)}"
+        )
+    return one.clone()  # not the caller's memory

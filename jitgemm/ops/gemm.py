@@ -34,13 +34,12 @@ from jitgemm.nvtx import in_range
 from jitgemm.ops.checks import Scaled, check_tensors, extent, pair
 from jitgemm.ops.dispatch import are_plain, dispatch_modes, function_modes, needs_dispatch
 from jitgemm.ops.epilogue import Epilogue, Steps, check_apart, check_steps, pack, steps_of
-from jitgemm.ops.fp4 import PreparedWeights, activations, is_fp4, packed_shape, prepared_b
+from jitgemm.ops.fp4 import PreparedWeights, dequantized, is_fp4, operands, packed_shape
 from jitgemm.ops.layout import copy_to_mn_major, fp4_note
 from jitgemm.plan import BOUND_LAUNCHES, Sizes, Table, current_device, device_facts, matcher, raw_stream
 from jitgemm.record import record
 from jitgemm.reference import epilogue as epilogue_reference
 from jitgemm.reference import gemm as reference
-from jitgemm.reference.fp4 import dequantize_fp4, unpack
 from jitgemm.reference.layout import get_tma_aligned_size
 from jitgemm.render import template_digest
 from jitgemm.settings import Settings
@@ -226,8 +225,8 @@ def fp8_fp4_gemm_nt(
         given = (recipe, recipe_a, recipe_b, compiled_dims, disable_ue8m0_cast)
         fp8_gemm_nt(a, cast("Scaled", b), d, c, *given, epilogue=epilogue)
         return
-    a_data, a_scales, name = activations(a, fp4_recipe_a(recipe, recipe_a, recipe_b))
-    operation, (b_data, units) = _FP4[name], prepared_b(a_data, b)
+    a_data, a_scales, b_data, units, name = operands(a, b, recipe, recipe_a, recipe_b)
+    operation = _FP4[name]
     if epilogue is not None:
         _launch_with_epilogue(a_data, a_scales, b_data, units, d, c, operation, epilogue)
         return
@@ -237,31 +236,6 @@ def fp8_fp4_gemm_nt(
 
 # The peer's names for operands of either type; in these layouts FP8 ones only.
 fp8_fp4_gemm_nn, fp8_fp4_gemm_tn, fp8_fp4_gemm_tt = fp8_gemm_nn, fp8_gemm_tn, fp8_gemm_tt
-
-
-def fp4_recipe_a(recipe: object, recipe_a: object, recipe_b: object) -> tuple[int, int] | None:
-    """Check the recipe of a call whose B is FP4.
-
-    Returns:
-        What a scale of A covers, None where nothing says so.
-
-    Raises:
-        ProblemError: it is none that is accepted.
-    """
-    if recipe is None and recipe_a is None and recipe_b is None:
-        return None
-    of_a = {name: (1, facts.a_group) for name, facts in FP4_RECIPES.items()}
-    for name, given, accepted in (
-        ("recipe", recipe, (*of_a,)),
-        ("recipe_a", recipe_a, (*of_a.values(),)),
-        ("recipe_b", recipe_b, ((1, 32),)),
-    ):
-        given = tuple(given) if isinstance(given, list) else given
-        if given is not None and given not in accepted:
-            raise ProblemError(f"{name} is {given!r}; with FP4 weights accepted is {' or '.join(map(repr, accepted))}")
-    if recipe is not None:
-        return of_a[cast("str", recipe)]
-    return None if recipe_a is None else cast("tuple[int, int]", tuple(cast("Any", recipe_a)))
 
 
 def _transposed(name: str, operand: Any) -> Scaled:
@@ -707,14 +681,14 @@ class _ReferencePlan:
     def __init__(self, extents: _Extents, recipe: str, layout: str, d_dtype: str) -> None:
         self._extents = extents
         self._arguments: dict[str, Any] = {"recipe": recipe, "layout": layout, "d_dtype": d_dtype}
-        self._fp4 = recipe in FP4_RECIPES
+        self._fp4_group = recipe_traits(recipe).fp4_group
 
     def __call__(
         self, a: Tensor, a_scales: Tensor | None, b: Tensor, b_scales: Tensor | None, d: Tensor, c: Tensor | None
     ) -> None:
         self._extents.check_overlap(*_addresses(a, a_scales, b, b_scales, d, c))
-        if self._fp4 and b_scales is not None:
-            b, b_scales = dequantize_fp4(*unpack(b, b_scales, a.shape[1])), None
+        if self._fp4_group and b_scales is not None:
+            b, b_scales = dequantized(b, b_scales, a.shape[1], self._fp4_group), None
         d.copy_(reference.gemm(a, b, c, a_scales=a_scales, b_scales=b_scales, **self._arguments))
 
 
@@ -786,8 +760,9 @@ class _FusedReferencePlan:
     ) -> None:
         check_apart(steps, d, {"a": a, "a_scales": a_scales, "b": b, "b_scales": b_scales})
         recipe, layout, _ = self._operation
-        if recipe in FP4_RECIPES and b_scales is not None:
-            b, b_scales = dequantize_fp4(*unpack(b, b_scales, a.shape[1])), None
+        fp4_group = recipe_traits(recipe).fp4_group
+        if fp4_group and b_scales is not None:
+            b, b_scales = dequantized(b, b_scales, a.shape[1], fp4_group), None
         epilogue_reference.gemm_into(
             a if layout[0] == "n" else a.mT,
             b if layout[1] == "t" else b.mT,
@@ -881,7 +856,9 @@ class _Operands:
                 raise ProblemError(f"{name} is on {tensor.device} and d on {d.device}; accepted is one device for all")
 
         a_rows = _Rows("a", a, transposed=layout[0] == "t")
-        b_rows: Any = _PackedRows(b, b_scales, a_rows.k) if traits.fp4_b else _Rows("b", b, layout[1] == "n")
+        b_rows: Any = (
+            _PackedRows(b, b_scales, a_rows.k, traits.fp4_group) if traits.fp4_b else _Rows("b", b, layout[1] == "n")
+        )
         m, k, n = a_rows.mn, a_rows.k, b_rows.mn
         if b_rows.k != k:
             raise ProblemError(
@@ -1015,12 +992,12 @@ class _PackedRows:
 
     k_major = True
 
-    def __init__(self, data: Tensor, units: Tensor | None, k: int) -> None:
+    def __init__(self, data: Tensor, units: Tensor | None, k: int, group: int) -> None:
         if units is None or units.dim() != 1 or units.shape[0] < 1:
             given = None if units is None else tuple(units.shape)
             raise ProblemError(f"b's units have shape {given}; accepted is (n,)")
         self.mn, self.k = units.shape[0], k
-        wanted = packed_shape(units.shape, k)
+        wanted = packed_shape(units.shape, k, group)
         if tuple(data.shape) != wanted or not data.is_contiguous():
             raise ProblemError(
                 f"b's data has shape {tuple(data.shape)} and strides {data.stride()}; n {self.mn} and k {k} make it"

@@ -24,12 +24,10 @@ from jitgemm.nvtx import in_range
 from jitgemm.ops.checks import Scaled, check_tensors, extent, pair
 from jitgemm.ops.dispatch import needs_dispatch
 from jitgemm.ops.epilogue import Epilogue, Steps, check_apart, check_steps, pack, steps_of
-from jitgemm.ops.fp4 import PreparedWeights, activations, is_fp4, packed_shape, prepared_b, recipe_of
-from jitgemm.ops.gemm import fp4_recipe_a
+from jitgemm.ops.fp4 import PreparedWeights, dequantized, is_fp4, operands, packed_shape, recipe_of
 from jitgemm.ops.layout import copy_to_mn_major, fp4_note
 from jitgemm.plan import BOUND_LAUNCHES, Table, current_device, device_facts, raw_stream
 from jitgemm.record import record
-from jitgemm.reference.fp4 import dequantize_fp4, unpack
 from jitgemm.reference.layout import get_tma_aligned_size
 from jitgemm.settings import Settings
 
@@ -219,8 +217,7 @@ def m_grouped_fp8_fp4_gemm_nt_contiguous(
         )
         return
     kind = _contiguous(use_psum_layout)
-    a_data, a_scales, _ = activations(a, fp4_recipe_a(recipe, recipe_a, recipe_b))
-    data, units = prepared_b(a_data, b)
+    a_data, a_scales, data, units, _ = operands(a, b, recipe, recipe_a, recipe_b)
     given = (kind, expected_m_for_psum_layout, ensure_zero_padding, epilogue)
     _call(a_data, a_scales, data, units, d, grouped_layout, *given)
 
@@ -265,9 +262,8 @@ def m_grouped_fp8_fp4_gemm_nt_masked(
             epilogue=epilogue,
         )
         return
-    a_data, a_scales, _ = activations(a, fp4_recipe_a(recipe, recipe_a, recipe_b))
     _check_expected("expected_m", expected_m)
-    data, units = prepared_b(a_data, b)
+    a_data, a_scales, data, units, _ = operands(a, b, recipe, recipe_a, recipe_b)
     _call(a_data, a_scales, data, units, d, masked_m, "masked", expected_m, False, epilogue)
 
 
@@ -466,7 +462,7 @@ class _Operands:
         check_tensors(**named)
         fp4 = recipe == _FP8 and b.dtype == torch.uint8
         if fp4:
-            recipe = recipe_of(a, named["a_scales"])
+            recipe = recipe_of(a, named["a_scales"], b)
         plain = recipe == "bf16"
         dtype = torch.bfloat16 if plain else torch.float8_e4m3fn
         d_dtypes = tuple(_D_DTYPES) if steps is None else (d.dtype,)  # with an epilogue: checked with its tensors
@@ -488,7 +484,7 @@ class _Operands:
         if b_scales is not None and fp4:
             n, k = b_scales.shape[1], a.shape[-1]
         rows = a.shape[-2]
-        a_group, k_blocks = recipe_traits(recipe).a_group, -(-k // SCALE_GROUP)
+        traits, k_blocks = recipe_traits(recipe), -(-k // SCALE_GROUP)
         if min(n, k) < 1 or not 1 <= groups <= MAX_GROUPS:
             raise ProblemError(f"b has shape {tuple(b.shape)}; accepted is 1 to {MAX_GROUPS} groups, n >= 1 and k >= 1")
         if rows >= _MAX_ROWS:
@@ -498,11 +494,11 @@ class _Operands:
             "a": (*stacked, rows, k),
             "d": (*stacked, rows, columns),
             name: (rows,) if kind == "contiguous" else (groups,),
-            "a_scales": (*stacked, rows, -(-k // a_group)),
+            "a_scales": (*stacked, rows, -(-k // traits.a_group)),
             "b_scales": (groups, -(-n // SCALE_GROUP), k_blocks),
         }
         if b_scales is not None and fp4:
-            shapes |= {"b_scales": (groups, n), "b": packed_shape(b_scales.shape, k)}
+            shapes |= {"b_scales": (groups, n), "b": packed_shape(b_scales.shape, k, traits.fp4_group)}
             if not b.is_contiguous():
                 raise ProblemError(f"b has strides {b.stride()}; accepted is a contiguous tensor")
         for key, shape in shapes.items():
@@ -672,7 +668,7 @@ class _ReferencePlan:
         _check_overlap(self._operands, a, a_scales, b, b_scales, d, layout)
         problem = self._operands.problem
         if problem.dense.traits.fp4_b and b_scales is not None:
-            b, b_scales = dequantize_fp4(*unpack(b, b_scales, problem.k)), None
+            b, b_scales = dequantized(b, b_scales, problem.k, problem.dense.traits.fp4_group), None
         epilogue = PLAIN
         output: Output = d
         if steps is not None:

@@ -123,6 +123,11 @@ _define(
 )
 _define("prepare_fp4_weights(Tensor packed, Tensor exponents) -> (Tensor, Tensor)", fp4.pack, fp4.pack_fake)
 _define(
+    "prepare_nvfp4_weights(Tensor packed, Tensor scales, Tensor units) -> (Tensor, Tensor)",
+    fp4.pack_nvfp4,
+    fp4.pack_fake,
+)
+_define(
     "cast_back_from_fp8(Tensor x, Tensor sf, int group_rows, int group_columns, bool use_packed_ue8m0,"
     " ScalarType dtype) -> Tensor",
     _cast_back,

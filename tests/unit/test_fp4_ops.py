@@ -186,6 +186,114 @@ def test_scales_of_weights_that_are_packed() -> None:
         assert torch.equal(one.data, other.data) and torch.equal(one.units, other.units)
 
 
+# -- NVFP4.
+
+
+def nv_weights(*shape: int) -> tuple[Tensor, Tensor]:
+    """Packed codes and E4M3 scales of ``[..., n, k]``, all positive finite ones and zero."""
+    generator = torch.Generator().manual_seed(3)
+    *lead, n, k = shape
+    packed = torch.randint(-128, 128, (*lead, n, k // 2), generator=generator, dtype=torch.int8)
+    scales = torch.randint(0, 0x7F, (*lead, n, -(-k // 16)), generator=generator)
+    return packed, scales.to(torch.uint8).view(torch.float8_e4m3fn)
+
+
+def nv_decoded(packed: Tensor, scales: Tensor, global_scale: Tensor | float = 1.0) -> Tensor:
+    """Dequantized weights: a table of codes, times torch's own values of the scales."""
+    ones = torch.full((*packed.shape[:-1], -(-packed.shape[-1] // 16)), 127, dtype=torch.uint8)
+    each = scales.double().repeat_interleave(16, -1)[..., : 2 * packed.shape[-1]]
+    return decoded(packed, ones) * each * global_scale
+
+
+@pytest.mark.parametrize("how", ["prepared", "raw", "peer's recipes", "raw, without a global scale"])
+@pytest.mark.parametrize(("m", "n", "k"), [(5, 72, 160), (1, 64, 128), (9, 200, 416), (3, 8, 16)])
+def test_nvfp4(m: int, n: int, k: int, how: str) -> None:
+    a, (packed, scales) = activations(m, k), nv_weights(n, k)
+    factor = 1.0 if how.endswith("scale") else 0.37
+    d = torch.full((m, n), float("nan"))
+    operand: Any = jitgemm.prepare_fp4_weights(packed, scales, factor)
+    more: dict[str, Any] = {}
+    if how == "raw":
+        operand = packed, scales, torch.tensor([factor])
+    elif how == "peer's recipes":
+        more = {"recipe_a": (1, 128), "recipe_b": (1, 16)}
+    elif how.endswith("scale"):
+        operand = packed, scales
+    jitgemm.fp8_fp4_gemm_nt(a, operand, d, **more)
+    global_scale = torch.tensor(factor, dtype=torch.float32).double()
+    assert torch.equal(d, (values(*a) @ nv_decoded(packed, scales, global_scale).T).float())
+
+
+@pytest.mark.parametrize("of", ["all", "groups", "rows"])
+def test_grouped_nvfp4(of: str) -> None:
+    groups, m, n, k = 3, 4, 72, 160
+    a, (packed, scales) = activations(groups, m, k), nv_weights(groups, n, k)
+    shape = {"all": (), "groups": (groups,), "rows": (groups, n)}[of]
+    global_scale = torch.rand(shape, generator=torch.Generator().manual_seed(1)) + 0.5
+    of_rows = global_scale if of != "groups" else global_scale[:, None]
+    prepared = jitgemm.prepare_fp4_weights(packed, scales, global_scale)
+    d = torch.full((groups, m, n), float("nan"))
+    counts = torch.full((groups,), m, dtype=torch.int32)
+    jitgemm.m_grouped_fp8_fp4_gemm_nt_masked(a, prepared, d, counts, m)
+    factors = of_rows.double().expand(groups, n)[..., None]
+    assert torch.equal(d, (values(*a) @ nv_decoded(packed, scales, factors).mT).float())
+    codes, found, units = jitgemm.restore_fp4_weights(prepared)
+    assert torch.equal(units, of_rows.expand(groups, n))
+    assert torch.equal(nv_decoded(codes, found), nv_decoded(packed, scales))
+    nonzero = scales.double() != 0
+    assert torch.equal(found.double()[nonzero], scales.double()[nonzero])
+    again = jitgemm.prepare_fp4_weights(codes, found, units)
+    assert torch.equal(again.data, prepared.data) and torch.equal(again.units, prepared.units)
+
+
+def test_nan_scales_of_nvfp4_reach_their_column_alone() -> None:
+    a, (packed, scales) = activations(4, 128), nv_weights(64, 128)
+    scales.view(torch.uint8)[9, 1] = 0x7F
+    d = torch.empty(4, 64)
+    jitgemm.fp8_fp4_gemm_nt(a, (packed, scales), d)
+    assert d[:, 9].isnan().all() and d.isnan().sum() == 4
+    _, found, units = jitgemm.restore_fp4_weights(jitgemm.prepare_fp4_weights(packed, scales))
+    assert found.double()[9].isnan().all() and units.isnan().nonzero().flatten().tolist() == [9]
+
+
+def test_compiled_nvfp4() -> None:
+    def run(data: Tensor, scales: Tensor, packed: Tensor, of_weights: Tensor, global_scale: Tensor) -> Tensor:
+        d = torch.empty(5, 72)
+        jitgemm.fp8_fp4_gemm_nt((data, scales), jitgemm.prepare_fp4_weights(packed, of_weights, global_scale), d)
+        return d
+
+    arguments = *activations(5, 128), *nv_weights(72, 128), torch.tensor(0.5)
+    assert torch.equal(torch.compile(run, fullgraph=True, backend="eager")(*arguments), run(*arguments))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((*weights(64, 128), 0.5), "global_scale is given with scales of torch.uint8"),
+        ((*nv_weights(64, 128), torch.tensor(1.0).double()), "global_scale is torch.float64"),
+        ((*nv_weights(64, 128), torch.ones(3)), r"global_scale has shape \(3,\)"),
+        ((*nv_weights(64, 128), "one"), "global_scale is str"),
+        ((nv_weights(64, 128)[0], nv_weights(64, 64)[1]), r"make it \(64, 8\): one for 16"),
+    ],
+)
+def test_nvfp4_that_is_refused(arguments: Any, message: str) -> None:
+    with pytest.raises(ProblemError, match=message):
+        jitgemm.prepare_fp4_weights(*arguments)
+
+
+def test_what_nvfp4_is_not_multiplied_with() -> None:
+    b, d = nv_weights(64, 128), torch.empty(5, 64)
+    (data, scales), _ = scaled_activations(32, "floats", 5, 128)
+    cases: Any = (((data, scales), {}), (activations(5, 128), {"recipe_a": (1, 32)}))
+    for a, more in cases:
+        with pytest.raises(ProblemError, match=r"a_scales has shape|recipe_a is \(1, 32\)"):
+            jitgemm.fp8_fp4_gemm_nt(a, b, d, **more)
+    with pytest.raises(ProblemError, match="scales are those of NVFP4"):
+        jitgemm.mxfp4_to_fp8(*b)
+    with pytest.raises(ProblemError, match="recipe_b is"):
+        jitgemm.fp8_fp4_gemm_nt(activations(5, 128), b, d, recipe_b=(1, 32))
+
+
 @pytest.mark.parametrize("output", ["bf16", "quantized"])
 @pytest.mark.parametrize("is_masked", [False, True])
 def test_epilogues_follow_the_product(is_masked: bool, output: str) -> None:
@@ -270,13 +378,13 @@ def test_compiled() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"recipe": (1, 128, 128)}, "recipe is .* with FP4 weights accepted is"),
+        ({"recipe": (1, 128, 128)}, "recipe is .* with FP4 weights .* accepted is"),
         ({"recipe_b": (1, 128)}, "recipe_b is"),
         ({"recipe_a": (1, 64)}, r"recipe_a is .* accepted is \(1, 128\) or \(1, 32\)"),
         ({"recipe_a": (1, 32)}, r"a_scales has shape \(5, 1\); a \(5, 128\) makes it \(5, 4\)"),
         ({"recipe": "fp8_1x32_fp4_1x32"}, r"a_scales has shape"),
         ({"a": (activations(5, 128)[0], torch.ones(5, 2))}, r"makes it \(5, 1\) or \(5, 4\)"),
-        ({"a": (activations(5, 640)[0], torch.ones(5, 3, dtype=torch.int32))}, r"makes it \(5, 2\) or \(5, 5\)"),
+        ({"a": (activations(5, 128)[0], torch.ones(5, 3, dtype=torch.int32))}, r"makes it \(5, 1\)$"),
         ({"a": (activations(5, 128)[0], torch.ones(4, 1, dtype=torch.int32))}, r"a has rows \(5,\)"),
         ({"a": activations(5, 256)}, "have k 256 and 128"),
         ({"b": (weights(64, 128)[0], weights(64, 128)[1][:, :3])}, "scales have shape"),
