@@ -31,6 +31,7 @@ ROWS_STORED = 16  # of D by one warp at a time: those that it holds of an MMA's 
 STAGE_ROW_BYTES = 128  # bytes of K of one operand row in one stage: the widest TMA swizzle
 SMEM_ALIGNMENT = 1024  # bytes: repeat of the 128-byte swizzle
 PACKED_ROW_BYTES = 256  # of the rows in which TMA copies packed FP4 weights
+A_REGISTERS = 4  # that hold a thread's part of an MMA's A
 FRAGMENT_REGISTERS = 16  # that hold a thread's part of 64 x 128 weights, expanded
 CHAIN_REGISTERS = {
     "bf16": 192,
@@ -598,7 +599,9 @@ class KernelShape:
 
     @property
     def _fragment_registers(self) -> int:
-        return 2 * FRAGMENT_REGISTERS if self.fp4 else 0  # a k-block's, and the next one's
+        if not self.fp4:
+            return 0
+        return A_REGISTERS * self.parts if self.parts > 1 else 2 * FRAGMENT_REGISTERS  # a k-block's, and the next one's
 
     @functools.cached_property
     def blocks_per_sm(self) -> int:

@@ -61,20 +61,27 @@ def test_dense_kernels_fit(cache: None) -> None:
     assert not found, "\n".join(found)
 
 
-def test_kernels_that_sum_parts_fit(cache: None) -> None:
+@pytest.mark.parametrize(
+    ("recipe", "at_once", "of_groups"),
+    [
+        ("fp8_1x32_fp4_1x32", {1, 2, 4}, ("32x128x128 s8 swap", "128x128x128 s4 swap")),
+        ("fp8_1x128_nvfp4_1x16", {2, 4, 8}, ("16x64x128 s8 swap", "64x128x128 s8 swap")),
+    ],
+)
+def test_kernels_that_sum_parts_fit(cache: None, recipe: str, at_once: set[int], of_groups: tuple[str, ...]) -> None:
     """Of each number of parts that are waited for together, the widest."""
-    problem = GemmProblem(4096, 7168, "fp8_1x32_fp4_1x32", None, "nt", "fp32")
+    problem = GemmProblem(4096, 7168, recipe, None, "nt", "fp32")
     legal = [c for c in gemm.candidates(problem, ()) if gemm.illegal(problem, c, H200) is None]
     kinds: dict[tuple[int, int, bool], GemmConfig] = {}
     for config in sorted(legal):
         shape = KernelShape(problem, config)
         kinds[shape.parts_at_once, config.tile_n, config.split_k > 1] = config
-    assert {at_once for at_once, *_ in kinds} == {1, 2, 4}
+    assert {together for together, *_ in kinds} == at_once
     found = []
     for config in kinds.values():
         found += faults(FAMILY.spec(problem, config, SM90A.name), KernelShape(problem, config))
     grouped_problem = GroupedProblem(4096, 7168, problem.recipe, 8, "psum", alignment=1)
-    for text in ("32x128x128 s8 swap", "128x128x128 s4 swap"):
+    for text in of_groups:
         config = GemmConfig.from_text(text)
         assert grouped.illegal(grouped_problem, config, H200) is None
         found += faults(GROUPED.spec(grouped_problem, config, SM90A.name), grouped_problem.shape(config))
