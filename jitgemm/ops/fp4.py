@@ -14,7 +14,7 @@ from jitgemm.ops.checks import pair
 from jitgemm.ops.dispatch import needs_dispatch
 from jitgemm.ops.layout import unpack_ue8m0
 from jitgemm.reference import fp4 as reference
-from jitgemm.reference.quantize import ceil_div
+from jitgemm.reference.quantize import ceil_div, packed_exponents
 
 FP4_DTYPES = tuple(
     getattr(torch, name) for name in ("int8", "uint8", "float4_e2m1fn_x2") if getattr(torch, name, None) is not None
@@ -288,7 +288,7 @@ def _check(weights: object, scales: object) -> None:
 def _exponents(scales: Tensor, k: int) -> Tensor:
     """The exponents of checked scales, one for 32 of K."""
     if scales.dtype == torch.int32:
-        return scales.contiguous().view(torch.uint8)[..., : ceil_div(k, reference.GROUP)]
+        return packed_exponents(scales)[..., : ceil_div(k, reference.GROUP)]
     return reference.ue8m0_to_exponents(scales)
 
 

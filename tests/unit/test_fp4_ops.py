@@ -172,6 +172,9 @@ def test_every_packed_exponent_has_its_value() -> None:
     found = torch.ops.jitgemm.unpack_ue8m0(exponents.view(torch.int32), 128).double().flatten()
     assert torch.equal(found[:255], 2.0 ** (torch.arange(255).double() - 127))
     assert found[255].isnan()
+    column = exponents[0, :20].contiguous().view(torch.int32)[:, None]
+    for words in (column, column.T.contiguous().T):
+        assert torch.equal(torch.ops.jitgemm.unpack_ue8m0(words, 3).double(), found[:20].view(5, 4)[:, :3])
 
 
 def test_the_unpacking_operator_passes_opcheck() -> None:
@@ -180,6 +183,11 @@ def test_the_unpacking_operator_passes_opcheck() -> None:
 
 def test_scales_of_weights_that_are_packed() -> None:
     packed, exponents = weights(2, 72, 160)
+    one_word = weights(72, 96)
+    alone = torch.nn.functional.pad(one_word[1], (0, 1)).view(torch.int32).T.contiguous().T
+    assert torch.equal(
+        jitgemm.prepare_fp4_weights(one_word[0], alone).data, jitgemm.prepare_fp4_weights(*one_word).data
+    )
     words = torch.nn.functional.pad(exponents, (0, 3), value=255).view(torch.int32)
     for form in (words, words.mT.contiguous().mT):
         one, other = jitgemm.prepare_fp4_weights(packed, form), jitgemm.prepare_fp4_weights(packed, exponents)
