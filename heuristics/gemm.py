@@ -101,14 +101,14 @@ def enumerate_configs(problem: GemmProblem, device: Device, limit: int = MAX_KER
 
 def enumerate_specs(problem: GemmProblem, device: Device) -> tuple[KernelSpec, ...]:
     """Every kernel that calls of the problem can need: of any m, with scales in any layout, with or without C."""
+    from jitgemm.families.fp4 import helper_specs
     from jitgemm.families.transpose_scales import FAMILY as TRANSPOSE_SCALES
-    from jitgemm.families.unpack_scales import FAMILY as UNPACK_SCALES
 
     specs = [FAMILY.spec(problem, config, device.arch.name) for config in enumerate_configs(problem, device)]
     if "row_k" in (problem.traits.a_scales, problem.traits.b_scales):
         specs.append(TRANSPOSE_SCALES.spec(device.arch.name))
     if problem.traits.fp4_b:
-        specs.append(UNPACK_SCALES.spec(device.arch.name))
+        specs += helper_specs(problem.traits.fp4_group, device.arch.name)
     return tuple(specs)
 
 

@@ -20,7 +20,7 @@ from support import ROOT
 
 from jitgemm.families import KernelSpec, family_of
 from jitgemm.families.plain import PlainFamily
-from jitgemm.ops import hyper_connections, moe, plain
+from jitgemm.ops import fp4, hyper_connections, moe, plain
 from jitgemm.render import render
 
 COMPILER = shutil.which("g++")
@@ -93,7 +93,7 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> Any:
         pytest.skip("g++ is not installed")
     plain.forget_plans()
     EmulatedGpu.launches.clear()
-    for module in (hyper_connections, moe):
+    for module in (fp4, hyper_connections, moe):
         monkeypatch.setattr(module, "Gpu", EmulatedGpu)
         monkeypatch.setattr(module, "on_gpu", lambda _: True)
         monkeypatch.setattr(module, "raw_stream", lambda _: 0)

@@ -1,4 +1,6 @@
-"""What is asked of the kernels around hyper-connections and experts, as problems: what prewarm and records hold."""
+"""What is asked of the kernels around hyper-connections, experts and FP4 weights, as problems: what prewarm and records
+hold.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +10,7 @@ from typing import Any
 
 from jitgemm.errors import ProblemError
 from jitgemm.families.base import KernelSpec, Scalar
+from jitgemm.families.fp4 import FORMATS, PACK_FP4, UNPACK_SCALES
 from jitgemm.families.hyper_connections import (
     HC_MIX,
     HC_POST,
@@ -57,6 +60,11 @@ _KINDS: dict[str, tuple[dict[str, _Accepted], Callable[..., list[KernelSpec]]]] 
         {"precision": PRECISIONS},
         lambda arch, precision: [*_prenorms(arch, STREAMS, precision), HC_MIX.spec(arch, head=True)],
     ),
+    "prepare_fp4_weights": (
+        {"format": tuple(FORMATS)},
+        lambda arch, format: [PACK_FP4.spec(arch, format=format)],
+    ),
+    "unpack_ue8m0": ({}, lambda arch: [UNPACK_SCALES.spec(arch)]),
     "topk_gate": (
         {
             "experts": range(1, MAX_EXPERTS + 1),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -9,11 +11,15 @@ import torch
 from torch import Tensor
 
 from jitgemm.errors import ProblemError
+from jitgemm.families.fp4 import FORMATS, PACK_FP4, UNPACK_SCALES, UNPACK_THREADS
 from jitgemm.families.gemm import FP4, FP4_RECIPES, MMA_M, NVFP4_GROUP, SCALE_GROUP, packed_bytes
+from jitgemm.families.small_problem import SmallProblem
 from jitgemm.ops.checks import pair
 from jitgemm.ops.dispatch import needs_dispatch
-from jitgemm.ops.layout import unpack_ue8m0
+from jitgemm.ops.plain import ALIGNMENT, Call, Gpu, on_gpu, plan_of, record_if_asked
+from jitgemm.plan import raw_stream
 from jitgemm.reference import fp4 as reference
+from jitgemm.reference.layout import empty_mn_major, get_tma_aligned_size, unpack_ue8m0_to_mn_major
 from jitgemm.reference.quantize import ceil_div, packed_exponents
 
 FP4_DTYPES = tuple(
@@ -118,13 +124,56 @@ def mxfp4_to_fp8(weights: Tensor, scales: Tensor) -> tuple[Tensor, Tensor] | Non
 
 
 def pack(packed: Tensor, exponents: Tensor) -> tuple[Tensor, Tensor]:
-    """``reference.pack``, group by group, which bounds its memory."""
-    return _each_group(reference.pack, packed, exponents)
+    """``reference.pack``, on a GPU by a kernel, else group by group, which bounds its memory."""
+    return _pack("mxfp4", reference.pack, packed, exponents)
 
 
 def pack_nvfp4(packed: Tensor, scales: Tensor, units: Tensor) -> tuple[Tensor, Tensor]:
     """``reference.pack_nvfp4``, likewise."""
-    return _each_group(reference.pack_nvfp4, packed, scales, units)
+    return _pack("nvfp4", reference.pack_nvfp4, packed, scales, units)
+
+
+def _pack(
+    format: str, of_group: Callable[..., tuple[Tensor, Tensor]], packed: Tensor, scales: Tensor, *units: Tensor
+) -> tuple[Tensor, Tensor]:
+    if packed.stride(-1) != 1 and packed.shape[-1] > 1:
+        packed = packed.contiguous()
+    steps = packed.data_ptr(), packed.stride(-2), packed.stride(0)
+    aligned = not any(step % ALIGNMENT for step in steps)
+
+    def make() -> Call:
+        gpu, problem = on_gpu(packed), SmallProblem.make("prepare_fp4_weights", format=format)
+        record_if_asked(problem)
+        if not gpu:
+            return functools.partial(_each_group, of_group)
+        rows, k = torch.Size(packed.shape[:-1]), 2 * packed.shape[-1]
+        shape = packed_shape(rows, k, FORMATS[format])
+        where, groups = Gpu(packed, problem), math.prod(rows[:-1])
+        launch = where.launch(
+            PACK_FP4,
+            PACK_FP4.spec(where.arch, format=format),
+            (shape[-2], groups),
+            weights_group_stride=packed.stride(0),
+            weights_row_stride=packed.stride(-2),
+            scales_group_stride=scales.stride(0),
+            scales_row_stride=scales.stride(-2),
+            scales_stride=scales.stride(-1),
+            rows=rows[-1],
+            k=k,
+            aligned=aligned,
+        )
+
+        def call(packed: Tensor, scales: Tensor, *units: Tensor) -> tuple[Tensor, Tensor]:
+            out = packed.new_empty(shape, dtype=torch.uint8), packed.new_empty(rows, dtype=torch.float32)
+            given = *(packed, scales), *(units or (None,)), *out
+            launch(raw_stream(where.ordinal), *(0 if tensor is None else tensor.data_ptr() for tensor in given))
+            return out
+
+        return where.here(call)
+
+    tensors = packed, scales, *units
+    result: tuple[Tensor, Tensor] = plan_of(f"pack_{format}", tensors, (aligned,), make)(*tensors)
+    return result
 
 
 def _each_group(pack: Callable[..., tuple[Tensor, Tensor]], *tensors: Tensor) -> tuple[Tensor, Tensor]:
@@ -132,6 +181,46 @@ def _each_group(pack: Callable[..., tuple[Tensor, Tensor]], *tensors: Tensor) ->
         return pack(*tensors)
     parts = [pack(*group) for group in zip(*tensors, strict=True)]
     return torch.stack([data for data, _ in parts]), torch.stack([units for _, units in parts])
+
+
+def unpack_ue8m0(sf: Tensor, k_blocks: int) -> Tensor:
+    """The first ``k_blocks`` scales of each row as fp32, MN-major and TMA-aligned.
+
+    Args:
+        sf: int32 ``[mn, ceil(k_blocks / 4)]`` or ``[groups, mn, ceil(k_blocks / 4)]``, any strides: UE8M0, the first in
+            the low byte.
+        k_blocks: scales of a row.
+    """
+
+    def make() -> Call:
+        if not on_gpu(sf):
+            return lambda sf: unpack_ue8m0_to_mn_major(sf, k_blocks)
+        planes, mn, words = (1, *sf.shape)[-3:]
+        if not sf.numel():
+            return lambda sf: empty_mn_major((*sf.shape[:-1], k_blocks), torch.float32, sf.device)
+        where, blocks = Gpu(sf, SmallProblem.make("unpack_ue8m0")), ceil_div(mn, UNPACK_THREADS)
+        launch = where.launch(
+            UNPACK_SCALES,
+            UNPACK_SCALES.spec(where.arch),
+            (planes * blocks, words),
+            plane_stride=sf.stride(0),
+            mn_stride=sf.stride(-2),
+            k_stride=sf.stride(-1),
+            mn=mn,
+            mn_aligned=get_tma_aligned_size(mn, 4),
+            k_blocks=k_blocks,
+            blocks_of_plane=blocks,
+        )
+
+        def call(sf: Tensor) -> Tensor:
+            output = empty_mn_major((*sf.shape[:-1], k_blocks), torch.float32, sf.device)
+            launch(raw_stream(where.ordinal), sf.data_ptr(), output.data_ptr())
+            return output
+
+        return where.here(call)
+
+    result: Tensor = plan_of("unpack_ue8m0", (sf,), (k_blocks,), make)(sf)
+    return result
 
 
 def pack_fake(packed: Tensor, scales: Tensor, units: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -282,25 +282,6 @@ def _transpose_on_device(sf: Tensor) -> Tensor:
     return output
 
 
-def unpack_ue8m0(sf: Tensor, k_blocks: int) -> Tensor:
-    """The first ``k_blocks`` scales of each row as fp32 in the layout.
-
-    Args:
-        sf: int32 ``[mn, ceil(k_blocks / 4)]`` or ``[groups, mn, ceil(k_blocks / 4)]``, any strides: UE8M0, the first in
-            the low byte.
-        k_blocks: scales of a row.
-    """
-    if not sf.is_cuda:
-        return reference.unpack_ue8m0_to_mn_major(sf, k_blocks)
-    from jitgemm.families.unpack_scales import launch  # the CUDA path only: CPU tensors need no driver
-
-    output = reference.empty_mn_major((*sf.shape[:-1], k_blocks), torch.float32, sf.device)
-    if sf.numel():
-        with torch.cuda.device(sf.device):
-            launch(sf.shape, sf.stride(), k_blocks, sf.data_ptr(), output.data_ptr(), sf.device.index)
-    return output
-
-
 def fp4_note(operand: Tensor) -> str:
     """What an error adds for an operand that looks like packed FP4, which the peer takes on other chips."""
     packed = (torch.int8, torch.uint8, getattr(torch, "float4_e2m1fn_x2", None))

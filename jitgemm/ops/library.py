@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from jitgemm.ops import fp4
-from jitgemm.ops.layout import check_scales, copy_to_mn_major, unpack_ue8m0
+from jitgemm.ops.layout import check_scales, copy_to_mn_major
 from jitgemm.ops.quantize import (
     cast_back,
     check_cast,
@@ -135,4 +135,4 @@ _define(
 )
 _define("get_mn_major_tma_aligned_tensor(Tensor sf) -> Tensor", _mn_major, _mn_major_fake)
 _define("get_mn_major_tma_aligned_packed_ue8m0_tensor(Tensor sf) -> Tensor", _packed, _packed_fake)
-_define("unpack_ue8m0(Tensor sf, int k_blocks) -> Tensor", unpack_ue8m0, _unpack_fake)
+_define("unpack_ue8m0(Tensor sf, int k_blocks) -> Tensor", fp4.unpack_ue8m0, _unpack_fake)

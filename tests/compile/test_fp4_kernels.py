@@ -10,10 +10,10 @@ from jitgemm import builder, settings
 from jitgemm.device import H200, SM90A
 from jitgemm.families import family_of
 from jitgemm.families.base import KernelSpec
+from jitgemm.families.fp4 import FORMATS, helper_specs
 from jitgemm.families.gemm import FAMILY, FP4, GemmConfig, GemmProblem, KernelShape
 from jitgemm.families.grouped import FAMILY as GROUPED
 from jitgemm.families.grouped import GroupedProblem
-from jitgemm.families.unpack_scales import FAMILY as UNPACK_SCALES
 from jitgemm.heuristics import gemm, grouped
 
 
@@ -88,9 +88,11 @@ def test_kernels_that_sum_parts_fit(cache: None, recipe: str, at_once: set[int],
     assert not found, "\n".join(found)
 
 
-def test_the_kernel_that_unpacks_scales(cache: None) -> None:
-    metadata = builder.build(UNPACK_SCALES.spec(SM90A.name)).cubin.metadata
-    assert (metadata.spill_bytes, metadata.stack_bytes, metadata.warnings) == (0, 0, ())
+@pytest.mark.parametrize("fp4_group", FORMATS.values())
+def test_the_kernels_beside_gemms_fit(cache: None, fp4_group: int) -> None:
+    for spec in helper_specs(fp4_group, SM90A.name):
+        metadata = builder.build(spec).cubin.metadata
+        assert (metadata.spill_bytes, metadata.stack_bytes, metadata.warnings) == (0, 0, ())
 
 
 @pytest.mark.parametrize(("kind", "alignment", "d_dtype"), [("masked", 128, "fp32"), ("psum", 1, "bf16")])

@@ -18,7 +18,6 @@ from jitgemm.families import (
     grouped,
     grouped_launch,
     transpose_scales,
-    unpack_scales,
 )
 from jitgemm.families.gemm import FAMILY, GemmConfig, GemmProblem
 from jitgemm.ops import epilogue
@@ -158,11 +157,6 @@ def test_transpose_scales() -> None:
     packed = transpose_scales._PARAMS
     assert packed.format == "<" + "".join(TRANSPOSE.values()) + "i"  # padding
     compile_with_asserts(transpose_scales.FAMILY.spec(SM90A.name), TRANSPOSE, packed.size)
-
-
-def test_unpack_scales() -> None:
-    assert unpack_scales._PARAMS.format == transpose_scales._PARAMS.format
-    compile_with_asserts(unpack_scales.FAMILY.spec(SM90A.name), TRANSPOSE, unpack_scales._PARAMS.size)
 
 
 def test_another_layout_is_noticed() -> None:

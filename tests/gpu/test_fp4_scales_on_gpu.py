@@ -16,8 +16,7 @@ from jitgemm import settings
 from jitgemm.families.gemm import FP4, GemmConfig, GemmProblem, recipe_traits
 from jitgemm.families.grouped import GroupedProblem
 from jitgemm.heuristics import gemm, grouped
-from jitgemm.ops.fp4 import PreparedWeights
-from jitgemm.ops.layout import unpack_ue8m0
+from jitgemm.ops.fp4 import PreparedWeights, unpack_ue8m0
 from jitgemm.plan import device_facts
 from jitgemm.reference import fp4
 from jitgemm.reference import gemm as reference

@@ -20,7 +20,8 @@
 using std::isnan;
 using std::max;
 using std::min;
-constexpr int WARP = 32, MAX_THREADS = 1024;
+constexpr int WARP = 32, WARPGROUP = 128, MAX_THREADS = 1024;
+template <class T> static T min_of(T x, T y) { return min(x, y); }
 constexpr size_t STACK = 1 << 16;
 struct uint3 { unsigned x, y, z; };
 struct alignas(16) float4 { float x, y, z, w; };

@@ -12,6 +12,7 @@ import pytest
 import test_grouped_launches
 import test_launches
 import torch
+from emulator import emulated  # noqa: F401 (a fixture)
 from torch import Tensor
 
 import jitgemm
@@ -20,9 +21,10 @@ from jitgemm.device import H200
 from jitgemm.errors import ProblemError
 from jitgemm.families.gemm import FP4, FP4_RECIPES, GemmConfig, GemmProblem
 from jitgemm.families.grouped import GroupedProblem
+from jitgemm.families.small_problem import SmallProblem
 from jitgemm.heuristics import enumerate_specs, gemm, grouped
 from jitgemm.ops.fp4 import PreparedWeights
-from jitgemm.reference import fp4
+from jitgemm.reference import fp4, layout
 from jitgemm.reference.gemm import check_close, round_to_bf16
 from jitgemm.tuning import Workload
 
@@ -424,6 +426,72 @@ def test_prepared_weights_that_were_changed_are_refused() -> None:
         jitgemm.restore_fp4_weights(good._replace(version=99))
 
 
+# -- The kernels beside the GEMM's, emulated.
+
+
+def differing(weights: tuple[Tensor, ...], place: str) -> tuple[Tensor, ...]:
+    """The same weights where kernels find them otherwise: in wider rows, at odd addresses, with scales in columns."""
+    packed, scales, *rest = weights
+    if place == "as they are":
+        return weights
+    lead = packed.shape[:-1]
+    wide = torch.full((*lead, packed.shape[-1] + 5), 0x11, dtype=torch.int8)
+    wide[..., 1 : 1 + packed.shape[-1]] = packed
+    columns = scales.view(torch.uint8).mT.contiguous().mT.view(scales.dtype)
+    return wide[..., 1 : 1 + packed.shape[-1]], columns, *rest
+
+
+@pytest.mark.parametrize("place", ["as they are", "elsewhere"])
+@pytest.mark.parametrize("shape", [(64, 256), (100, 416), (3, 70, 160), (1, 2), (2, 65, 34)])
+@pytest.mark.parametrize("window", [(101, 127), (0, 26), (228, 254), (0, 254), (120, 147)])
+def test_the_kernel_that_packs_mxfp4(
+    emulated: Any,  # noqa: F811
+    shape: tuple[int, ...],
+    window: tuple[int, int],
+    place: str,
+) -> None:
+    packed, exponents = weights(*shape, window=window)
+    generator = torch.Generator().manual_seed(4)
+    zeros = torch.rand(exponents.shape, generator=generator) < 0.3
+    packed[zeros.repeat_interleave(16, -1)[..., : shape[-1] // 2]] &= -0x78  # signs stay
+    exponents[torch.rand(exponents.shape, generator=generator) < 0.003] = 255
+    packed[..., shape[-2] // 2, :] = 0
+    found = jitgemm.prepare_fp4_weights(*differing((packed, exponents), place))
+    assert len(emulated) == 1
+    expected = fp4.pack(packed.view(torch.uint8), exponents)
+    assert torch.equal(found.data, expected[0])
+    assert torch.equal(found.units.view(torch.int32), expected[1].view(torch.int32))
+
+
+@pytest.mark.parametrize("place", ["as they are", "elsewhere"])
+@pytest.mark.parametrize("shape", [(64, 256), (100, 416), (3, 70, 160), (1, 2), (2, 65, 34)])
+def test_the_kernel_that_packs_nvfp4(emulated: Any, shape: tuple[int, ...], place: str) -> None:  # noqa: F811
+    packed, scales = nv_weights(*shape)
+    units = torch.rand(shape[:-1])
+    scales.view(torch.uint8)[torch.rand(scales.shape) < 0.003] = 0x7F
+    scales.view(torch.uint8)[torch.rand(scales.shape) < 0.1] |= 0x80
+    found = jitgemm.prepare_fp4_weights(*differing((packed, scales, units), place))
+    assert len(emulated) == 1
+    expected = fp4.pack_nvfp4(packed, scales, units)
+    assert torch.equal(found.data, expected[0])
+    assert torch.equal(found.units.view(torch.int32), expected[1].view(torch.int32))
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (5, 3), (300, 2), (3, 130, 7), (2, 1, 5)])
+@pytest.mark.parametrize("is_mn_major", [False, True])
+def test_the_kernel_that_unpacks_scales(emulated: Any, shape: tuple[int, ...], is_mn_major: bool) -> None:  # noqa: F811
+    exponents = torch.arange(4 * torch.Size(shape).numel()).remainder(256).to(torch.uint8)
+    words = exponents.view(torch.int32).view(shape)
+    words = words.mT.contiguous().mT if is_mn_major else words
+    for k_blocks in (4 * shape[-1], 4 * shape[-1] - 3):
+        found = torch.ops.jitgemm.unpack_ue8m0(words, k_blocks)
+        expected = layout.unpack_ue8m0_to_mn_major(words, k_blocks)
+        assert found.stride() == expected.stride()
+        bits = [tensor.contiguous().view(torch.int32) for tensor in (found, expected)]
+        assert torch.equal(*bits)
+    assert len(emulated) == 2
+
+
 # -- Launches.
 
 
@@ -508,12 +576,14 @@ def test_recorded_problems_can_be_prewarmed(tmp_path: Path) -> None:
         counts = torch.tensor([1, 5], dtype=torch.int32)
         jitgemm.m_grouped_fp8_fp4_gemm_nt_masked(grouped_a, weights(2, 72, 128), masked, counts, 3)
     lines = [json.loads(line) for line in path.read_text().splitlines()]
-    assert [line["recipe"] for line in lines] == [FP4, FP4]
-    found = prewarming._problems(path)
+    assert [line.get("recipe") for line in lines] == [None, FP4, FP4]
+    first, *found = prewarming._problems(path)
+    assert first == SmallProblem.make("prepare_fp4_weights", format="mxfp4")
     assert found[0] == GemmProblem(72, 128, FP4) and isinstance(found[1], GroupedProblem)
     for problem in found:
         specs = enumerate_specs(problem, H200)
-        assert {"transpose_scales", "unpack_scales"} < {spec.family for spec in specs}
+        assert {"transpose_scales", "unpack_scales", "pack_fp4"} < {spec.family for spec in specs}
+        assert first.specs("sm_90a")[0] in specs
 
 
 # -- Choice.
