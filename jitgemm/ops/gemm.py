@@ -199,20 +199,22 @@ def fp8_fp4_gemm_nt(
     *,
     epilogue: Epilogue | None = None,
 ) -> None:
-    """``d = a @ b.T (+ c)`` with e4m3 A and MXFP4 B, which stays 4 bit in memory; or with FP8 B, as ``fp8_gemm_nt``.
+    """``d = a @ b.T (+ c)`` with e4m3 A and FP4 B, which stays 4 bit in memory; or with FP8 B, as ``fp8_gemm_nt``.
 
     Args:
         a: e4m3 ``[m, k]``, K contiguous, and scales of 128 or of 32 of a row: fp32 ``[m, ceil(k/128)]`` or
             ``[m, ceil(k/32)]``, as ``fp8_gemm_nt`` takes them; or UE8M0, four to an int32, the first in the low byte,
             ``[m, ceil(k/512)]`` or ``[m, ceil(k/128)]``, which a small kernel unpacks first.
-        b: what ``prepare_fp4_weights`` made of ``[n, k]``; or its arguments, packed E2M1 ``[n, k/2]`` and scales
-            ``[n, ceil(k/32)]``, which each call then prepares anew: many times the GEMM itself.
+            With NVFP4 B scales are of 128.
+        b: what ``prepare_fp4_weights`` made of MXFP4 or NVFP4 ``[n, k]``; or its arguments, packed E2M1 ``[n, k/2]``
+            and scales (and of NVFP4 a global one), which each call then packs first: that reads and writes all weights.
         d: output, bf16 or fp32 ``[m, n]``, n contiguous, any row stride.
         c: added to the product; ``[m, n]`` of d's dtype, may be ``d`` itself.
-        recipe: with FP4 B none; else as ``fp8_gemm_nt`` takes it.
+        recipe: with FP4 B what the tensors make it, such as ``"fp8_1x128_fp4_1x32"``, or none; else as ``fp8_gemm_nt``
+            takes it.
         recipe_a: the peer's way to say what a scale of a covers, ``(1, 128)`` or ``(1, 32)``; without it the number of
             scales says so, and is that of 128 where both would fit.
-        recipe_b: and of b, ``(1, 32)`` for FP4.
+        recipe_b: and of b, ``(1, 32)`` for MXFP4, ``(1, 16)`` for NVFP4.
         compiled_dims: accepted for the peer's callers; sizes are always run-time values here.
         disable_ue8m0_cast: accepted for the peer's callers; fp32 scales are never cast here.
         epilogue: as ``fp8_gemm_nt`` takes it.

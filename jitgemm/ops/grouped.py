@@ -188,16 +188,16 @@ def m_grouped_fp8_fp4_gemm_nt_contiguous(
     *,
     epilogue: Epilogue | None = None,
 ) -> None:
-    """``m_grouped_fp8_gemm_nt_contiguous`` with MXFP4 B, which stays 4 bit in memory; FP8 B is accepted too.
+    """``m_grouped_fp8_gemm_nt_contiguous`` with MXFP4 or NVFP4 B, which stays 4 bit in memory; or FP8 B.
 
     Args:
         a: as there, with scales of 128 or of 32 of K, fp32 or packed UE8M0, as ``fp8_fp4_gemm_nt`` takes them.
-        b: what ``prepare_fp4_weights`` made of ``[groups, n, k]``, or its arguments, which each call then prepares.
+        b: what ``prepare_fp4_weights`` made of ``[groups, n, k]``, or its arguments, which each call then packs first.
         d: as there; so are the arguments that follow, but for:
         grouped_layout: as there.
         recipe: with FP4 B none.
         recipe_a: the peer's way to say what a scale of a covers, ``(1, 128)`` or ``(1, 32)``.
-        recipe_b: and of b, ``(1, 32)`` for FP4.
+        recipe_b: and of b, ``(1, 32)`` for MXFP4, ``(1, 16)`` for NVFP4.
         compiled_dims: as there.
         disable_ue8m0_cast: as there.
         use_psum_layout: as there.
@@ -236,17 +236,17 @@ def m_grouped_fp8_fp4_gemm_nt_masked(
     *,
     epilogue: Epilogue | None = None,
 ) -> None:
-    """``m_grouped_fp8_gemm_nt_masked`` with MXFP4 B, which stays 4 bit in memory; FP8 B is accepted too.
+    """``m_grouped_fp8_gemm_nt_masked`` with MXFP4 or NVFP4 B, which stays 4 bit in memory; or FP8 B.
 
     Args:
         a: as there, with scales of 128 or of 32 of K, fp32 or packed UE8M0, as ``fp8_fp4_gemm_nt`` takes them.
-        b: what ``prepare_fp4_weights`` made of ``[groups, n, k]``, or its arguments, which each call then prepares.
+        b: what ``prepare_fp4_weights`` made of ``[groups, n, k]``, or its arguments, which each call then packs first.
         d: as there.
         masked_m: as there.
         expected_m: as there.
         recipe: with FP4 B none.
         recipe_a: the peer's way to say what a scale of a covers, ``(1, 128)`` or ``(1, 32)``.
-        recipe_b: and of b, ``(1, 32)`` for FP4.
+        recipe_b: and of b, ``(1, 32)`` for MXFP4, ``(1, 16)`` for NVFP4.
         compiled_dims: as there.
         disable_ue8m0_cast: as there.
         epilogue: as there.
