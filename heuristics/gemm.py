@@ -432,7 +432,8 @@ def _traits(problem: GemmProblem, config: GemmConfig) -> _Traits:
     columns, waves = shape.mma_n, shape.waves
     all_waves = shape.math_warpgroups * waves
     fixed, divisor = sm90a.MMA_OPERAND_CYCLES
-    mma = sm90a.MMAS_PER_STAGE * max(columns / 2, sm90a.RS_MMA_CYCLES if shape.fp4 else fixed + columns / divisor)
+    mmas = max(sm90a.MMAS_PER_STAGE, shape.parts)
+    mma = mmas * max(columns / 2, sm90a.RS_MMA_CYCLES if shape.fp4 else fixed + columns / divisor)
     overhead, latency = sm90a.STAGE_OVERHEAD_CYCLES, sm90a.MMA_LATENCY_CYCLES
     hidden = exposed = 0.0
     if not problem.promotes:
@@ -458,7 +459,7 @@ def _traits(problem: GemmProblem, config: GemmConfig) -> _Traits:
     weight_bytes: float = STAGE_ROW_BYTES
     if shape.fp4:
         weight_bytes = shape.packed_bytes / MMA_M
-        reads = all_waves * (shape.packed_bytes + sm90a.MMAS_PER_STAGE * columns * 32)
+        reads = all_waves * (shape.packed_bytes + mmas * columns * 32)
         # Expansion runs beside the warpgroup's own MMAs, but all warpgroups' is issued by the same four schedulers.
         hidden += sm90a.EXPANSION_CYCLES
         waiting += 0.0 if shape.chain > 1 else sm90a.EXPANSION_CYCLES

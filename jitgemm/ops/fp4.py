@@ -288,17 +288,21 @@ def operands(a: Any, b: Any, recipe: object, recipe_a: object, recipe_b: object)
 
 def _named(names: list[str], group: int, recipe: object, recipe_a: object, recipe_b: object) -> list[str]:
     """Those of the recipes that a call's arguments allow."""
-    for name, given, accepted in (
-        ("recipe", recipe, names),
-        ("recipe_a", recipe_a, [(1, FP4_RECIPES[name].a_group) for name in names]),
-        ("recipe_b", recipe_b, [(1, group)]),
+    for argument, given, means in (
+        ("recipe", recipe, {name: name for name in names}),
+        ("recipe_a", recipe_a, {name: (1, FP4_RECIPES[name].a_group) for name in names}),
+        ("recipe_b", recipe_b, dict.fromkeys(names, (1, group))),
     ):
+        if given is None:
+            continue
         given = tuple(given) if isinstance(given, list) else given
-        if given is not None and given not in accepted:
-            shown = " or ".join(map(repr, accepted))
-            raise ProblemError(f"{name} is {given!r}; with FP4 weights and scales of {group} accepted is {shown}")
-        if given is not None and name != "recipe_b":
-            names = [names[accepted.index(given)]]
+        allowed = [name for name in names if means[name] == given]
+        if not allowed:
+            accepted = " or ".join(dict.fromkeys(repr(means[name]) for name in names))
+            raise ProblemError(
+                f"{argument} is {given!r}; with FP4 weights and scales of {group} accepted is {accepted}"
+            )
+        names = allowed
     return names
 
 

@@ -143,6 +143,8 @@ def test_scales_of_activations(group: int, form: str) -> None:
         b = weights(n, k)
         d = torch.full((m, n), float("nan"))
         expected = (plain @ decoded(*b).T).float()
+        recipe = next(name for name, facts in FP4_RECIPES.items() if facts.a_group == group)
+        jitgemm.fp8_fp4_gemm_nt(a, b, torch.empty(m, n), recipe=recipe, recipe_a=(1, group))
         for recipe_a in (None, (1, group), [1, group]):
             if recipe_a is None and group == 32 and k <= 128 and form != "floats":
                 continue  # a word a row could be either
@@ -226,7 +228,7 @@ def test_nvfp4(m: int, n: int, k: int, how: str) -> None:
     if how == "raw":
         operand = packed, scales, torch.tensor([factor])
     elif how == "peer's recipes":
-        more = {"recipe_a": (1, 128), "recipe_b": (1, 16)}
+        more = {"recipe": "fp8_1x128_nvfp4_1x16", "recipe_a": (1, 128), "recipe_b": [1, 16]}
     elif how.endswith("scale"):
         operand = packed, scales
     jitgemm.fp8_fp4_gemm_nt(a, operand, d, **more)
@@ -393,6 +395,8 @@ def test_compiled() -> None:
         ({"recipe_a": (1, 64)}, r"recipe_a is .* accepted is \(1, 128\) or \(1, 32\)"),
         ({"recipe_a": (1, 32)}, r"a_scales has shape \(5, 1\); a \(5, 128\) makes it \(5, 4\)"),
         ({"recipe": "fp8_1x32_fp4_1x32"}, r"a_scales has shape"),
+        ({"recipe": FP4, "recipe_a": (1, 32)}, r"recipe_a is \(1, 32\); .* accepted is \(1, 128\)"),
+        ({"recipe": FP4, "recipe_b": [1, 16]}, r"recipe_b is \(1, 16\)"),
         ({"a": (activations(5, 128)[0], torch.ones(5, 2))}, r"makes it \(5, 1\) or \(5, 4\)"),
         ({"a": (activations(5, 128)[0], torch.ones(5, 3, dtype=torch.int32))}, r"makes it \(5, 1\)$"),
         ({"a": (activations(5, 128)[0], torch.ones(4, 1, dtype=torch.int32))}, r"a has rows \(5,\)"),
