@@ -237,18 +237,17 @@ def is_fp4(b: Any) -> bool:
     return isinstance(b, (tuple, list)) and len(b) in (2, 3) and getattr(b[0], "dtype", None) in FP4_DTYPES
 
 
-class Operands(NamedTuple):
-    """What a call with FP4 weights is launched with."""
-
-    a: Tensor
-    a_scales: Tensor
-    data: Tensor
-    units: Tensor
-    recipe: str
+_RECIPES = {
+    group: [(facts.a_group, name) for name, facts in FP4_RECIPES.items() if facts.fp4_group == group]
+    for group in FORMATS.values()
+}
+"""Elements that share a scale of B -> elements that share one of A, and the recipe."""
 
 
-def operands(a: Any, b: Any, recipe: object, recipe_a: object, recipe_b: object) -> Operands:
-    """The operands of a call whose B is FP4, and the recipe that they make.
+def operands(
+    a: Any, b: Any, recipe: object, recipe_a: object, recipe_b: object
+) -> tuple[Tensor, Tensor, Tensor, Tensor, str]:
+    """A and its scales, data and units of B, of a call whose B is FP4, and the recipe that they make.
 
     Args:
         a: e4m3 and its scales of 128 or 32 of K: fp32, or UE8M0 packed four to an int32, which are unpacked now.
@@ -263,47 +262,56 @@ def operands(a: Any, b: Any, recipe: object, recipe_a: object, recipe_b: object)
     """
     if not isinstance(b, PreparedWeights):
         b = prepare_fp4_weights(*b)
-    if b.version != reference.PACKED_VERSION:
+    b_data, units, b_k, version, group = b
+    if version != reference.PACKED_VERSION or group not in _RECIPES:
         raise ProblemError(
-            f"b has layout version {b.version}; accepted is {reference.PACKED_VERSION}: prepare the weights anew"
+            f"b has layout version {version} and scales of {group}; accepted is version {reference.PACKED_VERSION} and"
+            f" {' or '.join(map(str, _RECIPES))}: prepare the weights anew"
         )
-    names = [name for name, facts in FP4_RECIPES.items() if facts.fp4_group == b.group]
+    recipes = _RECIPES[group]
     if recipe is not None or recipe_a is not None or recipe_b is not None:
-        names = _named(names, b.group, recipe, recipe_a, recipe_b)
+        recipes = _named(recipes, group, recipe, recipe_a, recipe_b)
     data, scales = pair("a", a)
     if not isinstance(data, Tensor) or not isinstance(scales, Tensor) or not data.dim() or not scales.dim():
-        return Operands(data, scales, b.data, b.units, names[0])  # refused where all is checked
-    k, found, is_packed = data.shape[-1], scales.shape[-1], scales.dtype == torch.int32
-    if b.k != k:
-        raise ProblemError(f"a {tuple(data.shape)} and b have k {k} and {b.k}; they must agree")
-    wanted = []
-    for name in names:
-        count = ceil_div(k, FP4_RECIPES[name].a_group)
-        wanted.append(ceil_div(count, _PACKED_SCALES) if is_packed else count)
-        if found == wanted[-1]:
-            return Operands(data, _unpacked(data, scales, count) if is_packed else scales, b.data, b.units, name)
-    accepted = " or ".join(str((*data.shape[:-1], number)) for number in dict.fromkeys(wanted))
+        return data, scales, b_data, units, recipes[0][1]  # refused where all is checked
+    k, found, is_packed = data.shape[-1], scales.shape[-1], scales.dtype is torch.int32
+    if b_k != k:
+        raise ProblemError(f"a {tuple(data.shape)} and b have k {k} and {b_k}; they must agree")
+    for a_group, name in recipes:
+        if found == _scales_of_row(k, a_group, is_packed):
+            scales = _unpacked(data, scales, ceil_div(k, a_group)) if is_packed else scales
+            return data, scales, b_data, units, name
+    wanted = dict.fromkeys(_scales_of_row(k, a_group, is_packed) for a_group, _ in recipes)
+    accepted = " or ".join(str((*data.shape[:-1], number)) for number in wanted)
     raise ProblemError(f"a_scales has shape {tuple(scales.shape)}; a {tuple(data.shape)} makes it {accepted}")
 
 
-def _named(names: list[str], group: int, recipe: object, recipe_a: object, recipe_b: object) -> list[str]:
+def _scales_of_row(k: int, group: int, is_packed: bool) -> int:
+    """Scales of a row, or int32 that they are packed in."""
+    count = -(-k // group)
+    return -(-count // _PACKED_SCALES) if is_packed else count
+
+
+def _named(
+    recipes: list[tuple[int, str]], group: int, recipe: object, recipe_a: object, recipe_b: object
+) -> list[tuple[int, str]]:
     """Those of the recipes that a call's arguments allow."""
-    for argument, given, means in (
-        ("recipe", recipe, {name: name for name in names}),
-        ("recipe_a", recipe_a, {name: (1, FP4_RECIPES[name].a_group) for name in names}),
-        ("recipe_b", recipe_b, dict.fromkeys(names, (1, group))),
+    for argument, given, meaning in (
+        ("recipe", recipe, lambda _, name: name),
+        ("recipe_a", recipe_a, lambda a_group, _: (1, a_group)),
+        ("recipe_b", recipe_b, lambda *_: (1, group)),
     ):
         if given is None:
             continue
         given = tuple(given) if isinstance(given, list) else given
-        allowed = [name for name in names if means[name] == given]
+        allowed = [one for one in recipes if meaning(*one) == given]
         if not allowed:
-            accepted = " or ".join(dict.fromkeys(repr(means[name]) for name in names))
+            accepted = " or ".join(dict.fromkeys(repr(meaning(*one)) for one in recipes))
             raise ProblemError(
                 f"{argument} is {given!r}; with FP4 weights and scales of {group} accepted is {accepted}"
             )
-        names = allowed
-    return names
+        recipes = allowed
+    return recipes
 
 
 def recipe_of(data: Tensor, scales: Tensor, packed: Tensor) -> str:

@@ -420,6 +420,7 @@ def test_prepared_weights_that_were_changed_are_refused() -> None:
     a, d = activations(5, 128), torch.empty(5, 64, dtype=torch.bfloat16)
     for wrong, message in (
         (good._replace(version=99), "layout version 99"),
+        (good._replace(group=64), "scales of 64; accepted is version 1 and 32 or 16"),
         (good._replace(units=good.units[:-1].repeat(2)), "make it"),
         (good._replace(data=good.data[:, 1:]), "make it"),
         (good._replace(data=good.data.view(torch.int8)), "b has dtype torch.int8"),
