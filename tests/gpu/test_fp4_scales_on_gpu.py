@@ -276,6 +276,46 @@ def test_packed_scales_are_those_that_are_floats(group: int) -> None:
         assert same_bits(d, results[0])
 
 
+@pytest.mark.parametrize("recipe", [FP4, NVFP4])
+@pytest.mark.parametrize("shape", [(1, 2), (64, 128), (200, 7168), (130, 434), (5, 65, 1312)])
+def test_packing_is_the_reference_s(recipe: str, shape: tuple[int, ...]) -> None:
+    """Bit for bit, groups of zeros, NaN scales and far scales included; also of rows that lie elsewhere."""
+    packed, scales, *of_rows = weights(recipe, *shape, window=(0, 255))
+    generator = torch.Generator(DEVICE).manual_seed(7)
+    group = recipe_traits(recipe).fp4_group
+    zeros = torch.rand(scales.shape, generator=generator, device=DEVICE) < 0.3
+    packed[zeros.repeat_interleave(group // 2, -1)[..., : packed.shape[-1]]] &= -0x78  # signs stay
+    wide = torch.full((*packed.shape[:-1], packed.shape[-1] + 5), 0x11, dtype=torch.int8, device=DEVICE)
+    wide[..., 1:-4] = packed
+    columns = scales.view(torch.uint8).mT.contiguous().mT.view(scales.dtype)
+    units = [unit.cpu() for unit in of_rows]
+    reference_of = fp4.pack_nvfp4 if recipe == NVFP4 else fp4.pack
+    expected = reference_of(packed.cpu().view(torch.uint8), scales.cpu(), *units)
+    for one, other in ((packed, scales), (wide[..., 1:-4], columns)):
+        found = jitgemm.prepare_fp4_weights(one, other, *of_rows)
+        assert torch.equal(found.data.cpu(), expected[0])
+        assert torch.equal(found.units.cpu().view(torch.int32), expected[1].view(torch.int32))
+    codes = jitgemm.restore_fp4_weights(found)[0]
+    assert codes.shape == packed.shape
+
+
+@pytest.mark.parametrize("recipe", [FP4, NVFP4])
+def test_raw_weights_in_a_graph(recipe: str) -> None:
+    m, n, k = 20, 512, 2048
+    a, operand = activations(recipe, m, k), weights(recipe, n, k)
+    expected, d = poisoned((m, n), torch.bfloat16, DEVICE), poisoned((m, n), torch.bfloat16, DEVICE)
+    jitgemm.fp8_fp4_gemm_nt(a, jitgemm.prepare_fp4_weights(*operand), expected)
+    jitgemm.fp8_fp4_gemm_nt(a, operand, d)
+    assert same_bits(d, expected)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        jitgemm.fp8_fp4_gemm_nt(a, operand, d)
+    for _ in range(3):
+        d.fill_(float("nan"))
+        graph.replay()
+        assert same_bits(d, expected)
+
+
 def test_nvfp4_on_the_gpu_and_on_the_cpu_is_packed_the_same() -> None:
     operand = weights(NVFP4, 3, 200, 416)
     operand[1].view(torch.uint8)[1, 5, 3] = 0x7F
