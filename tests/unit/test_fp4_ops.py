@@ -532,16 +532,38 @@ def test_dense_launch(dense_gpu: test_launches.Gpu, monkeypatch: pytest.MonkeyPa
     assert dense_gpu.loaded_for[-1].to_dict()["recipe"] == FP4
 
 
-def test_launch_with_scales_of_32(dense_gpu: test_launches.Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
-    m, n, k = 40, 200, 416
-    maps: dict[int, tuple[Any, ...]] = {}
+@pytest.fixture
+def maps(monkeypatch: pytest.MonkeyPatch) -> dict[int, tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Sizes and boxes of tensor maps, by address."""
+    found: dict[int, tuple[tuple[int, ...], tuple[int, ...]]] = {}
 
     def encode(target: int, code: int, rank: int, address: int, *rest: int) -> int:
         dims = tuple((ctypes.c_uint64 * rank).from_address(rest[0]))
-        maps[address] = (dims, tuple((ctypes.c_uint32 * rank).from_address(rest[2])))
+        found[address] = (dims, tuple((ctypes.c_uint32 * rank).from_address(rest[2])))
         return 0
 
     monkeypatch.setattr(tensor_map, "encode_tensor_map_function", lambda: encode)
+    return found
+
+
+def test_launch_of_nvfp4(dense_gpu: test_launches.Gpu, maps: dict[int, Any]) -> None:
+    m, n, k = 40, 200, 416
+    data, scales = activations(m, k)
+    a = test_launches.aligned(data), test_launches.aligned(jitgemm.get_mn_major_tma_aligned_tensor(scales))
+    prepared = jitgemm.prepare_fp4_weights(*nv_weights(n, k))
+    b = prepared._replace(data=test_launches.aligned(prepared.data), units=test_launches.aligned(prepared.units))
+    d = test_launches.aligned(torch.zeros(m, n, dtype=torch.bfloat16))
+    with settings.override(config="16x128x128 s4 swap"):
+        jitgemm.fp8_fp4_gemm_nt(a, b, d)
+    tail = dense_gpu.last().tail
+    rows = 4608 // 256
+    assert maps[b.data.data_ptr()] == ((256, 4 * 4 * rows, 1), (256, rows, 1))
+    assert maps[a[1].data_ptr()] == ((m, 4), (16, 1)) and tail[4] == b.units.data_ptr()
+    assert dense_gpu.loaded_for[-1].to_dict()["recipe"] == "fp8_1x128_nvfp4_1x16"
+
+
+def test_launch_with_scales_of_32(dense_gpu: test_launches.Gpu, maps: dict[int, Any]) -> None:
+    m, n, k = 40, 200, 416
     (data, scales), _ = scaled_activations(32, "floats", m, k)
     a = test_launches.aligned(data), test_launches.aligned(jitgemm.get_mn_major_tma_aligned_tensor(scales))
     b, d = prepared_for_launch(n, k), test_launches.aligned(torch.zeros(m, n, dtype=torch.bfloat16))
