@@ -33,6 +33,8 @@ from jitgemm.families.gemm import (
     FEW_BOUNDARIES_STEP,
     GATE_UP_RUN,
     MMA_M,
+    MXFP4_GROUP,
+    NVFP4_GROUP,
     SCALE_GROUP,
     STAGE_ROW_BYTES,
     GemmConfig,
@@ -287,7 +289,7 @@ def stage_choices(problem: GemmProblem, config: GemmConfig) -> list[int]:
 
 # -- Limits.
 
-_MOST_FP4_TOKENS = {32: 128, 16: 64}  # in a tile, on the MMA's N side, by the weights that share a scale
+_MOST_FP4_TOKENS = {MXFP4_GROUP: 128, NVFP4_GROUP: 64}  # in a tile, on the MMA's N side
 
 
 def illegal(problem: GemmProblem, config: GemmConfig, device: Device) -> str | None:

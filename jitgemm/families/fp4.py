@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from jitgemm.families.base import KernelSpec
-from jitgemm.families.gemm import NVFP4_GROUP
+from jitgemm.families.gemm import MXFP4_GROUP, NVFP4_GROUP
 from jitgemm.families.plain import Field, PlainFamily
 
-MXFP4_GROUP = 32
 FORMATS = {"mxfp4": MXFP4_GROUP, "nvfp4": NVFP4_GROUP}
 """Of K, that share a scale."""
 

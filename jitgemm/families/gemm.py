@@ -38,7 +38,7 @@ CHAIN_REGISTERS = {
     "fp32": 176,
 }  # that sums and two partial sums may take for MMAs to overlap with promotion
 FP4_CHAIN_REGISTERS = {"bf16": 176, "fp32": 168}  # the same with expanded weights
-NVFP4_GROUP = 16  # of K, that share a scale
+MXFP4_GROUP, NVFP4_GROUP = 32, 16  # of K, that share a scale
 PARTS_REGISTERS = 64  # that the sums of parts of a k-block may take, where these have scales of their own
 FEW_BOUNDARIES_STEP = (
     32  # tile columns that are multiples of it meet scale blocks at 4 places at most; 8 cost more than selects
@@ -89,9 +89,9 @@ FP4 = "fp8_1x128_fp4_1x32"
 FP4_RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
     for recipe in (
-        Recipe(FP4, 1, "row_k", "row", fp4_group=32),
-        Recipe("fp8_1x32_fp4_1x32", 1, "row_k", "row", a_group=32, fp4_group=32),
-        Recipe("fp8_1x128_nvfp4_1x16", 1, "row_k", "row", fp4_group=16),
+        Recipe(FP4, 1, "row_k", "row", fp4_group=MXFP4_GROUP),
+        Recipe("fp8_1x32_fp4_1x32", 1, "row_k", "row", a_group=32, fp4_group=MXFP4_GROUP),
+        Recipe("fp8_1x128_nvfp4_1x16", 1, "row_k", "row", fp4_group=NVFP4_GROUP),
     )
 }
 """Those whose B is not a plain matrix: MXFP4 with scales of A of 1 x 128 or 1 x 32, and NVFP4."""

@@ -33,10 +33,10 @@ import torch
 from torch import Tensor
 
 from jitgemm.errors import ProblemError
-from jitgemm.families.gemm import MMA_M, NVFP4_GROUP, packed_bytes
+from jitgemm.families.gemm import MMA_M, MXFP4_GROUP, NVFP4_GROUP, packed_bytes
 from jitgemm.reference.quantize import E2M1_VALUES, ceil_div, pack_nibbles, unpack_nibbles
 
-GROUP = 32
+GROUP = MXFP4_GROUP
 """Elements of a row that share a scale of MXFP4."""
 
 PACKED_VERSION = 1

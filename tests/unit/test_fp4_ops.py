@@ -334,7 +334,11 @@ def test_epilogues_follow_the_product(is_masked: bool, output: str) -> None:
 
 def test_no_rows() -> None:
     operand = jitgemm.prepare_fp4_weights(*weights(64, 128))
-    jitgemm.fp8_fp4_gemm_nt(activations(0, 128), operand, torch.empty(0, 64, dtype=torch.bfloat16))
+    d = torch.empty(0, 64, dtype=torch.bfloat16)
+    jitgemm.fp8_fp4_gemm_nt(activations(0, 128), operand, d)
+    words = torch.empty((0, 1), dtype=torch.int32)
+    for recipe_a in ((1, 128), (1, 32)):
+        jitgemm.fp8_fp4_gemm_nt((activations(0, 128)[0], words), operand, d, recipe_a=recipe_a)
 
 
 def test_nan_reaches_its_column_alone() -> None:
