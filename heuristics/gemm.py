@@ -235,9 +235,18 @@ def _parse(entry: str, tile_k: int) -> GemmConfig:
 
 def _fitting(problem: GemmProblem, config: GemmConfig) -> GemmConfig:
     """The config with as many of its stages as shared memory has room for: scales and FP32 outputs take some."""
-    while config.stages > 2 and _shape(problem, config).smem_bytes > SM90A.smem_per_block:
+    while config.stages > 2 and (
+        _shape(problem, config).smem_bytes > SM90A.smem_per_block or _is_cut_too_small(_shape(problem, config))
+    ):
         config = dataclasses.replace(config, stages=config.stages - 1)
     return config
+
+
+def _is_cut_too_small(shape: KernelShape) -> bool:
+    """Whether D's tile is staged in so many slices that sums are indexed, in memory: behind the code that sums parts,
+    8 are not unrolled.
+    """
+    return shape.parts > 1 and shape.mma_n > 4 * shape.store_columns
 
 
 _shape, _signature = kernel_shape, GemmProblem.without_sizes
@@ -345,6 +354,8 @@ def illegal_tile(problem: GemmProblem, config: GemmConfig, arch: Architecture) -
             return f"tile_m must be at most {most} beside FP4 weights"
         if config.cluster_m > 1 or config.cluster_n not in (1, shape.scale_parts):
             return "FP4 weights have clusters only where they make up the columns of a scale of d"
+        if _is_cut_too_small(shape):
+            return "the ring must leave room to stage a quarter of a tile of d"
     if config.tile_k != 128 // problem.traits.operand_bytes:
         return f"tile_k must be {128 // problem.traits.operand_bytes}: one stage holds 128 bytes of a row"
     if shape.mma_m not in (64, 128, 192, 256):

@@ -64,7 +64,7 @@ def test_dense_kernels_fit(cache: None) -> None:
 @pytest.mark.parametrize(
     ("recipe", "at_once", "of_groups"),
     [
-        ("fp8_1x32_fp4_1x32", {1, 2, 4}, ("32x128x128 s8 swap", "128x128x128 s4 swap")),
+        ("fp8_1x32_fp4_1x32", {1, 2, 4}, ("32x128x128 s8 swap", "128x128x128 s7 swap")),
         ("fp8_1x128_nvfp4_1x16", {2, 4, 8}, ("16x64x128 s8 swap", "64x128x128 s8 swap")),
     ],
 )
@@ -80,7 +80,7 @@ def test_kernels_that_sum_parts_fit(cache: None, recipe: str, at_once: set[int],
     found = []
     for config in kinds.values():
         found += faults(FAMILY.spec(problem, config, SM90A.name), KernelShape(problem, config))
-    grouped_problem = GroupedProblem(4096, 7168, problem.recipe, 8, "psum", alignment=1)
+    grouped_problem = GroupedProblem(4096, 7168, problem.recipe, 8, "psum", d_dtype="fp32", alignment=1)
     for text in of_groups:
         config = GemmConfig.from_text(text)
         assert grouped.illegal(grouped_problem, config, H200) is None
