@@ -34,7 +34,7 @@ from jitgemm.cache_tools.console import (
 from jitgemm.device import ARCHITECTURES, PRESETS, Device
 from jitgemm.errors import CacheError, CacheMissError, CompileError, JitGemmError, ProblemError, SettingsError
 from jitgemm.families.batched import KINDS, BatchedProblem
-from jitgemm.families.gemm import D_BYTES, EPILOGUES, FP4, LAYOUTS, RECIPES, GemmProblem
+from jitgemm.families.gemm import D_BYTES, EPILOGUES, FP4_RECIPES, LAYOUTS, RECIPES, GemmProblem
 from jitgemm.families.grouped import GROUPINGS, GroupedProblem
 
 if TYPE_CHECKING:
@@ -441,7 +441,7 @@ def import_bundle(file: Path, as_json: bool) -> int:
 @click.option("--m", type=click.IntRange(1), required=True, help="Rows of D.")
 @click.option("--n", type=click.IntRange(1), required=True, help="Columns of D.")
 @click.option("--k", type=click.IntRange(1), required=True, help="Length of the contraction.")
-@click.option("--recipe", type=click.Choice([*RECIPES, FP4]), required=True, help="Operand types and scales.")
+@click.option("--recipe", type=click.Choice([*RECIPES, *FP4_RECIPES]), required=True, help="Operand types and scales.")
 @click.option("--layout", type=click.Choice(LAYOUTS), default="nt", show_default=True)
 @click.option("--d-dtype", type=click.Choice(list(D_BYTES)), default="bf16", show_default=True)
 @click.option("--fast-accum", is_flag=True, help="Without promotion every 128 of K (row-wise and tensor-wise FP8).")

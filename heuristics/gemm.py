@@ -32,7 +32,8 @@ from jitgemm.families.gemm import (
     FEW_BOUNDARIES_STEP,
     GATE_UP_RUN,
     MMA_M,
-    PACKED_BYTES,
+    MXFP4_GROUP,
+    NVFP4_GROUP,
     SCALE_GROUP,
     STAGE_ROW_BYTES,
     GemmConfig,
@@ -92,11 +93,14 @@ def enumerate_configs(problem: GemmProblem, device: Device, limit: int = MAX_KER
 
 def enumerate_specs(problem: GemmProblem, device: Device) -> tuple[KernelSpec, ...]:
     """Every kernel that calls of the problem can need: of any m, with scales in any layout, with or without C."""
+    from jitgemm.families.fp4 import helper_specs
     from jitgemm.families.transpose_scales import FAMILY as TRANSPOSE_SCALES
 
     specs = [FAMILY.spec(problem, config, device.arch.name) for config in enumerate_configs(problem, device)]
     if "row_k" in (problem.traits.a_scales, problem.traits.b_scales):
         specs.append(TRANSPOSE_SCALES.spec(device.arch.name))
+    if problem.traits.fp4_b:
+        specs += helper_specs(problem.traits.fp4_group, device.arch.name)
     return tuple(specs)
 
 
@@ -211,9 +215,18 @@ def _parse(entry: str, tile_k: int) -> GemmConfig:
 
 def _fitting(problem: GemmProblem, config: GemmConfig) -> GemmConfig:
     """The config with as many of its stages as shared memory has room for: scales and FP32 outputs take some."""
-    while config.stages > 2 and _shape(problem, config).smem_bytes > SM90A.smem_per_block:
+    while config.stages > 2 and (
+        _shape(problem, config).smem_bytes > SM90A.smem_per_block or _is_cut_too_small(_shape(problem, config))
+    ):
         config = dataclasses.replace(config, stages=config.stages - 1)
     return config
+
+
+def _is_cut_too_small(shape: KernelShape) -> bool:
+    """Whether D's tile is staged in so many slices that sums are indexed, in memory: behind the code that sums parts,
+    8 are not unrolled.
+    """
+    return shape.parts > 1 and shape.mma_n > 4 * shape.store_columns
 
 
 _shape, _signature = kernel_shape, GemmProblem.without_sizes
@@ -276,7 +289,7 @@ def stage_choices(problem: GemmProblem, config: GemmConfig) -> list[int]:
 
 # -- Limits.
 
-_MOST_FP4_TOKENS = 128  # in a tile, on the MMA's N side
+_MOST_FP4_TOKENS = {MXFP4_GROUP: 128, NVFP4_GROUP: 64}  # in a tile, on the MMA's N side
 
 
 def illegal(problem: GemmProblem, config: GemmConfig, device: Device) -> str | None:
@@ -328,10 +341,12 @@ def illegal_tile(problem: GemmProblem, config: GemmConfig, arch: Architecture) -
             return "swap_ab must be on: FP4 weights take the MMA's M side"
         if config.tile_n not in (64, 128):
             return "tile_n must be 64 or 128: a warpgroup expands the FP4 weights of 64 rows"
-        if config.tile_m > _MOST_FP4_TOKENS:
-            return f"tile_m must be at most {_MOST_FP4_TOKENS} beside FP4 weights"
+        if config.tile_m > (most := _MOST_FP4_TOKENS[problem.traits.fp4_group]):
+            return f"tile_m must be at most {most} beside FP4 weights"
         if config.cluster_m > 1 or config.cluster_n not in (1, shape.scale_parts):
             return "FP4 weights have clusters only where they make up the columns of a scale of d"
+        if _is_cut_too_small(shape):
+            return "the ring must leave room to stage a quarter of a tile of d"
     if config.tile_k != 128 // problem.traits.operand_bytes:
         return f"tile_k must be {128 // problem.traits.operand_bytes}: one stage holds 128 bytes of a row"
     if shape.mma_m not in (64, 128, 192, 256):
@@ -421,7 +436,8 @@ def _traits(problem: GemmProblem, config: GemmConfig) -> _Traits:
     columns, waves = shape.mma_n, shape.waves
     all_waves = shape.math_warpgroups * waves
     fixed, divisor = sm90a.MMA_OPERAND_CYCLES
-    mma = sm90a.MMAS_PER_STAGE * max(columns / 2, sm90a.RS_MMA_CYCLES if shape.fp4 else fixed + columns / divisor)
+    mmas = max(sm90a.MMAS_PER_STAGE, shape.parts)
+    mma = mmas * max(columns / 2, sm90a.RS_MMA_CYCLES if shape.fp4 else fixed + columns / divisor)
     overhead, latency = sm90a.STAGE_OVERHEAD_CYCLES, sm90a.MMA_LATENCY_CYCLES
     hidden = exposed = 0.0
     if not problem.promotes:
@@ -438,19 +454,21 @@ def _traits(problem: GemmProblem, config: GemmConfig) -> _Traits:
             hidden, waiting = promotion, sm90a.OVERLAPPED_OVERHEAD * (overhead + latency)
             exposed = sm90a.PROMOTION_EXPOSED_IN_CHAIN * shape.math_warpgroups * promotion
         else:
-            waiting = waves * (latency + promotion) + overhead
-            exposed = sm90a.PROMOTION_EXPOSED * waves * (latency + promotion)
+            of_wave = shape.parts // shape.parts_at_once * latency + shape.parts * promotion
+            waiting = waves * of_wave + overhead
+            exposed = sm90a.PROMOTION_EXPOSED * waves * of_wave
     tokens, weights = (shape.n_side_rows, shape.mma_m) if config.swap_ab else (shape.mma_m, shape.n_side_rows)
     reads: float = all_waves * sm90a.MMAS_PER_STAGE * (MMA_M + columns) * 32
     tensor: float = all_waves * mma
     weight_bytes: float = STAGE_ROW_BYTES
     if shape.fp4:
-        weight_bytes = PACKED_BYTES / MMA_M
-        reads = all_waves * (PACKED_BYTES + sm90a.MMAS_PER_STAGE * columns * 32)
+        weight_bytes = shape.packed_bytes / MMA_M
+        reads = all_waves * (shape.packed_bytes + mmas * columns * 32)
         # Expansion runs beside the warpgroup's own MMAs, but all warpgroups' is issued by the same four schedulers.
         hidden += sm90a.EXPANSION_CYCLES
         waiting += 0.0 if shape.chain > 1 else sm90a.EXPANSION_CYCLES
-        tensor = max(tensor, all_waves * (sm90a.EXPANSION_CYCLES + columns / 2 * sm90a.PROMOTION_CYCLES))
+        promoting = shape.parts * columns / 2 * sm90a.PROMOTION_CYCLES
+        tensor = max(tensor, all_waves * (sm90a.EXPANSION_CYCLES + promoting))
     boxes = 1 if config.swap_ab else columns // problem.gated * shape.d_bytes // shape.store_row_bytes
     steps = sm90a.EPILOGUE_STEP_CYCLES[problem.epilogue] * columns * waves
     if shape.quantizes:

@@ -60,11 +60,14 @@ def enumerate_configs(problem: GroupedProblem, device: Device) -> tuple[GemmConf
 
 def enumerate_specs(problem: GroupedProblem, device: Device) -> tuple[KernelSpec, ...]:
     """Every kernel that calls of the problem can need: with any rows, with scales in any layout."""
+    from jitgemm.families.fp4 import helper_specs
     from jitgemm.families.transpose_scales import FAMILY as TRANSPOSE_SCALES
 
     specs = [FAMILY.spec(problem, config, device.arch.name) for config in enumerate_configs(problem, device)]
     if problem.dense.traits.is_fp8:
         specs.append(TRANSPOSE_SCALES.spec(device.arch.name))
+    if problem.dense.traits.fp4_b:
+        specs += helper_specs(problem.dense.traits.fp4_group, device.arch.name)
     return tuple(specs)
 
 

@@ -25,7 +25,7 @@ from jitgemm.compiler import driver_version, find_nvrtc, version_text
 from jitgemm.device import Device
 from jitgemm.errors import CacheError, CompileError, ProblemError
 from jitgemm.families import KernelSpec
-from jitgemm.families.gemm import FAMILY, SCALE_GROUP, GemmConfig, GemmProblem
+from jitgemm.families.gemm import FAMILY, NVFP4_GROUP, SCALE_GROUP, GemmConfig, GemmProblem
 from jitgemm.heuristics import choose_config, tuned
 from jitgemm.heuristics.gemm import MAX_KERNELS, predict, rank_candidates
 from jitgemm.heuristics.pruning import assign
@@ -243,7 +243,8 @@ def tune(
     Args:
         n: columns of D.
         k: length of the contraction.
-        recipe: ``"bf16"``, one of ``fp8_gemm_nt``, or ``"fp8_1x128_fp4_1x32"`` for MXFP4 weights.
+        recipe: ``"bf16"``, one of ``fp8_gemm_nt``, or one of FP4 weights: ``"fp8_1x128_fp4_1x32"``,
+            ``"fp8_1x32_fp4_1x32"``, ``"fp8_1x128_nvfp4_1x16"``.
         m: rows of D, one value or several; default: all m. What is measured are the anchors that serve them.
         layout: ``"nt"``, ``"nn"``, ``"tn"`` or ``"tt"``; FP8: ``"nt"``.
         d_dtype: ``"bf16"`` or ``"fp32"``.
@@ -355,11 +356,12 @@ class Workload:
         problem, d = self._problem, self.d
         if problem.traits.fp4_b:
             assert self._a_scales is not None and self._b_scales is not None
-            scaled_a, prepared = (self._a, self._a_scales), PreparedWeights(self._b, self._b_scales, problem.k)
+            scaled_a = self._a, self._a_scales
+            prepared = PreparedWeights(self._b, self._b_scales, problem.k, group=problem.traits.fp4_group)
 
             def call() -> None:
                 with settings.override(**forced):
-                    ops.fp8_fp4_gemm_nt(scaled_a, prepared, d)
+                    ops.fp8_fp4_gemm_nt(scaled_a, prepared, d, recipe=problem.recipe)
         elif self._a_scales is None or self._b_scales is None:
             a, b = self._a, self._b
             function = getattr(ops, f"bf16_gemm_{problem.layout}")
@@ -388,8 +390,9 @@ class Workload:
         """Packed weights, all of whose scales are expanded with them."""
         size = (n, -(-k // 2))
         codes = torch.randint(-128, 128, size, dtype=torch.int8, device=self._random.device, generator=self._random)
-        exponents = torch.full((n, -(-k // 32)), 120, dtype=torch.uint8, device=codes.device)
-        prepared = prepare_fp4_weights(codes, exponents)
+        group = self._problem.traits.fp4_group
+        scales = torch.full((n, -(-k // group)), 120, dtype=torch.uint8, device=codes.device)
+        prepared = prepare_fp4_weights(codes, scales.view(torch.float8_e4m3fn) if group == NVFP4_GROUP else scales)
         return prepared.data, prepared.units
 
     def _scales(self, granularity: str, mn: int) -> Tensor | None:
@@ -397,6 +400,7 @@ class Workload:
         if granularity == "none":
             return None
         if granularity == "row_k":  # MN-major and aligned, which TMA reads in place
+            groups = -(-self._problem.k // self._problem.traits.a_group)  # of b 128
             return self._positive(groups, get_tma_aligned_size(mn, 4)).t()[:mn]
         shapes = {"block_k": (-(-mn // SCALE_GROUP), groups), "row": (mn, 1), "tensor": (1, 1)}
         return self._positive(*shapes[granularity])

@@ -20,10 +20,12 @@ FAMILY_MODULES = {
     "moe_permute": "jitgemm.families.moe:MOE_PERMUTE",
     "topk_gate": "jitgemm.families.moe:TOPK_GATE",
     "m_grouped_gemm": "jitgemm.families.grouped",
+    "pack_fp4": "jitgemm.families.fp4:PACK_FP4",
     "pack_ue8m0": "jitgemm.families.pack_scales:PACK_UE8M0",
     "rowwise": "jitgemm.families.rowwise",
     "tiles": "jitgemm.families.tiles",
     "transpose_scales": "jitgemm.families.transpose_scales",
+    "unpack_scales": "jitgemm.families.fp4:UNPACK_SCALES",
 }
 """Family name -> module, and after a colon the name in it, ``FAMILY`` by default, that implements the protocol."""
 

@@ -30,14 +30,16 @@ MMA_M = 64  # rows of one warpgroup-wide MMA
 ROWS_STORED = 16  # of D by one warp at a time: those that it holds of an MMA's rows
 STAGE_ROW_BYTES = 128  # bytes of K of one operand row in one stage: the widest TMA swizzle
 SMEM_ALIGNMENT = 1024  # bytes: repeat of the 128-byte swizzle
-PACKED_BYTES = 64 * 128 // 2 + 64 * 4  # of 64 x 128 FP4 weights with their exponents
-PACKED_ROW_BYTES = 256  # of the rows in which TMA copies them
+PACKED_ROW_BYTES = 256  # of the rows in which TMA copies packed FP4 weights
+A_REGISTERS = 4  # that hold a thread's part of an MMA's A
 FRAGMENT_REGISTERS = 16  # that hold a thread's part of 64 x 128 weights, expanded
 CHAIN_REGISTERS = {
     "bf16": 192,
     "fp32": 176,
 }  # that sums and two partial sums may take for MMAs to overlap with promotion
 FP4_CHAIN_REGISTERS = {"bf16": 176, "fp32": 168}  # the same with expanded weights
+MXFP4_GROUP, NVFP4_GROUP = 32, 16  # of K, that share a scale
+PARTS_REGISTERS = 64  # that the sums of parts of a k-block may take, where these have scales of their own
 FEW_BOUNDARIES_STEP = (
     32  # tile columns that are multiples of it meet scale blocks at 4 places at most; 8 cost more than selects
 )
@@ -48,16 +50,22 @@ _STAGING_END = SM90A.smem_per_block - 2 * SMEM_ALIGNMENT  # slack for alignment,
 class Recipe:
     """How operands are stored and scaled.
 
-    ``a_scales`` and ``b_scales`` say what one scale covers: ``none``, ``row_k`` (one row x 128 of K),
-    ``block_k`` (128 rows x 128 of K), ``row`` or ``tensor``. ``fp4_b``: B is packed E2M1, its scales with it but for
-    one number a row (``jitgemm.reference.fp4``).
+    ``a_scales`` and ``b_scales`` say what one scale covers: ``none``, ``row_k`` (one row x 128 of K, of A ``a_group``),
+    ``block_k`` (128 rows x 128 of K), ``row`` or ``tensor``. ``fp4_group``: B is packed E2M1 with a scale for so many
+    of K, which are packed with it but for one number a row (``jitgemm.reference.fp4``); 0: it is not.
     """
 
     name: str
     operand_bytes: int
     a_scales: str
     b_scales: str
-    fp4_b: bool = False
+    a_group: int = SCALE_GROUP
+    fp4_group: int = 0
+
+    @property
+    def fp4_b(self) -> bool:
+        """Whether B is FP4."""
+        return self.fp4_group > 0
 
     @property
     def is_fp8(self) -> bool:
@@ -76,14 +84,30 @@ RECIPES: dict[str, Recipe] = {
     )
 }
 FP4 = "fp8_1x128_fp4_1x32"
-"""e4m3 A with scales of 1 x 128, MXFP4 B: the recipe whose B is not a plain matrix."""
+"""e4m3 A with scales of 1 x 128, MXFP4 B."""
 
-_ALL_RECIPES = {**RECIPES, FP4: Recipe(FP4, 1, "row_k", "row", fp4_b=True)}
+FP4_RECIPES: dict[str, Recipe] = {
+    recipe.name: recipe
+    for recipe in (
+        Recipe(FP4, 1, "row_k", "row", fp4_group=MXFP4_GROUP),
+        Recipe("fp8_1x32_fp4_1x32", 1, "row_k", "row", a_group=32, fp4_group=MXFP4_GROUP),
+        Recipe("fp8_1x128_nvfp4_1x16", 1, "row_k", "row", fp4_group=NVFP4_GROUP),
+    )
+}
+"""Those whose B is not a plain matrix: MXFP4 with scales of A of 1 x 128 or 1 x 32, and NVFP4."""
+
+_ALL_RECIPES = {**RECIPES, **FP4_RECIPES}
 
 
 def recipe_traits(name: str) -> Recipe:
-    """The facts of a recipe in ``RECIPES``, or of ``FP4``."""
+    """The facts of a recipe in ``RECIPES`` or ``FP4_RECIPES``."""
     return _ALL_RECIPES[name]
+
+
+@functools.cache
+def packed_bytes(fp4_group: int) -> int:
+    """Bytes of 64 x 128 FP4 weights with a byte for each group's scale."""
+    return MMA_M * SCALE_GROUP // 2 + MMA_M * SCALE_GROUP // fp4_group
 
 
 LAYOUTS = ("nt", "nn", "tn", "tt")
@@ -100,7 +124,7 @@ class GemmProblem:
     Args:
         n: columns of D.
         k: length of the contraction.
-        recipe: a name in ``RECIPES``, or ``FP4``.
+        recipe: a name in ``RECIPES`` or ``FP4_RECIPES``.
         m: rows of D.
         layout: BLAS letters of A and B: ``nt`` is A ``[m, k]`` and B ``[n, k]`` row-major, ``nn`` B ``[k, n]``,
             ``tn`` A ``[k, m]`` and B ``[k, n]``, ``tt`` A ``[k, m]`` and B ``[n, k]``. FP8 has ``nt`` only.
@@ -348,6 +372,32 @@ class KernelShape:
         return self.problem.traits.fp4_b
 
     @functools.cached_property
+    def fp4_group(self) -> int:
+        """Of K, that share a scale of FP4 weights; 0 where there are none."""
+        return self.problem.traits.fp4_group
+
+    @functools.cached_property
+    def packed_bytes(self) -> int:
+        """Bytes of 64 x 128 weights where these are FP4."""
+        return packed_bytes(self.problem.traits.fp4_group)
+
+    @functools.cached_property
+    def a_scales_per_stage(self) -> int:
+        """Scales of a row of A in one stage, where they go through the ring."""
+        return SCALE_GROUP // self.problem.traits.a_group
+
+    @functools.cached_property
+    def parts(self) -> int:
+        """Parts of a k-block that have sums of their own: their scales are not multiplied into the operands."""
+        return SCALE_GROUP // NVFP4_GROUP if self.fp4_group == NVFP4_GROUP else self.a_scales_per_stage
+
+    @functools.cached_property
+    def parts_at_once(self) -> int:
+        """Parts whose MMAs are waited for together."""
+        most = max(1, PARTS_REGISTERS // (self.mma_n // 2))
+        return min(self.parts, 1 << most.bit_length() - 1)
+
+    @functools.cached_property
     def math_warpgroups(self) -> int:
         """Warpgroups that issue MMAs: one for each 64 rows, but two for 256."""
         return 3 if self.mma_m == 192 else min(2, self.mma_m // MMA_M)
@@ -365,7 +415,7 @@ class KernelShape:
     @functools.cached_property
     def m_side_bytes(self) -> int:
         """Bytes of the M-side operand in one stage."""
-        return self.mma_m // MMA_M * PACKED_BYTES if self.fp4 else self.mma_m * STAGE_ROW_BYTES
+        return self.mma_m // MMA_M * self.packed_bytes if self.fp4 else self.mma_m * STAGE_ROW_BYTES
 
     @functools.cached_property
     def n_side_rows(self) -> int:
@@ -385,7 +435,8 @@ class KernelShape:
             for rows, scales in ((self.mma_m, self.m_side_scales), (self.mma_n, self.n_side_scales))
             if scales == "row_k"
         ]
-        return sum(-(-(row_count + self.scale_slack) * 4 // 128) * 128 for row_count in rows)
+        scales = [(row_count + self.scale_slack) * self.a_scales_per_stage for row_count in rows]
+        return sum(-(-count * 4 // 128) * 128 for count in scales)
 
     @functools.cached_property
     def stage_bytes(self) -> int:
@@ -524,7 +575,7 @@ class KernelShape:
         if self.fp4:
             limit = FP4_CHAIN_REGISTERS[d_type]
         registers = self.mma_n // 2 * 3 + self._fragment_registers
-        fits = self.waves == 1 and self.math_warpgroups < 3 and registers <= limit
+        fits = self.waves == 1 and self.math_warpgroups < 3 and self.parts == 1 and registers <= limit
         if not self.problem.promotes or not fits:
             return 1
         long = self.fp4 or self.problem.traits.b_scales in ("block_k", "row_k")
@@ -545,12 +596,15 @@ class KernelShape:
 
         With them those of expanded weights.
         """
-        sums = self.mma_n // 2 * (self.waves + (min(2, self.chain) if self.problem.promotes else 0))
+        partial = self.parts_at_once + (self.fp4_group == NVFP4_GROUP) if self.parts > 1 else min(2, self.chain)
+        sums = self.mma_n // 2 * (self.waves + (partial if self.problem.promotes else 0))
         return sums + self._fragment_registers
 
     @property
     def _fragment_registers(self) -> int:
-        return 2 * FRAGMENT_REGISTERS if self.fp4 else 0  # a k-block's, and the next one's
+        if not self.fp4:
+            return 0
+        return A_REGISTERS * self.parts if self.parts > 1 else 2 * FRAGMENT_REGISTERS  # a k-block's, and the next one's
 
     @functools.cached_property
     def blocks_per_sm(self) -> int:
@@ -653,6 +707,10 @@ class Gemm:
             "scale_parts",
             "exchange_bytes",
             "fp4",
+            "fp4_group",
+            "a_scales_per_stage",
+            "parts",
+            "parts_at_once",
         )
         config = shape.config
         return {

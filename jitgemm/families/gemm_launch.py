@@ -11,13 +11,13 @@ from jitgemm.errors import DriverError
 from jitgemm.families.gemm import (
     D_BYTES,
     MMA_M,
-    PACKED_BYTES,
     PACKED_ROW_BYTES,
     ROWS_STORED,
     GemmConfig,
     GemmProblem,
     KernelShape,
     kernel_shape,
+    packed_bytes,
     scale_blocks,
 )
 from jitgemm.kernel import Kernel
@@ -90,7 +90,7 @@ class GemmGeometry:
 
         # The MMA's M side takes A, or B where they are swapped.
         if shape.fp4:
-            self._b_maps = packed_map(problem.n, self._k_blocks), None
+            self._b_maps = packed_map(problem.n, self._k_blocks, problem.traits.fp4_group), None
             self._b_scales_map = None
             self._b_fields = scale_fields(shape.m_side_scales, b_scales, scale_blocks(problem.n, problem.gated))
         elif config.swap_ab:
@@ -122,7 +122,8 @@ class GemmGeometry:
         else:
             major, granularity, tile_rows = shape.m_side_major, shape.m_side_scales, shape.mma_m
         a_maps = _operand(shape, self._a, major, tile_rows, config.cluster_n)
-        a_scales_map = _scales(granularity, m, k_blocks, a_scales, tile_rows)
+        a_scales_along_k = -(-self._problem.k // self._problem.traits.a_group)
+        a_scales_map = _scales(granularity, m, a_scales_along_k, a_scales, tile_rows, shape.a_scales_per_stage)
         d_map = _output(shape, self._d) if config.split_k == 1 else None  # split, D is stored without TMA
         a_fields, b_fields = scale_fields(granularity, a_scales, scale_blocks(m)), self._b_fields
         if self._swap:
@@ -247,19 +248,21 @@ def _operand(
     return mapped(tile_k, tile_rows // shared_by), mapped(tile_k, part) if left else None
 
 
-def packed_map(n: int, k_blocks: int, groups: int = 1) -> OperandMap:
+def packed_map(n: int, k_blocks: int, fp4_group: int, groups: int = 1) -> OperandMap:
     """The map of FP4 weights, of which a box takes 64 x 128; one matrix, or one for each group."""
-    rows = PACKED_BYTES // PACKED_ROW_BYTES
+    rows = packed_bytes(fp4_group) // PACKED_ROW_BYTES
     height = -(-n // MMA_M) * k_blocks * rows
     width = PACKED_ROW_BYTES
     return OperandMap("uint8", width, height, width, width, rows, 16, groups, height * width)
 
 
-def _scales(granularity: str, length: int, k_blocks: int, strides: ScaleStrides, tile_rows: int) -> OperandMap | None:
-    """The map of scales that go through the ring: one per row and 128 of K, MN-major."""
+def _scales(
+    granularity: str, length: int, along_k: int, strides: ScaleStrides, tile_rows: int, per_stage: int = 1
+) -> OperandMap | None:
+    """The map of scales that go through the ring: one per row and 128 of K, or less, MN-major."""
     if granularity != "row_k":
         return None
-    return OperandMap("fp32", length, k_blocks, strides.k, tile_rows, 1, 16)
+    return OperandMap("fp32", length, along_k, strides.k, tile_rows, per_stage, 16)
 
 
 def d_map_type(d_dtype: str) -> str:

@@ -26,7 +26,7 @@ from jitgemm.errors import ProblemError
 from jitgemm.families import gemm
 from jitgemm.families.base import KernelSpec
 from jitgemm.families.gemm import (
-    FP4,
+    FP4_RECIPES,
     GemmConfig,
     GemmProblem,
     KernelShape,
@@ -38,7 +38,7 @@ from jitgemm.families.gemm import (
 GROUPINGS = {"masked": "masked", "contiguous": "indexed", "psum": "psum"}
 """Kind -> the template's ``Grouping``."""
 
-GROUPED_RECIPES = ("fp8_1x128_128x128", "bf16", FP4)
+GROUPED_RECIPES = ("fp8_1x128_128x128", "bf16", *FP4_RECIPES)
 MAX_GROUPS = 65536
 QUEUE_BYTES = 128  # of shared memory: the template's TILE_QUEUE_BYTES
 _SCALES_UNIT = 4  # fp32 scales in 16 bytes, at multiples of which TMA copies start

@@ -55,7 +55,7 @@ class GroupedGeometry:
         a: A as stored, ``[m, k]``, or one such for each group.
         b: B as stored, ``[n, k]`` or ``[k, n]`` for each group; not used where B is FP4, which is packed.
         d: D, as A.
-        a_scales: of A, MN-major: k-blocks as rows.
+        a_scales: of A, MN-major: what lies along K as rows.
         b_scales: of B, blocks of rows as rows; any column stride. Of FP4, rows of one number each.
         b_scales_k_stride: that stride.
         num_sms: multiprocessors to use.
@@ -83,8 +83,8 @@ class GroupedGeometry:
     ) -> None:
         self._config, self._kernel = config, kernel
         self._shape = shape = problem.shape(config)
-        fp8 = shape.problem.traits.is_fp8
-        dtype, tile_k = "uint8" if fp8 else "bf16", config.tile_k
+        traits = shape.problem.traits
+        dtype, tile_k = "uint8" if traits.is_fp8 else "bf16", config.tile_k
         token_rows, weight_rows = token_tile(config), config.tile_n
 
         def operand(stack: Stack, box_width: int, box_height: int) -> OperandMap:
@@ -93,13 +93,15 @@ class GroupedGeometry:
         tokens = (operand(a, tile_k, token_rows), operand(a, tile_k, token_piece(config)))
         weights: tuple[OperandMap, OperandMap | None]
         if shape.fp4:
-            weights = packed_map(problem.n, -(-problem.k // tile_k), problem.groups), None
+            weights = packed_map(problem.n, -(-problem.k // tile_k), traits.fp4_group, problem.groups), None
         elif problem.dense.b_major == "mn":  # in slabs of 64, of which the kernel asks for those that exist
             weights = operand(b, 64, tile_k), None
         else:
             left = problem.n % weight_rows
             weights = operand(b, tile_k, weight_rows), operand(b, tile_k, left) if left else None
-        scales_map = None if a_scales is None else _map("fp32", a_scales, token_rows + shape.scale_slack, 1, 16)
+        scales_map = None
+        if a_scales is not None:
+            scales_map = _map("fp32", a_scales, token_rows + shape.scale_slack, shape.a_scales_per_stage, 16)
         self._d_rows_aligned = _aligned(d, shape.d_bytes)
         d_map = None
         if self._d_rows_aligned:

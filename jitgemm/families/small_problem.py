@@ -1,5 +1,5 @@
-"""What is asked of the kernels around hyper-connections, experts and packed scales, as problems: what prewarm and
-records hold.
+"""What is asked of the kernels around hyper-connections, experts, packed scales and FP4 weights, as problems: what
+prewarm and records hold.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from typing import Any
 
 from jitgemm.errors import ProblemError
 from jitgemm.families.base import KernelSpec, Scalar
+from jitgemm.families.fp4 import FORMATS, PACK_FP4, UNPACK_SCALES
 from jitgemm.families.hyper_connections import (
     HC_MIX,
     HC_POST,
@@ -68,6 +69,11 @@ _KINDS: dict[str, tuple[dict[str, _Accepted], Callable[..., list[KernelSpec]]]] 
         {"precision": PRECISIONS, "dtype": STREAM_DTYPES},
         lambda arch, **fields: _mixing(arch, True, **fields),
     ),
+    "prepare_fp4_weights": (
+        {"format": tuple(FORMATS)},
+        lambda arch, format: [PACK_FP4.spec(arch, format=format)],
+    ),
+    "unpack_ue8m0": ({}, lambda arch: [UNPACK_SCALES.spec(arch)]),
     "topk_gate": (
         {
             "experts": range(1, MAX_EXPERTS + 1),

@@ -18,7 +18,7 @@ from jitgemm.device import SM90A, Device
 from jitgemm.errors import ProblemError
 from jitgemm.families.gemm import (
     FAMILY,
-    FP4,
+    FP4_RECIPES,
     LAYOUTS,
     RECIPES,
     SCALE_GROUP,
@@ -35,13 +35,12 @@ from jitgemm.nvtx import in_range
 from jitgemm.ops.checks import Scaled, check_tensors, extent, pair
 from jitgemm.ops.dispatch import are_plain, dispatch_modes, function_modes, needs_dispatch
 from jitgemm.ops.epilogue import Epilogue, Steps, check_apart, check_steps, pack, steps_of
-from jitgemm.ops.fp4 import PreparedWeights, is_fp4, packed_shape, prepared_b
+from jitgemm.ops.fp4 import PreparedWeights, dequantized, is_fp4, operands, packed_shape
 from jitgemm.ops.layout import copy_to_mn_major, fp4_note
 from jitgemm.plan import BOUND_LAUNCHES, Sizes, Table, current_device, device_facts, matcher, raw_stream
 from jitgemm.record import record
 from jitgemm.reference import epilogue as epilogue_reference
 from jitgemm.reference import gemm as reference
-from jitgemm.reference.fp4 import dequantize_fp4, unpack
 from jitgemm.reference.layout import get_tma_aligned_size
 from jitgemm.render import template_digest
 from jitgemm.settings import Settings
@@ -64,10 +63,10 @@ class Operation(NamedTuple):
 
 _OPERATIONS = {
     (recipe, layout, fast_accum): Operation(recipe, layout, fast_accum)
-    for recipe, layout, fast_accum in itertools.product((*RECIPES, FP4), LAYOUTS, (False, True))
+    for recipe, layout, fast_accum in itertools.product((*RECIPES, *FP4_RECIPES), LAYOUTS, (False, True))
 }
 _FP8 = _OPERATIONS["fp8_1x128_128x128", "nt", False]
-_FP4 = _OPERATIONS[FP4, "nt", False]
+_FP4 = {recipe: _OPERATIONS[recipe, "nt", False] for recipe in FP4_RECIPES}
 _BF16_NT, _BF16_NN, _BF16_TN, _BF16_TT = (_OPERATIONS["bf16", layout, False] for layout in LAYOUTS)
 
 
@@ -201,17 +200,22 @@ def fp8_fp4_gemm_nt(
     *,
     epilogue: Epilogue | None = None,
 ) -> None:
-    """``d = a @ b.T (+ c)`` with e4m3 A and MXFP4 B, which stays 4 bit in memory; or with FP8 B, as ``fp8_gemm_nt``.
+    """``d = a @ b.T (+ c)`` with e4m3 A and FP4 B, which stays 4 bit in memory; or with FP8 B, as ``fp8_gemm_nt``.
 
     Args:
-        a: e4m3 ``[m, k]``, K contiguous, and fp32 scales ``[m, ceil(k/128)]``, as ``fp8_gemm_nt`` takes them.
-        b: what ``prepare_fp4_weights`` made of ``[n, k]``; or its arguments, packed E2M1 ``[n, k/2]`` and scales
-            ``[n, ceil(k/32)]``, which each call then prepares anew: many times the GEMM itself.
+        a: e4m3 ``[m, k]``, K contiguous, and scales of 128 or of 32 of a row: fp32 ``[m, ceil(k/128)]`` or
+            ``[m, ceil(k/32)]``, as ``fp8_gemm_nt`` takes them; or UE8M0, four to an int32, the first in the low byte,
+            ``[m, ceil(k/512)]`` or ``[m, ceil(k/128)]``, which a small kernel unpacks first.
+            With NVFP4 B scales are of 128.
+        b: what ``prepare_fp4_weights`` made of MXFP4 or NVFP4 ``[n, k]``; or its arguments, packed E2M1 ``[n, k/2]``
+            and scales (and of NVFP4 a global one), which each call then packs first: that reads and writes all weights.
         d: output, bf16 or fp32 ``[m, n]``, n contiguous, any row stride.
         c: added to the product; ``[m, n]`` of d's dtype, may be ``d`` itself.
-        recipe: with FP4 B none; else as ``fp8_gemm_nt`` takes it.
-        recipe_a: the peer's way to say what a scale of a covers, ``(1, 128)``.
-        recipe_b: and of b, ``(1, 32)`` for FP4.
+        recipe: with FP4 B what the tensors make it, such as ``"fp8_1x128_fp4_1x32"``, or none; else as ``fp8_gemm_nt``
+            takes it.
+        recipe_a: the peer's way to say what a scale of a covers, ``(1, 128)`` or ``(1, 32)``; without it the number of
+            scales says so, and is that of 128 where both would fit.
+        recipe_b: and of b, ``(1, 32)`` for MXFP4, ``(1, 16)`` for NVFP4.
         compiled_dims: accepted for the peer's callers; sizes are always run-time values here.
         disable_ue8m0_cast: accepted for the peer's callers; fp32 scales are never cast here.
         epilogue: as ``fp8_gemm_nt`` takes it.
@@ -224,34 +228,17 @@ def fp8_fp4_gemm_nt(
         given = (recipe, recipe_a, recipe_b, compiled_dims, disable_ue8m0_cast)
         fp8_gemm_nt(a, cast("Scaled", b), d, c, *given, epilogue=epilogue)
         return
-    check_fp4_recipe(recipe, recipe_a, recipe_b)
-    a_data, a_scales = pair("a", a)
-    b_data, units = prepared_b(a_data, b)
+    a_data, a_scales, b_data, units, name = operands(a, b, recipe, recipe_a, recipe_b)
+    operation = _FP4[name]
     if epilogue is not None:
-        _launch_with_epilogue(a_data, a_scales, b_data, units, d, c, _FP4, epilogue)
+        _launch_with_epilogue(a_data, a_scales, b_data, units, d, c, operation, epilogue)
         return
-    if not _launch_again(a_data, a_scales, b_data, units, d, c, _FP4):
-        _launch(a_data, a_scales, b_data, units, d, c, _FP4)
+    if not _launch_again(a_data, a_scales, b_data, units, d, c, operation):
+        _launch(a_data, a_scales, b_data, units, d, c, operation)
 
 
 # The peer's names for operands of either type; in these layouts FP8 ones only.
 fp8_fp4_gemm_nn, fp8_fp4_gemm_tn, fp8_fp4_gemm_tt = fp8_gemm_nn, fp8_gemm_tn, fp8_gemm_tt
-
-
-def check_fp4_recipe(recipe: object, recipe_a: object, recipe_b: object) -> None:
-    """Check the recipe of a call whose B is FP4.
-
-    Raises:
-        ProblemError: it says anything else.
-    """
-    for name, given, accepted in (
-        ("recipe", recipe, FP4),
-        ("recipe_a", recipe_a, (1, 128)),
-        ("recipe_b", recipe_b, (1, 32)),
-    ):
-        given = tuple(given) if isinstance(given, list) else given
-        if given is not None and given != accepted:
-            raise ProblemError(f"{name} is {given!r}; with FP4 weights accepted is {accepted!r}")
 
 
 def _transposed(name: str, operand: Any) -> Scaled:
@@ -698,14 +685,14 @@ class _ReferencePlan:
     def __init__(self, extents: _Extents, recipe: str, layout: str, d_dtype: str) -> None:
         self._extents = extents
         self._arguments: dict[str, Any] = {"recipe": recipe, "layout": layout, "d_dtype": d_dtype}
-        self._fp4 = recipe == FP4
+        self._fp4_group = recipe_traits(recipe).fp4_group
 
     def __call__(
         self, a: Tensor, a_scales: Tensor | None, b: Tensor, b_scales: Tensor | None, d: Tensor, c: Tensor | None
     ) -> None:
         self._extents.check_overlap(*_addresses(a, a_scales, b, b_scales, d, c))
-        if self._fp4 and b_scales is not None:
-            b, b_scales = dequantize_fp4(*unpack(b, b_scales, a.shape[1])), None
+        if self._fp4_group and b_scales is not None:
+            b, b_scales = dequantized(b, b_scales, a.shape[1], self._fp4_group), None
         d.copy_(reference.gemm(a, b, c, a_scales=a_scales, b_scales=b_scales, **self._arguments))
 
 
@@ -777,8 +764,9 @@ class _FusedReferencePlan:
     ) -> None:
         check_apart(steps, d, {"a": a, "a_scales": a_scales, "b": b, "b_scales": b_scales})
         recipe, layout, _ = self._operation
-        if recipe == FP4 and b_scales is not None:
-            b, b_scales = dequantize_fp4(*unpack(b, b_scales, a.shape[1])), None
+        fp4_group = recipe_traits(recipe).fp4_group
+        if fp4_group and b_scales is not None:
+            b, b_scales = dequantized(b, b_scales, a.shape[1], fp4_group), None
         epilogue_reference.gemm_into(
             a if layout[0] == "n" else a.mT,
             b if layout[1] == "t" else b.mT,
@@ -888,7 +876,9 @@ class _Operands:
                 raise ProblemError(f"{name} is on {tensor.device} and d on {d.device}; accepted is one device for all")
 
         a_rows = _Rows("a", a, transposed=layout[0] == "t")
-        b_rows: Any = _PackedRows(b, b_scales, a_rows.k) if traits.fp4_b else _Rows("b", b, layout[1] == "n")
+        b_rows: Any = (
+            _PackedRows(b, b_scales, a_rows.k, traits.fp4_group) if traits.fp4_b else _Rows("b", b, layout[1] == "n")
+        )
         m, k, n = a_rows.mn, a_rows.k, b_rows.mn
         if b_rows.k != k:
             raise ProblemError(
@@ -925,9 +915,9 @@ class _Operands:
         self.device = d.device
 
         k_blocks = -(-k // SCALE_GROUP)
-        blocks = scale_blocks(n, self.problem.gated)
-        self.a_scales = _check_scales("a_scales", a_scales, traits.a_scales, (m, k_blocks), 0, recipe, d)
-        self.b_scales = _check_scales("b_scales", b_scales, traits.b_scales, (n, k_blocks), blocks, recipe, d)
+        a_blocks, b_blocks = -(-k // traits.a_group), scale_blocks(n, self.problem.gated)
+        self.a_scales = _check_scales("a_scales", a_scales, traits.a_scales, (m, a_blocks), 0, recipe, d)
+        self.b_scales = _check_scales("b_scales", b_scales, traits.b_scales, (n, k_blocks), b_blocks, recipe, d)
         self.scales_by_tma = (traits.a_scales == "row_k", traits.b_scales == "row_k")
 
         size, d_size = operand_dtype.itemsize, d.element_size()
@@ -1021,12 +1011,12 @@ class _PackedRows:
 
     k_major = True
 
-    def __init__(self, data: Tensor, units: Tensor | None, k: int) -> None:
+    def __init__(self, data: Tensor, units: Tensor | None, k: int, group: int) -> None:
         if units is None or units.dim() != 1 or units.shape[0] < 1:
             given = None if units is None else tuple(units.shape)
             raise ProblemError(f"b's units have shape {given}; accepted is (n,)")
         self.mn, self.k = units.shape[0], k
-        wanted = packed_shape(units.shape, k)
+        wanted = packed_shape(units.shape, k, group)
         if tuple(data.shape) != wanted or not data.is_contiguous():
             raise ProblemError(
                 f"b's data has shape {tuple(data.shape)} and strides {data.stride()}; n {self.mn} and k {k} make it"
@@ -1113,11 +1103,12 @@ def _make_plan(
         return _EmptyPlan()
     assert problem.m is not None
     strides, transposes = [operands.a_scales, operands.b_scales], [False, False]
-    k_blocks = -(-problem.k // SCALE_GROUP)
+    groups = problem.traits.a_group, SCALE_GROUP
     for index, mn in enumerate((problem.m, problem.n)):
         scales = (a_scales, b_scales)[index]
         if scales is None or not operands.scales_by_tma[index]:
             continue
+        k_blocks = -(-problem.k // groups[index])
         aligned = scales.data_ptr() % _ALIGNMENT == 0
         transposes[index] = not (aligned and _loads_in_place(strides[index], mn, k_blocks))
         if transposes[index] or k_blocks == 1:

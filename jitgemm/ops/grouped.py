@@ -16,7 +16,7 @@ from torch import Tensor
 
 from jitgemm import settings
 from jitgemm.errors import ProblemError
-from jitgemm.families.gemm import FP4, SCALE_GROUP, scale_blocks
+from jitgemm.families.gemm import SCALE_GROUP, recipe_traits, scale_blocks
 from jitgemm.families.grouped import FAMILY, MAX_GROUPS, GroupedProblem
 from jitgemm.families.grouped_launch import STEPS_OFFSET, GroupedGeometry, Stack
 from jitgemm.heuristics.grouped import chooser
@@ -25,12 +25,10 @@ from jitgemm.nvtx import in_range
 from jitgemm.ops.checks import Scaled, check_tensors, extent, pair
 from jitgemm.ops.dispatch import needs_dispatch
 from jitgemm.ops.epilogue import Epilogue, Steps, check_apart, check_steps, pack, steps_of
-from jitgemm.ops.fp4 import PreparedWeights, is_fp4, packed_shape, prepared_b
-from jitgemm.ops.gemm import check_fp4_recipe
+from jitgemm.ops.fp4 import PreparedWeights, dequantized, is_fp4, operands, packed_shape, recipe_of
 from jitgemm.ops.layout import copy_to_mn_major, fp4_note
 from jitgemm.plan import BOUND_LAUNCHES, Table, current_device, device_facts, raw_stream
 from jitgemm.record import record
-from jitgemm.reference.fp4 import dequantize_fp4, unpack
 from jitgemm.reference.layout import get_tma_aligned_size
 from jitgemm.settings import Settings
 
@@ -191,16 +189,16 @@ def m_grouped_fp8_fp4_gemm_nt_contiguous(
     *,
     epilogue: Epilogue | None = None,
 ) -> None:
-    """``m_grouped_fp8_gemm_nt_contiguous`` with MXFP4 B, which stays 4 bit in memory; FP8 B is accepted too.
+    """``m_grouped_fp8_gemm_nt_contiguous`` with MXFP4 or NVFP4 B, which stays 4 bit in memory; or FP8 B.
 
     Args:
-        a: as there.
-        b: what ``prepare_fp4_weights`` made of ``[groups, n, k]``, or its arguments, which each call then prepares.
+        a: as there, with scales of 128 or of 32 of K, fp32 or packed UE8M0, as ``fp8_fp4_gemm_nt`` takes them.
+        b: what ``prepare_fp4_weights`` made of ``[groups, n, k]``, or its arguments, which each call then packs first.
         d: as there; so are the arguments that follow, but for:
         grouped_layout: as there.
         recipe: with FP4 B none.
-        recipe_a: the peer's way to say what a scale of a covers, ``(1, 128)``.
-        recipe_b: and of b, ``(1, 32)`` for FP4.
+        recipe_a: the peer's way to say what a scale of a covers, ``(1, 128)`` or ``(1, 32)``.
+        recipe_b: and of b, ``(1, 32)`` for MXFP4, ``(1, 16)`` for NVFP4.
         compiled_dims: as there.
         disable_ue8m0_cast: as there.
         use_psum_layout: as there.
@@ -219,10 +217,8 @@ def m_grouped_fp8_fp4_gemm_nt_contiguous(
             epilogue=epilogue,
         )
         return
-    check_fp4_recipe(recipe, recipe_a, recipe_b)
     kind = _contiguous(use_psum_layout)
-    a_data, a_scales = pair("a", a)
-    data, units = prepared_b(a_data, b)
+    a_data, a_scales, data, units, _ = operands(a, b, recipe, recipe_a, recipe_b)
     given = (kind, expected_m_for_psum_layout, ensure_zero_padding, epilogue)
     _call(a_data, a_scales, data, units, d, grouped_layout, *given)
 
@@ -241,17 +237,17 @@ def m_grouped_fp8_fp4_gemm_nt_masked(
     *,
     epilogue: Epilogue | None = None,
 ) -> None:
-    """``m_grouped_fp8_gemm_nt_masked`` with MXFP4 B, which stays 4 bit in memory; FP8 B is accepted too.
+    """``m_grouped_fp8_gemm_nt_masked`` with MXFP4 or NVFP4 B, which stays 4 bit in memory; or FP8 B.
 
     Args:
-        a: as there.
-        b: what ``prepare_fp4_weights`` made of ``[groups, n, k]``, or its arguments, which each call then prepares.
+        a: as there, with scales of 128 or of 32 of K, fp32 or packed UE8M0, as ``fp8_fp4_gemm_nt`` takes them.
+        b: what ``prepare_fp4_weights`` made of ``[groups, n, k]``, or its arguments, which each call then packs first.
         d: as there.
         masked_m: as there.
         expected_m: as there.
         recipe: with FP4 B none.
-        recipe_a: the peer's way to say what a scale of a covers, ``(1, 128)``.
-        recipe_b: and of b, ``(1, 32)`` for FP4.
+        recipe_a: the peer's way to say what a scale of a covers, ``(1, 128)`` or ``(1, 32)``.
+        recipe_b: and of b, ``(1, 32)`` for MXFP4, ``(1, 16)`` for NVFP4.
         compiled_dims: as there.
         disable_ue8m0_cast: as there.
         epilogue: as there.
@@ -267,10 +263,8 @@ def m_grouped_fp8_fp4_gemm_nt_masked(
             epilogue=epilogue,
         )
         return
-    check_fp4_recipe(recipe, recipe_a, recipe_b)
-    a_data, a_scales = pair("a", a)
     expected_m = _expected("expected_m", expected_m)
-    data, units = prepared_b(a_data, b)
+    a_data, a_scales, data, units, _ = operands(a, b, recipe, recipe_a, recipe_b)
     _call(a_data, a_scales, data, units, d, masked_m, "masked", expected_m, False, epilogue)
 
 
@@ -471,9 +465,12 @@ class _Operands:
         recipe = "bf16"
         if a_scales is not None or b_scales is not None:
             named |= {"a_scales": a_scales, "b_scales": b_scales}
-            recipe = FP4 if isinstance(b, Tensor) and b.dtype == torch.uint8 else _FP8
+            recipe = _FP8
         check_tensors(**named)
-        fp4, plain = recipe == FP4, recipe == "bf16"
+        fp4 = recipe == _FP8 and b.dtype == torch.uint8
+        if fp4:
+            recipe = recipe_of(a, named["a_scales"], b)
+        plain = recipe == "bf16"
         dtype = torch.bfloat16 if plain else torch.float8_e4m3fn
         d_dtypes = tuple(_D_DTYPES) if steps is None else (d.dtype,)  # with an epilogue: checked with its tensors
         dtypes = {"a": (dtype,), "b": (torch.uint8 if fp4 else dtype,), "d": d_dtypes, name: (torch.int32,)}
@@ -494,7 +491,7 @@ class _Operands:
         if b_scales is not None and fp4:
             n, k = b_scales.shape[1], a.shape[-1]
         rows = a.shape[-2]
-        k_blocks = -(-k // SCALE_GROUP)
+        traits, k_blocks = recipe_traits(recipe), -(-k // SCALE_GROUP)
         if min(n, k) < 1 or not 1 <= groups <= MAX_GROUPS:
             raise ProblemError(f"b has shape {tuple(b.shape)}; accepted is 1 to {MAX_GROUPS} groups, n >= 1 and k >= 1")
         if rows >= _MAX_ROWS:
@@ -504,11 +501,11 @@ class _Operands:
             "a": (*stacked, rows, k),
             "d": (*stacked, rows, columns),
             name: (rows,) if kind == "contiguous" else (groups,),
-            "a_scales": (*stacked, rows, k_blocks),
+            "a_scales": (*stacked, rows, -(-k // traits.a_group)),
             "b_scales": (groups, scale_blocks(n, 1 if steps is None else steps.gated), k_blocks),
         }
         if b_scales is not None and fp4:
-            shapes |= {"b_scales": (groups, n), "b": packed_shape(b_scales.shape, k)}
+            shapes |= {"b_scales": (groups, n), "b": packed_shape(b_scales.shape, k, traits.fp4_group)}
             if not b.is_contiguous():
                 raise ProblemError(f"b has strides {b.stride()}; accepted is a contiguous tensor")
         for key, shape in shapes.items():
@@ -600,7 +597,7 @@ class _Operands:
     def b_scales_stack(self) -> tuple[Stack, int]:
         """B's scales, and their stride along K."""
         shape, strides, _ = self._tensors["b_scales"]
-        if self.problem.recipe == FP4:
+        if self.problem.dense.traits.fp4_b:
             return Stack(shape[1], 1, strides[1], shape[0], strides[0]), 0
         return Stack(shape[1], shape[2], strides[1], shape[0], strides[0]), strides[2]
 
@@ -677,8 +674,8 @@ class _ReferencePlan:
 
         _check_overlap(self._operands, a, a_scales, b, b_scales, d, layout)
         problem = self._operands.problem
-        if problem.recipe == FP4 and b_scales is not None:
-            b, b_scales = dequantize_fp4(*unpack(b, b_scales, problem.k)), None
+        if problem.dense.traits.fp4_b and b_scales is not None:
+            b, b_scales = dequantized(b, b_scales, problem.k, problem.dense.traits.fp4_group), None
         epilogue = PLAIN
         output: Output = d
         if steps is not None:

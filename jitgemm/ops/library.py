@@ -109,6 +109,10 @@ def _packed_groups_fake(
     return layout.empty_packed_groups(sf, blocks)
 
 
+def _unpack_fake(sf: Tensor, k_blocks: int) -> Tensor:
+    return layout.empty_mn_major((*sf.shape[:-1], k_blocks), torch.float32, sf.device)
+
+
 _define(
     "per_token_cast_to_fp8(Tensor x, bool use_ue8m0, int gran_k, bool use_packed_ue8m0) -> (Tensor, Tensor)",
     _per_token,
@@ -126,6 +130,11 @@ _define(
 )
 _define("prepare_fp4_weights(Tensor packed, Tensor exponents) -> (Tensor, Tensor)", fp4.pack, fp4.pack_fake)
 _define(
+    "prepare_nvfp4_weights(Tensor packed, Tensor scales, Tensor units) -> (Tensor, Tensor)",
+    fp4.pack_nvfp4,
+    fp4.pack_fake,
+)
+_define(
     "cast_back_from_fp8(Tensor x, Tensor sf, int group_rows, int group_columns, bool use_packed_ue8m0,"
     " ScalarType dtype) -> Tensor",
     _cast_back,
@@ -138,3 +147,4 @@ _define(
     pack_groups,
     _packed_groups_fake,
 )
+_define("unpack_ue8m0(Tensor sf, int k_blocks) -> Tensor", fp4.unpack_ue8m0, _unpack_fake)

@@ -1,5 +1,6 @@
-"""FP4 weights in the OCP MX format: E2M1 codes, two to a byte, the even column's in the low half, and a UE8M0 scale for
-each 32 of a row; how kernels take them, packed; and FP8 of the same values.
+"""FP4 weights: E2M1 codes, two to a byte, the even column's in the low half; in the OCP MX format with a UE8M0 scale
+for each 32 of a row, or in NVFP4 with a UE4M3 scale for each 16 and an FP32 one for all; how kernels take them, packed;
+and FP8 of the same values.
 
 A UE8M0 scale is 2^(e - 127) for e from 0 to 254, and NaN for 255 (OCP Microscaling Formats 1.0, sections 5.3 and 5.4).
 A code is its value's sign, two bits of exponent with bias 1, and one of mantissa: 0, 0.5, 1, 1.5, 2, 3, 4, 6.
@@ -17,6 +18,13 @@ An exponent is stored as r = e - c, where c, one for each row, puts the row's la
 for each row: a row's values are units * code * 2^(r - 114). E5M2 holds code * 2^(r - 114) exactly for r from 101 to 127
 (docs/fp4.md): where all exponents in 64 rows are of these, kernels multiply such numbers; else the units of all the 64
 are negative, and kernels scale sums over 32. Groups whose codes are all zero count for neither.
+
+NVFP4 is packed in the same way, but for the scales, of which a row has eight in a block, at 4096 + 16 (8 w + g) + 8 h.
+A UE4M3 scale is an E4M3 number (OCP FP8 1.0, section 5.2) whose sign is not read: 0, or from 2^-9 to 448, or NaN. All
+that are neither zero nor NaN have four significant bits, and are stored in a byte as five bits of exponent with bias 9
+and three of mantissa, subnormals normalized. Groups with a scale of zero get codes of zero. ``units`` holds the FP32
+scale, or NaN for a row that has a NaN scale. Products of a code and a UE4M3 scale have up to six significant bits,
+which no FP8 format holds: kernels multiply by codes and scale sums over 16.
 """
 
 from __future__ import annotations
@@ -25,15 +33,19 @@ import torch
 from torch import Tensor
 
 from jitgemm.errors import ProblemError
-from jitgemm.families.gemm import MMA_M, PACKED_BYTES
+from jitgemm.families.gemm import MMA_M, MXFP4_GROUP, NVFP4_GROUP, packed_bytes
 from jitgemm.reference.quantize import E2M1_VALUES, ceil_div, pack_nibbles, unpack_nibbles
 
-GROUP = 32
-"""Elements of a row that share a scale."""
+GROUP = MXFP4_GROUP
+"""Elements of a row that share a scale of MXFP4."""
 
 PACKED_VERSION = 1
+PACKED_BYTES = packed_bytes(GROUP)
+"""Of a tile of 64 rows and 128 of K."""
+
 _BLOCK = 128  # of K
 _GROUPS = _BLOCK // GROUP
+_NV_GROUPS = _BLOCK // NVFP4_GROUP
 _CODES_BYTES = MMA_M * _BLOCK // 2
 _BIAS = 127  # of UE8M0
 _NAN = 255  # in UE8M0
@@ -125,6 +137,73 @@ def unpack(data: Tensor, units: Tensor, k: int) -> tuple[Tensor, Tensor]:
     offset = torch.frexp(units.abs().masked_fill(nan, 1.0).double())[1].to(torch.int16) - 1 + (_BIAS - _UNSCALED)
     exponents = (relative + offset[..., None]).clamp(0, _NAN - 1).masked_fill(nan[..., None], _NAN)
     return pack_nibbles(codes), exponents.to(torch.uint8)
+
+
+def dequantize_nvfp4(packed: Tensor, scales: Tensor, units: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Values ``[..., rows, k]`` of codes, e4m3 scales ``[..., rows, ceil(k / 16)]`` and FP32 ones ``[..., rows]``.
+
+    Float64 holds them exactly.
+    """
+    codes = unpack_nibbles(packed)
+    values = torch.tensor((*E2M1_VALUES, *(-value for value in E2M1_VALUES)), dtype=dtype, device=packed.device)
+    unsigned = (scales.view(torch.uint8) & 0x7F).view(torch.float8_e4m3fn).to(dtype)
+    of_each = unsigned.repeat_interleave(NVFP4_GROUP, -1)[..., : codes.shape[-1]]
+    return values[codes.int()] * of_each * units.to(dtype)[..., None]
+
+
+def pack_nvfp4(packed: Tensor, scales: Tensor, units: Tensor) -> tuple[Tensor, Tensor]:
+    """``data`` and ``units`` of codes ``[..., rows, k / 2]``, e4m3 scales ``[..., rows, ceil(k / 16)]`` and FP32 ones
+    ``[..., rows]``. A row with a NaN scale gets NaN units.
+    """
+    lead, rows, k = packed.shape[:-2], packed.shape[-2], 2 * packed.shape[-1]
+    tiles, blocks = ceil_div(rows, MMA_M), ceil_div(k, _BLOCK)
+    codes = torch.nn.functional.pad(unpack_nibbles(packed), (0, blocks * _BLOCK - k, 0, tiles * MMA_M - rows))
+    magnitudes = scales.view(torch.uint8) & 0x7F
+    more = blocks * _NV_GROUPS - scales.shape[-1]
+    magnitudes = torch.nn.functional.pad(magnitudes, (0, more, 0, tiles * MMA_M - rows))
+    codes = codes.masked_fill((magnitudes == 0).repeat_interleave(NVFP4_GROUP, -1), 0)
+    nan = (magnitudes[..., :rows, :] == 0x7F).any(-1)
+    units = units.masked_fill(nan, float("nan"))
+
+    words = _words(codes.view(*lead, tiles, MMA_M, blocks, _BLOCK))
+    stored = torch.tensor(_NORMALIZED, dtype=torch.uint8, device=packed.device)[magnitudes.int()]
+    # From tile, w, h, g, block, group to tile, block, w, g, h, group.
+    scale_bytes = _moved(stored.view(*lead, tiles, 4, 2, 8, blocks, _NV_GROUPS), (0, 4, 1, 3, 2, 5)).flatten(-4)
+    return torch.cat([words, scale_bytes], -1).flatten(-2).contiguous(), units.contiguous()
+
+
+def unpack_nvfp4(data: Tensor, units: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Reverse ``pack_nvfp4``: codes, scales and FP32 scales of rows, of the same values.
+
+    Of a row with a NaN scale all become NaN; scales of zero become others, of codes of zero.
+    """
+    lead, tiles, rows = data.shape[:-2], data.shape[-2], units.shape[-1]
+    blocks = data.shape[-1] // packed_bytes(NVFP4_GROUP)
+    parts = data.view(*lead, tiles, blocks, packed_bytes(NVFP4_GROUP))
+    codes = _codes(parts[..., :_CODES_BYTES]).reshape(*lead, tiles * MMA_M, blocks * _BLOCK)[..., :rows, :k]
+    # From tile, block, w, g, h, group to tile, w, h, g, block, group.
+    stored = parts[..., _CODES_BYTES:].reshape(*lead, tiles, blocks, 4, 8, 2, _NV_GROUPS)
+    stored = _moved(stored, (0, 2, 4, 3, 1, 5)).reshape(*lead, tiles * MMA_M, blocks * _NV_GROUPS)
+    magnitudes = torch.zeros(256, dtype=torch.uint8, device=data.device)
+    known = torch.tensor(_NORMALIZED[1:0x7F], device=data.device)
+    magnitudes[known.long()] = torch.arange(1, 0x7F, dtype=torch.uint8, device=data.device)
+    scales = magnitudes[stored.int()][..., :rows, : ceil_div(k, NVFP4_GROUP)]
+    scales = scales.masked_fill(units.isnan()[..., None], 0x7F)
+    return pack_nibbles(codes), scales.contiguous().view(torch.float8_e4m3fn), units
+
+
+def _normalized(magnitude: int) -> int:
+    """A positive finite E4M3 number as five bits of exponent with bias 9 and three of mantissa; 0 for others."""
+    exponent, mantissa = magnitude >> 3, magnitude & 7
+    if magnitude in (0, 0x7F):
+        return 0
+    if exponent:
+        return exponent + 2 << 3 | mantissa  # from bias 7
+    shift = 4 - mantissa.bit_length()
+    return 3 - shift << 3 | mantissa << shift & 7
+
+
+_NORMALIZED = tuple(_normalized(magnitude) for magnitude in range(128))
 
 
 def to_fp8(packed: Tensor, exponents: Tensor) -> tuple[Tensor, Tensor] | None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from jitgemm.errors import ProblemError
-from jitgemm.families.gemm import FP4
+from jitgemm.families.gemm import FP4_RECIPES
 from jitgemm.reference.quantize import Group, ceil_div, dequantize, scale_shape
 
 D_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -23,7 +23,10 @@ SCALE_GROUPS: dict[str, tuple[Group, Group] | None] = {
 }
 """Recipe -> what shares one scale in A [m, k] and in B [n, k]; None where there are no scales."""
 
-OPERAND_GROUPS: dict[str, tuple[Group, Group | None] | None] = {**SCALE_GROUPS, FP4: ((1, 128), None)}
+OPERAND_GROUPS: dict[str, tuple[Group, Group | None] | None] = {
+    **SCALE_GROUPS,
+    **{name: ((1, recipe.a_group), None) for name, recipe in FP4_RECIPES.items()},
+}
 """The same with FP4, whose B are plain numbers here: ``jitgemm.reference.fp4.dequantize_fp4`` gives them."""
 
 LAYOUTS = ("nt", "nn", "tn", "tt")

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from jitgemm.errors import ProblemError
-from jitgemm.reference.quantize import align, ceil_div, pack_ue8m0
+from jitgemm.reference.fp4 import exponents_to_float
+from jitgemm.reference.quantize import align, ceil_div, pack_ue8m0, packed_exponents
 
 TMA_ALIGNMENT = 16
 """Bytes; of addresses and of all strides but the innermost."""
@@ -71,6 +72,13 @@ def get_k_grouped_mn_major_tma_aligned_packed_ue8m0_tensor(sf: Tensor, blocks: S
         output[start : start + packed.shape[0]] = packed
         start += packed.shape[0]
     return output
+
+
+def unpack_ue8m0_to_mn_major(sf: Tensor, k_blocks: int) -> Tensor:
+    """The first ``k_blocks`` scales that each row of ``sf`` holds, four UE8M0 to an int32, as fp32 in the layout."""
+    exponents = packed_exponents(sf)[..., :k_blocks]
+    output = empty_mn_major(exponents.shape, torch.float32, sf.device)
+    return output.copy_(exponents_to_float(exponents))
 
 
 GATE_UP_RUN = 8

@@ -58,8 +58,13 @@ def pack_ue8m0(sf: Tensor, padding: int) -> Tensor:
 
 def unpack_ue8m0(packed: Tensor) -> Tensor:
     """Reverse ``pack_ue8m0``, padding included: four fp32 powers of two per int32."""
-    exponents = packed.flatten().view(torch.uint8).to(torch.int32)
-    return (exponents << 23).view(torch.float32).view(*packed.shape[:-1], 4 * packed.shape[-1])
+    return (packed_exponents(packed).to(torch.int32) << 23).view(torch.float32)
+
+
+def packed_exponents(packed: Tensor) -> Tensor:
+    """The exponents that int32 hold, padding included: uint8, four times as many in the last dimension."""
+    shifts = torch.arange(0, 32, 8, dtype=torch.int32, device=packed.device)
+    return (packed[..., None] >> shifts & 0xFF).to(torch.uint8).flatten(-2)
 
 
 def per_token_cast_to_fp8(

@@ -1,16 +1,15 @@
-// FP4 weights (OCP MX: E2M1 codes, one power of two per 32 of K) as E5M2 fragments of the MMA's A operand, which stay in registers.
+// FP4 weights (E2M1 codes with a scale for each 32 or 16 of K) as E5M2 fragments of the MMA's A operand, which stay in registers.
 // docs/fp4.md derives what is used here; jitgemm/reference/fp4.py packs it.
 //
 // E5M2 holds every E2M1 value times 2^s exactly for -13 <= s <= 13, and its byte then is that for s = 0 plus 4 s, zero's excepted.
-// So the eight magnitudes times a group's scale are two words, from which a byte permute looks four codes up at a time.
+// So the eight magnitudes times a group's scale are two words, from which a byte permute looks four codes up at a time. Scales of 16
+// (NVFP4) are no powers of two: codes are expanded without them, and sums over 16 scaled.
 #pragma once
 #include "common.cuh"
 
 constexpr int PACKED_TILE_ROWS = 64;                   // weights of one warpgroup-wide MMA ...
-constexpr int PACKED_CODES_BYTES = 64 * 128 / 2;       // ... and 128 of K: codes,
-constexpr int PACKED_EXPONENTS_BYTES = 64 * 4;         // and the exponents of four groups a row
-constexpr int PACKED_BYTES = PACKED_CODES_BYTES + PACKED_EXPONENTS_BYTES;
-constexpr int PACKED_BOX_ROWS = PACKED_BYTES / 256;    // the same as TMA copies it: in rows of 256 bytes
+constexpr int PACKED_CODES_BYTES = 64 * 128 / 2;       // ... and 128 of K: codes, behind which are the groups' scales, a byte each
+constexpr int PACKED_BOX_ROW_BYTES = 256;              // of the rows in which TMA copies all
 constexpr int PACKED_VECTOR_BYTES = WARPGROUP * 16;    // a thread's codes of two MMAs
 
 constexpr uint32_t UNSCALED = 114;  // exponent for which a code expands to its own value
@@ -84,3 +83,35 @@ __device__ __forceinline__ UnscaledStep expand_step(uint32_t tile, int step) {
   out.upper = scale(0), out.lower = scale(1);
   return out;
 }
+
+// With scales of 16: a part of K is half an MMA, whose other half is zeros.
+constexpr int HALVES_OF_TILE = 8;
+
+// This thread's part of a tile's codes, without scales: A's registers of an MMA for each group of 16.
+__device__ __forceinline__ void expand_halves(uint32_t tile, uint32_t (&fragments)[4 * HALVES_OF_TILE]) {
+#pragma unroll
+  for (int pair = 0; pair < 2; ++pair) {
+    uint32_t words[4];
+    load_shared_words(tile + pair * PACKED_VECTOR_BYTES + threadIdx.x % WARPGROUP * 16, words);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      uint32_t* first = fragments + (pair * 2 + i / 2) * 8;
+      const int row = i % 2;
+      expand_codes(words[i], UNSCALED, first[row], first[row + 6]);
+      first[row + 2] = first[row + 4] = 0;
+    }
+  }
+}
+
+// Scales of this thread's two rows: of 16 of K each, five bits of exponent with bias 9 and three of mantissa (all UE4M3 but zero and NaN).
+struct HalfScales {
+  uint32_t words[4];  // eight of the upper row, eight of the lower
+
+  __device__ __forceinline__ explicit HalfScales(uint32_t tile) {
+    load_shared_words(tile + PACKED_CODES_BYTES + threadIdx.x % WARPGROUP / 4 * 16, words);
+  }
+  __device__ __forceinline__ float at(int row, int part) const {
+    const uint32_t scale = permute_bytes(words[row * 2 + part / 4], 0, 0x4440 + part % 4);
+    return __uint_as_float((scale << 20) + ((127u - 9u) << 23));
+  }
+};

@@ -10,6 +10,7 @@ from jitgemm import builder, settings
 from jitgemm.device import H200, SM90A
 from jitgemm.families import family_of
 from jitgemm.families.base import KernelSpec
+from jitgemm.families.fp4 import FORMATS, helper_specs
 from jitgemm.families.gemm import FAMILY, FP4, GemmConfig, GemmProblem, KernelShape
 from jitgemm.families.grouped import FAMILY as GROUPED
 from jitgemm.families.grouped import GroupedProblem
@@ -58,6 +59,40 @@ def test_dense_kernels_fit(cache: None) -> None:
     for config in largest(shapes):
         found += faults(FAMILY.spec(problem, config, SM90A.name), shapes[config])
     assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "at_once", "of_groups"),
+    [
+        ("fp8_1x32_fp4_1x32", {1, 2, 4}, ("32x128x128 s8 swap", "128x128x128 s7 swap")),
+        ("fp8_1x128_nvfp4_1x16", {2, 4, 8}, ("16x64x128 s8 swap", "64x128x128 s8 swap")),
+    ],
+)
+def test_kernels_that_sum_parts_fit(cache: None, recipe: str, at_once: set[int], of_groups: tuple[str, ...]) -> None:
+    """Of each number of parts that are waited for together, the widest."""
+    problem = GemmProblem(4096, 7168, recipe, None, "nt", "fp32")
+    legal = [c for c in gemm.candidates(problem, ()) if gemm.illegal(problem, c, H200) is None]
+    kinds: dict[tuple[int, int, bool], GemmConfig] = {}
+    for config in sorted(legal):
+        shape = KernelShape(problem, config)
+        kinds[shape.parts_at_once, config.tile_n, config.split_k > 1] = config
+    assert {together for together, *_ in kinds} == at_once
+    found = []
+    for config in kinds.values():
+        found += faults(FAMILY.spec(problem, config, SM90A.name), KernelShape(problem, config))
+    grouped_problem = GroupedProblem(4096, 7168, problem.recipe, 8, "psum", d_dtype="fp32", alignment=1)
+    for text in of_groups:
+        config = GemmConfig.from_text(text)
+        assert grouped.illegal(grouped_problem, config, H200) is None
+        found += faults(GROUPED.spec(grouped_problem, config, SM90A.name), grouped_problem.shape(config))
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize("fp4_group", FORMATS.values())
+def test_the_kernels_beside_gemms_fit(cache: None, fp4_group: int) -> None:
+    for spec in helper_specs(fp4_group, SM90A.name):
+        metadata = builder.build(spec).cubin.metadata
+        assert (metadata.spill_bytes, metadata.stack_bytes, metadata.warnings) == (0, 0, ())
 
 
 @pytest.mark.parametrize(("kind", "alignment", "d_dtype"), [("masked", 128, "fp32"), ("psum", 1, "bf16")])

@@ -25,7 +25,7 @@ using std::isnan;
 using std::max;
 using std::min;
 
-constexpr int WARP = 32;
+constexpr int WARP = 32, WARPGROUP = 128;
 
 struct uint3 { unsigned x, y, z; };
 struct uint2 { uint32_t x, y; };

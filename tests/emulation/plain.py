@@ -9,7 +9,7 @@ import pytest
 from emulation import COMPILER, emulate
 from jitgemm.families import KernelSpec, family_of
 from jitgemm.families.plain import PlainFamily
-from jitgemm.ops import hyper_connections, moe, pack_scales, plain
+from jitgemm.ops import fp4, hyper_connections, moe, pack_scales, plain
 
 
 class EmulatedGpu:
@@ -48,7 +48,7 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> Any:
         pytest.skip("g++ is not installed")
     plain.forget_plans()
     EmulatedGpu.launches.clear()
-    for module in (hyper_connections, moe, pack_scales):
+    for module in (fp4, hyper_connections, moe, pack_scales):
         monkeypatch.setattr(module, "Gpu", EmulatedGpu)
         monkeypatch.setattr(module, "on_gpu", lambda _: True)
         monkeypatch.setattr(module, "raw_stream", lambda _: 0)

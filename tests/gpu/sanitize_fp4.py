@@ -22,8 +22,8 @@ import torch
 
 import jitgemm
 from jitgemm import settings
-from jitgemm.families.gemm import FP4
-from jitgemm.reference.fp4 import dequantize_fp4
+from jitgemm.families.gemm import FP4, recipe_traits
+from jitgemm.reference.fp4 import dequantize_fp4, dequantize_nvfp4
 from jitgemm.reference.gemm import check_close, gemm
 
 
@@ -38,8 +38,11 @@ class Case:
     k: int = 416
     d_dtype: str = "bf16"
     kind: str = "dense"
+    recipe: str = FP4
+    packs_scales: bool = False
 
 
+OF_32, NVFP4 = "fp8_1x32_fp4_1x32", "fp8_1x128_nvfp4_1x16"
 CASES = [
     Case("8x64x128 s4 swap", m=5),
     Case("8x64x128 s4 swap", spread=40, m=5, n=72),  # rows of the last tile that do not exist
@@ -49,6 +52,12 @@ CASES = [
     Case("128x128x128 s4 swap", spread=40, m=140),
     Case("16x128x128 s4 swap", kind="masked"),
     Case("128x128x128 s4 swap", spread=40, kind="psum"),
+    Case("8x64x128 s4 swap", m=5, recipe=OF_32),
+    Case("64x128x128 s4 swap", m=70, recipe=OF_32, packs_scales=True),
+    Case("32x128x128 s4 swap", spread=40, kind="psum", recipe=OF_32),
+    Case("16x64x128 s4 swap", k=432, recipe=NVFP4),  # rows of codes that start at odd multiples of 8 bytes
+    Case("64x128x128 s4 swap", kind="masked", recipe=NVFP4),
+    Case("16x128x128 s4 swap", kind="psum", recipe=NVFP4),
 ]
 
 
@@ -61,12 +70,20 @@ def run(case: Case) -> None:
     generator = torch.Generator().manual_seed(0)
     groups = 1 if case.kind == "dense" else 3
     packed = torch.randint(-128, 128, (groups, case.n, case.k // 2), generator=generator, dtype=torch.int8)
-    exponents = torch.randint(100, 101 + case.spread, (groups, case.n, -(-case.k // 32)), generator=generator)
-    exponents = exponents.to(torch.uint8)
-    a, scales = jitgemm.per_token_cast_to_fp8(torch.randn(groups * case.m, case.k, generator=generator))
+    traits = recipe_traits(case.recipe)
+    exponents = torch.randint(
+        100, 101 + case.spread, (groups, case.n, -(-case.k // traits.fp4_group)), generator=generator
+    ).to(torch.uint8)
+    weights: tuple[torch.Tensor, ...] = packed, exponents
+    if case.recipe == NVFP4:
+        weights = packed, exponents.view(torch.float8_e4m3fn), torch.rand((groups, case.n), generator=generator)
+    x = torch.randn(groups * case.m, case.k, generator=generator)
+    a, scales = jitgemm.per_token_cast_to_fp8(x, case.packs_scales, traits.a_group)
+    given = jitgemm.per_token_cast_to_fp8(x, True, traits.a_group, True)[1] if case.packs_scales else scales
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[case.d_dtype]
     d = torch.full((groups * case.m, case.n), float("nan"), dtype=dtype, device="cuda")
-    operands: Any = ((a.cuda(), scales.cuda()), jitgemm.prepare_fp4_weights(packed.cuda(), exponents.cuda()))
+    prepared = jitgemm.prepare_fp4_weights(*(part.cuda() for part in weights))
+    operands: Any = ((a.cuda(), given.cuda()), prepared)
     with settings.override(config=case.config, mk_alignment=4):
         if case.kind == "dense":
             one = operands[1]._replace(data=operands[1].data[0], units=operands[1].units[0])
@@ -81,9 +98,10 @@ def run(case: Case) -> None:
     torch.cuda.synchronize()
     for group in range(groups):
         rows = slice(group * case.m, (group + 1) * case.m)
-        weights = dequantize_fp4(packed[group], exponents[group])
-        expected = gemm(a[rows], weights, a_scales=scales[rows], recipe=FP4, d_dtype=case.d_dtype)
-        check_close(d[rows].cpu(), expected, recipe=FP4, d_dtype=case.d_dtype)
+        of_group = [part[group] for part in weights]
+        plain = dequantize_nvfp4(*of_group) if case.recipe == NVFP4 else dequantize_fp4(*of_group)
+        expected = gemm(a[rows], plain, a_scales=scales[rows], recipe=case.recipe, d_dtype=case.d_dtype)
+        check_close(d[rows].cpu(), expected, recipe=case.recipe, d_dtype=case.d_dtype)
 
 
 def main() -> int:

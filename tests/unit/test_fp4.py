@@ -15,7 +15,6 @@ from support import ROOT
 from torch import Tensor
 
 from jitgemm.errors import ProblemError
-from jitgemm.families.gemm import PACKED_BYTES
 from jitgemm.reference import fp4
 from jitgemm.reference.quantize import pack_nibbles
 
@@ -81,7 +80,7 @@ def test_packing_can_be_undone(shape: tuple[int, ...], window: tuple[int, int]) 
     packed, exponents = random_weights(shape, *window)
     data, units = fp4.pack(packed, exponents)
     tiles, blocks = -(-shape[-2] // 64), -(-shape[-1] // 128)
-    assert data.shape == (*shape[:-2], tiles, blocks * PACKED_BYTES) and units.shape == shape[:-1]
+    assert data.shape == (*shape[:-2], tiles, blocks * fp4.PACKED_BYTES) and units.shape == shape[:-1]
     codes, found = fp4.unpack(data, units, shape[-1])
     assert torch.equal(codes, packed)
     values = fp4.dequantize_fp4(packed, exponents)
@@ -160,6 +159,41 @@ def test_scales_in_every_type() -> None:
         fp4.ue8m0_to_exponents(torch.tensor([[1]], dtype=torch.int32))
 
 
+def test_every_scale_of_nvfp4_has_its_value() -> None:
+    bytes_of = torch.arange(1, 0x7F, dtype=torch.uint8)  # without zero and NaN
+    values = [fp8(byte, 3, 7) for byte in bytes_of.tolist()]
+    stored = torch.tensor(fp4._NORMALIZED)[bytes_of.long()]
+    assert [(1 + (byte & 7) / 8) * 2.0 ** ((byte >> 3) - 9) for byte in stored.tolist()] == values
+
+
+def random_nv_weights(*shape: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, E4M3 scales that are neither zero nor NaN, and FP32 ones of rows."""
+    generator = torch.Generator().manual_seed(2)
+    *lead, rows, k = shape
+    packed = torch.randint(-128, 128, (*lead, rows, k // 2), generator=generator, dtype=torch.int8)
+    scales = torch.randint(1, 0x7F, (*lead, rows, -(-k // 16)), generator=generator).to(torch.uint8)
+    return packed, scales.view(torch.float8_e4m3fn), torch.rand((*lead, rows), generator=generator) + 0.5
+
+
+@pytest.mark.parametrize("shape", [(64, 128), (100, 160), (1, 16), (3, 130, 416), (2, 64, 2)])
+def test_packing_of_nvfp4_can_be_undone(shape: tuple[int, ...]) -> None:
+    packed, scales, units = random_nv_weights(*shape)
+    data, packed_units = fp4.pack_nvfp4(packed, scales, units)
+    assert data.shape == (*shape[:-2], -(-shape[-2] // 64), -(-shape[-1] // 128) * 4608)
+    codes, found, found_units = fp4.unpack_nvfp4(data, packed_units, shape[-1])
+    assert torch.equal(codes, packed) and torch.equal(found_units, units)
+    assert torch.equal(found.view(torch.uint8), scales.view(torch.uint8))
+
+
+def test_nvfp4_with_a_scale_of_zero_is_zero() -> None:
+    packed, scales = torch.full((64, 64), 0x77, dtype=torch.int8), torch.zeros((64, 8), dtype=torch.uint8)
+    scales[:, 1] = 0x38 | 0x80  # 1, whose sign is not read
+    restored = fp4.unpack_nvfp4(*fp4.pack_nvfp4(packed, scales.view(torch.float8_e4m3fn), torch.ones(64)), 128)
+    values = fp4.dequantize_nvfp4(*restored)
+    assert torch.equal(values, fp4.dequantize_nvfp4(packed, scales.view(torch.float8_e4m3fn), torch.ones(64)))
+    assert (values[:, 16:32] == 6).all() and values.count_nonzero() == 64 * 16
+
+
 # -- The kernels' expansion.
 
 _SHIM = """
@@ -189,6 +223,14 @@ _MAIN = """
 extern "C" void expand(const uint8_t* tile, uint32_t (*fragments)[16]) {
   shared = tile;
   for (threadIdx.x = 0; threadIdx.x < WARPGROUP; ++threadIdx.x) expand_tile(0, fragments[threadIdx.x]);
+}
+extern "C" void expand_halves_of(const uint8_t* tile, uint32_t (*fragments)[32], float (*scales)[16]) {
+  shared = tile;
+  for (threadIdx.x = 0; threadIdx.x < WARPGROUP; ++threadIdx.x) {
+    expand_halves(0, fragments[threadIdx.x]);
+    const HalfScales of_rows(0);
+    for (int i = 0; i < 16; ++i) scales[threadIdx.x][i] = of_rows.at(i / 8, i % 8);
+  }
 }
 extern "C" void expand_steps(const uint8_t* tile, uint32_t (*fragments)[16], float (*scales)[8]) {
   shared = tile;
@@ -230,7 +272,7 @@ def matrix_of(fragments: Tensor) -> Tensor:
     return out
 
 
-def all_codes(exponents: Tensor) -> Tensor:
+def all_codes() -> Tensor:
     """Codes of 64 x 128 weights, of which each group of 32 has all twice, in turn."""
     place = torch.arange(128) + torch.arange(64)[:, None]
     return pack_nibbles((place % 16).to(torch.uint8))
@@ -241,7 +283,7 @@ def test_kernels_expand_all_codes_with_all_scales_of_the_window(library: ctypes.
     place = torch.arange(64)[:, None] * 5 + torch.arange(4) * 7
     exponents = (base + place % 27).to(torch.uint8)
     exponents[:, 0] = base + 26
-    packed = all_codes(exponents)
+    packed = all_codes()
     data, units = fp4.pack(packed, exponents)
     assert (units > 0).all()
     fragments = torch.empty((128, 16), dtype=torch.int32)
@@ -257,7 +299,7 @@ def test_kernels_scale_sums_where_scales_lie_farther_apart(library: ctypes.CDLL,
     exponents = torch.randint(low, high + 1, (64, 4), generator=generator)
     exponents[:, 0], exponents[:, 1] = high, max(low, high - 241)
     exponents = exponents.clamp(min=high - 241).to(torch.uint8)
-    packed = all_codes(exponents)
+    packed = all_codes()
     data, units = fp4.pack(packed, exponents)
     assert (units < 0).all()
     fragments, scales = torch.empty((128, 16), dtype=torch.int32), torch.empty((128, 4, 2))
@@ -268,3 +310,20 @@ def test_kernels_scale_sums_where_scales_lie_farther_apart(library: ctypes.CDLL,
     codes = matrix_of(fragments).view(torch.float8_e5m2).double()
     values = codes * of_rows.double().repeat_interleave(32, 1) * units.abs()[:, None].double()
     assert torch.equal(values, fp4.dequantize_fp4(packed, exponents))
+
+
+def test_kernels_scale_sums_over_16_of_nvfp4(library: ctypes.CDLL) -> None:
+    place = torch.arange(64)[:, None] * 8 + torch.arange(8)
+    scales = (1 + place % 0x7E).to(torch.uint8).view(torch.float8_e4m3fn)  # all but zero and NaN
+    packed, units = all_codes(), torch.rand(64) + 0.5
+    data, packed_units = fp4.pack_nvfp4(packed, scales, units)
+    fragments, of_threads = torch.empty((128, 32), dtype=torch.int32), torch.empty((128, 2, 8))
+    library.expand_halves_of(*(ctypes.c_void_p(tensor.data_ptr()) for tensor in (data, fragments, of_threads)))
+    # Each part is one MMA, half of which is zeros.
+    parts = [matrix_of(fragments.view(128, 8, 4)[:, half::2].reshape(128, 16)) for half in (0, 1)]
+    codes = [part.view(torch.float8_e5m2).double().view(64, 4, 2, 16) for part in parts]
+    assert codes[0][:, :, 1].count_nonzero() == 0 and codes[1][:, :, 0].count_nonzero() == 0
+    threads = torch.arange(64) // 16 * 32 + torch.arange(64) % 8 * 4
+    of_rows = of_threads[threads, torch.arange(64) % 16 // 8].double()
+    values = (codes[0] + codes[1]).view(64, 128) * of_rows.repeat_interleave(16, 1) * packed_units[:, None].double()
+    assert torch.equal(values, fp4.dequantize_nvfp4(packed, scales, units))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks import fp4
+from benchmarks import fp4, fp4_formats
 from benchmarks.fp4 import COLUMNS, OURS, OURS_FP8, Inputs, Shape, config_of, floor_us, make_row, needed, parse, summary
 
 
@@ -39,3 +39,13 @@ def test_rows_and_summary() -> None:
 def test_kernels_of_all_shapes_are_known_before() -> None:
     for shape in fp4.shapes_of(parse(["--m", "1", "512", "--groups", "8"])):
         assert len(set(needed(shape, "h200"))) == 2
+
+
+@pytest.mark.parametrize("name", fp4_formats.CONTENDERS)
+def test_every_format_is_right(name: str) -> None:
+    fp4_formats.Case(5, 136, 256, "cpu").check(name)()
+
+
+def test_shapes_of_formats(capsys: pytest.CaptureFixture[str]) -> None:
+    assert fp4_formats.main(["--list", "--m", "7", "--layers", "72,160"]) == 0
+    assert capsys.readouterr().out.split()[-3:] == ["7", "72", "160"]

@@ -19,7 +19,8 @@ from jitgemm.families import family_of
 from jitgemm.families.small_problem import KINDS, SmallProblem
 from jitgemm.heuristics import enumerate_specs
 
-LINES = re.findall(r'^\{"kind": .*\}$', (ROOT / "docs/moe_kernels.md").read_text(), re.MULTILINE)
+_PAGES = "".join((ROOT / "docs" / name).read_text() for name in ("moe_kernels.md", "fp4.md"))
+LINES = re.findall(r'^\{"kind": .*\}$', _PAGES, re.MULTILINE)
 
 
 def test_the_documented_lines_are_all_kinds() -> None:
