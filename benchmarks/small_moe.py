@@ -25,11 +25,11 @@ TOPK, ALIGNMENT = 6, 128
 BF16 = torch.bfloat16
 
 
-def close(found: Any, expected: Any, rtol: float = 2e-3) -> bool:
+def close(found: Any, expected: Any, rtol: float = 2e-3, atol: float = 2e-2) -> bool:
     pairs = zip(found, expected, strict=True) if isinstance(found, tuple) else [(found, expected)]
     scale = 2**-7 if not isinstance(found, tuple) and found.dtype == torch.bfloat16 else rtol
     return all(
-        torch.allclose(a.double(), b.double(), rtol=max(scale, 2**-7 if a.dtype == torch.bfloat16 else 0), atol=2e-2)
+        torch.allclose(a.double(), b.double(), rtol=max(scale, 2**-7 if a.dtype == torch.bfloat16 else 0), atol=atol)
         for a, b in pairs
     )
 
@@ -116,7 +116,8 @@ def prenorm(m: int, k: int, splits: int) -> Work:
         ours()
         expected = hc.hc_prenorm_gemm(a, fn)
         sums = squares.sum(0)
-        return close((d.sum(0), sums), expected) and close(sums.log(), expected[1].log(), 1e-5)
+        # TF32 rounds each term by up to 2^-12 of it: five standard deviations of their sum.
+        return close(d.sum(0), expected[0], atol=5 * 2**-12 * k**0.5) and close(sums.log(), expected[1].log(), 1e-5, 0)
 
     moved = 2 * a.numel() + 4 * fn.numel() + 100 * m
     return Work(ours, right, torch_prenorm, (a, fn), moved, deepgemm(a, fn))

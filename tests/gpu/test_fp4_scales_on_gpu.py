@@ -59,9 +59,9 @@ def activations(recipe: str, m: int, k: int, seed: int = 1) -> tuple[Tensor, Ten
     return data, jitgemm.get_mn_major_tma_aligned_tensor(scales)
 
 
-def dense_configs(recipe: str) -> list[GemmConfig]:
+def dense_configs(recipe: str, d_dtype: str) -> list[GemmConfig]:
     """All tiles that calls choose from, with and without split K."""
-    device, problem = device_facts(0)[0], GemmProblem(4096, 4096, recipe)
+    device, problem = device_facts(0)[0], GemmProblem(4096, 4096, recipe, d_dtype=d_dtype)
     legal = [c for c in gemm.candidates(problem, ()) if gemm.illegal(problem, c, device) is None]
     return list({(c.tile_m, c.tile_n, c.split_k > 1): c for c in legal}.values())
 
@@ -109,7 +109,7 @@ def test_every_tile(recipe: str, window: tuple[int, int]) -> None:
             reference.gemm(a[0], plain(operand), added, a_scales=a[1], recipe=recipe, d_dtype=d_dtype)
             for added in (None, c)
         ]
-        for index, config in enumerate(dense_configs(recipe)):
+        for index, config in enumerate(dense_configs(recipe, d_dtype)):
             if config.split_k > -(-k // 128):
                 continue
             d = Embedded((m, n), DTYPES[d_dtype], DEVICE, (8, 8) if index % 3 else (3, 2))
