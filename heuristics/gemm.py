@@ -309,6 +309,8 @@ def illegal_epilogue(shape: KernelShape) -> str | None:
     config, gated = shape.config, shape.problem.gated
     if shape.problem.epilogue is None:
         return None
+    if not shape.problem.promotes and shape.accumulator_registers > 128:
+        return "sums take more than 128 registers a thread beside an epilogue"
     alone = shape.chain == 1 or shape.n_side_scales == "row_k"
     tight = shape.narrows or shape.m_side_scales in ("row", "tensor")
     if shape.problem.promotes and alone and tight and shape.accumulator_registers > 160:
@@ -444,7 +446,7 @@ def _traits(problem: GemmProblem, config: GemmConfig) -> _Traits:
         waiting = sm90a.PLAIN_OVERHEAD_CYCLES
     else:
         per_register = sm90a.PROMOTION_CYCLES
-        if shape.column_scale_blocks > 1:
+        if shape.column_scale_blocks > 1 and not shape.gate_up_blocks:  # whose columns take turns
             few = shape.column_boundary_step >= FEW_BOUNDARIES_STEP
             per_register += sm90a.PROMOTION_BRANCH_CYCLES if few else sm90a.PROMOTION_SELECT_CYCLES
         if shape.n_side_scales == "row_k":

@@ -139,7 +139,8 @@ def test_run_once_anywhere_then_prewarm_everywhere(tmp_path: Path) -> None:
         "jitgemm.fp8_gemm_nt(a, b, torch.empty(8, 8, dtype=torch.bfloat16))\n"
     )
     subprocess.run([sys.executable, "-c", program], env=environment(JITGEMM_RECORD=str(path)), check=True, timeout=100)
-    assert problems_in(path) == [GemmProblem(8, 256, "fp8_1x128_128x128")]
+    gemms = [problem for problem in problems_in(path) if isinstance(problem, GemmProblem)]  # beside the casts
+    assert gemms == [GemmProblem(8, 256, "fp8_1x128_128x128")]
     done = subprocess.run(
         [sys.executable, "-m", "jitgemm.cache_tools.cli", "prewarm", "--shapes", str(path), "--dry-run", "--json"],
         env=environment(JITGEMM_CACHE_DIR=str(tmp_path / "cache")),

@@ -99,5 +99,5 @@ def test_its_calls_are_recorded(checkpoint: example.Checkpoint, tmp_path: Path) 
     kinds = {json.loads(line)["kind"] for line in path.read_text().splitlines()}
     assert kinds == {
         *("hc_pre", "rowwise", "gemm", "topk_gate", "moe_permutation", "moe_permute", "m_grouped_psum"),
-        *("moe_combine", "hc_post"),
+        *("moe_combine", "hc_post", "prepare_fp4_weights"),
     }
