@@ -732,10 +732,13 @@ class Chooser:
         near = [self._winners[ANCHORS.index(anchor)] for anchor in anchors_around(ms[0], 1)]
         served = {config: _Winner(config) for config in self.kernels}
         served |= {winner.config: winner for winner in near if winner.correction != 1}
-        rows = predict_all(self._problem, self.kernels, self._device, ms)
-        costs = [[us * served[config].correction for us, config in zip(row, self.kernels, strict=True)] for row in rows]
-        ranks = [[_rank(config, us) for us, config in zip(row, self.kernels, strict=True)] for row in costs]
-        return [served[self.kernels[row.index(min(row))]] for row in ranks]
+        kernels = sorted(self.kernels, key=lambda config: _rank(config, 0.0))  # the first of equals serves
+        factors = [served[config].correction for config in kernels]
+        winners = []
+        for row in predict_all(self._problem, kernels, self._device, ms):
+            costs = [us * factor for us, factor in zip(row, factors, strict=True)]
+            winners.append(served[kernels[costs.index(min(costs))]])
+        return winners
 
 
 _chooser = functools.lru_cache(maxsize=1024)(Chooser)
