@@ -20,7 +20,7 @@ from jitgemm.families.gemm import SCALE_GROUP
 from jitgemm.families.grouped_launch import Stack
 from jitgemm.heuristics.batched import chooser
 from jitgemm.kernel import load
-from jitgemm.ops.checks import Scaled, check_tensors, extent, pair
+from jitgemm.ops.checks import Scaled, check_elements_apart, check_tensors, extent, pair
 from jitgemm.ops.dispatch import needs_dispatch
 from jitgemm.ops.layout import copy_to_mn_major
 from jitgemm.plan import BOUND_LAUNCHES, Table, current_device, device_facts, raw_stream
@@ -356,6 +356,7 @@ def parts_of_sum(batches: int, m: int, n: int, num_sms: int) -> int:
 
 
 def _by_cublas(expr: str, a: Tensor, b: Tensor, d: Tensor, c: Tensor | None) -> None:
+    _check_sum(a, b, d, c, accumulate=c is not None and (c is d or _is_same(c, d)))
     if d.dtype == torch.float32:
         a, b = a.float(), b.float()
     result = torch.einsum(expr, a, b)
@@ -396,14 +397,10 @@ def _check_same_kind(recipe: str, d: Tensor, c: Tensor | None, **inputs: Tensor 
 
 def _check_output(name: str, tensor: Tensor) -> None:
     """Check that the last dimension is contiguous and that no two elements are one."""
-    shown = f"{name} has shape {tuple(tensor.shape)} and strides {tensor.stride()}"
     if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+        shown = f"{name} has shape {tuple(tensor.shape)} and strides {tensor.stride()}"
         raise ProblemError(f"{shown}; accepted is stride 1 in the last dimension")
-    reach = 0
-    for stride, size in sorted((stride, size) for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
-        if size > 1 and stride <= reach:
-            raise ProblemError(f"{shown}; its elements overlap")
-        reach += (size - 1) * stride
+    check_elements_apart(name, tensor)
 
 
 class _Span(NamedTuple):
@@ -510,6 +507,7 @@ def _run_batched(
     if kind == "batch_sum" and d.device.type == _GPU and d.shape[0] == 1:
         parts = parts_of_sum(a.shape[0], d.shape[1], d.shape[2], device_facts(_ordinal(d))[1])
         if parts > 1:
+            _check_sum(a, b, d, c, accumulate)
             sums = d.new_empty((parts, *d.shape[1:]), dtype=torch.float32)
             _run_batched(a, None, b, None, sums, None, False, recipe, kind, heads)
             total = sums.sum(0, keepdim=True)
@@ -526,6 +524,15 @@ def _run_batched(
     return plan if a is given[0] and b is given[1] else None
 
 
+def _check_sum(a: Tensor, b: Tensor, d: Tensor, c: Tensor | None, accumulate: bool) -> None:
+    """Check what a sum that is added up in parts, or that cuBLAS computes, is stored to."""
+    _check_same_kind("bf16", d, c, a=a, b=b)
+    _check_output("d", d)
+    tensors = _Tensors(a, None, b, None, d, c)
+    spans = [_span(name, tensor) for name, tensor in zip(_Tensors._fields, tensors, strict=True)]
+    _check_addresses(spans, tensors, accumulate, on_gpu=False)
+
+
 def _batched_operator(*arguments: Any) -> None:
     _run_batched(*arguments)
 
@@ -536,7 +543,11 @@ def _ordinal(d: Tensor) -> int:
 
 def _along_k(operand: Tensor) -> Tensor:
     """An FP8 operand whose last dimension is contiguous, as the tensor cores want it: itself or, on a GPU, a copy."""
-    return operand if operand.stride(-1) == 1 or operand.device.type != _GPU else operand.contiguous()
+    if operand.stride(-1) == 1 or operand.device.type != _GPU:
+        return operand
+    k = operand.shape[-1]
+    copy = operand.new_empty((*operand.shape[:-1], get_tma_aligned_size(k, operand.element_size())))[..., :k]
+    return copy.copy_(operand)
 
 
 def _check_scale_shapes(tensors: _Tensors, recipe: str, groups: int, m: int, n: int, k_blocks: int) -> None:
@@ -571,8 +582,12 @@ def _plan_of_batches(
         raise ProblemError(f"d is on {d.device}; accepted are CUDA and CPU tensors")
     if d.numel() == 0:
         return _nothing
-    if all_batches * k == 0:
-        return _WithoutProduct(accumulate)
+    if all_batches * k == 0:  # heads: columns in holes stay as they are
+        return (
+            _WithoutProduct(accumulate)
+            if heads is None
+            else _ReferenceOfBatches(spans, recipe, kind, heads, accumulate)
+        )
     if groups > MAX_GROUPS:
         raise ProblemError(f"d has {groups} groups; accepted are at most {MAX_GROUPS}")
     batches = -(-all_batches // groups) if kind == "batch_sum" else 1
@@ -742,6 +757,7 @@ class _ReferenceOfBatches:
     def __init__(self, spans: Sequence[_Span], recipe: str, kind: str, heads: Heads | None, accumulate: bool) -> None:
         self._spans, self._recipe, self._kind, self._heads, self._accumulate = spans, recipe, kind, heads, accumulate
 
+    @torch.no_grad()
     def __call__(self, tensors: _Tensors) -> None:
         _check_addresses(self._spans, tensors, self._accumulate, False)
         a, a_scales, b, b_scales, d, c = tensors
@@ -917,6 +933,7 @@ class _ReferenceOfK:
     def __init__(self, spans: Sequence[_Span], ks: list[int], layout: str, recipe: str, accumulate: bool) -> None:
         self._spans, self._ks, self._layout, self._recipe, self._accumulate = spans, ks, layout, recipe, accumulate
 
+    @torch.no_grad()
     def __call__(self, tensors: _Tensors) -> None:
         _check_addresses(self._spans, tensors, self._accumulate, False)
         a, a_scales, b, b_scales, d, c = tensors

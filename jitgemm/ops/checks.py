@@ -42,3 +42,21 @@ def extent(tensor: Tensor | None) -> int:
     if tensor is None or 0 in tensor.shape:
         return 0
     return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+MAX_FP32 = 3.4028234663852886e38
+
+
+def check_elements_apart(name: str, tensor: Tensor) -> None:
+    """Check that no two elements of an output are one.
+
+    Raises:
+        ProblemError: they are.
+    """
+    reach = 0
+    for stride, size in sorted((stride, size) for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
+        if size > 1 and stride <= reach:
+            raise ProblemError(
+                f"{name} has shape {tuple(tensor.shape)} and strides {tensor.stride()}; its elements overlap"
+            )
+        reach += (size - 1) * stride

@@ -69,7 +69,7 @@ def cublaslt_gemm_tt(a: Tensor, b: Tensor, d: Tensor, c: Tensor | None = None) -
 
 def _on_device(a: Tensor, b: Tensor, d: Tensor, c: Tensor | None) -> None:
     if a.dtype == _FP8:
-        one = torch.ones((), device=d.device)
+        one = torch.ones((), dtype=torch.float32, device=d.device)
         product = _torch._scaled_mm(a, b.T, scale_a=one, scale_b=one, out_dtype=d.dtype)
         torch.add(product, c, out=d) if c is not None else d.copy_(product)
     elif d.dtype == torch.bfloat16:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from jitgemm.errors import ProblemError
 from jitgemm.families.gemm import D_SCALE_COLUMNS
-from jitgemm.ops.checks import check_tensors, extent
+from jitgemm.ops.checks import MAX_FP32, check_tensors, extent
 from jitgemm.reference import epilogue as reference
 from jitgemm.reference.layout import empty_mn_major
 
@@ -135,13 +135,13 @@ def steps_of(epilogue: object, d: Any) -> tuple[Steps, Any]:
             raise ProblemError(f"d_scales is {type(scales).__name__}; accepted is a torch.Tensor")
     alpha, limit = epilogue.alpha, epilogue.limit
     is_number = isinstance(alpha, (int, float)) and not isinstance(alpha, bool)
-    if not is_number and not isinstance(alpha, Tensor):
-        raise ProblemError(f"alpha is {alpha!r}; accepted is a number or an fp32 tensor")
+    if not isinstance(alpha, Tensor) and not (is_number and abs(alpha) <= MAX_FP32):
+        raise ProblemError(f"alpha is {alpha!r}; accepted is a number of fp32 or an fp32 tensor")
     if not isinstance(epilogue.swiglu, bool):
         raise ProblemError(f"swiglu is {epilogue.swiglu!r}; accepted is a boolean")
     if limit is not None:
-        if isinstance(limit, bool) or not isinstance(limit, (int, float)) or not limit >= 0:
-            raise ProblemError(f"limit is {limit!r}; accepted is a number, at least 0, or None")
+        if isinstance(limit, bool) or not isinstance(limit, (int, float)) or not 0 < limit <= MAX_FP32:
+            raise ProblemError(f"limit is {limit!r}; accepted is a positive number of fp32, or None")
         if not epilogue.swiglu:
             raise ProblemError(f"limit is {limit!r} without swiglu; accepted is None")
     for name in ("bias", "row_weights"):

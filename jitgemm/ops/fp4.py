@@ -396,8 +396,9 @@ def _exponents(scales: Tensor, k: int) -> Tensor:
 def _of_rows(global_scale: Tensor | float | None, weights: Tensor) -> Tensor:
     """The fp32 scale of NVFP4 weights as one for each row."""
     rows = weights.shape[:-1]
-    if global_scale is None or isinstance(global_scale, (int, float)):
-        return torch.full(rows, 1.0 if global_scale is None else global_scale, device=weights.device)
+    if global_scale is None or (isinstance(global_scale, (int, float)) and not isinstance(global_scale, bool)):
+        value = 1.0 if global_scale is None else float(global_scale)
+        return torch.full(rows, value, dtype=torch.float32, device=weights.device)
     if not isinstance(global_scale, Tensor) or global_scale.dtype != torch.float32:
         given = global_scale.dtype if isinstance(global_scale, Tensor) else type(global_scale).__name__
         raise ProblemError(f"global_scale is {given}; accepted is a number or a torch.float32 tensor")

@@ -19,6 +19,7 @@ from jitgemm.errors import ProblemError
 from jitgemm.families.gemm import (
     FAMILY,
     FP4_RECIPES,
+    GATE_UP_RUN,
     LAYOUTS,
     RECIPES,
     SCALE_GROUP,
@@ -687,6 +688,7 @@ class _ReferencePlan:
         self._arguments: dict[str, Any] = {"recipe": recipe, "layout": layout, "d_dtype": d_dtype}
         self._fp4_group = recipe_traits(recipe).fp4_group
 
+    @torch.no_grad()
     def __call__(
         self, a: Tensor, a_scales: Tensor | None, b: Tensor, b_scales: Tensor | None, d: Tensor, c: Tensor | None
     ) -> None:
@@ -752,6 +754,7 @@ class _FusedReferencePlan:
     def __init__(self, operation: Operation) -> None:
         self._operation = operation
 
+    @torch.no_grad()
     def __call__(
         self,
         a: Tensor,
@@ -889,7 +892,7 @@ class _Operands:
         self.d_columns = columns = n if steps is None else n // steps.gated
         self.is_empty = min(n, k) == 0
         self.problem = GemmProblem(
-            n=max(n, 1),
+            n=max(n, 1 if steps is None or steps.gated == 1 else 2 * GATE_UP_RUN),
             k=max(k, 1),
             recipe=recipe,
             m=m,

@@ -659,6 +659,7 @@ class _ReferencePlan:
     def __init__(self, operands: _Operands, zero_padding: bool) -> None:
         self._operands, self._zero_padding = operands, zero_padding
 
+    @torch.no_grad()
     def __call__(
         self,
         a: Tensor,

@@ -280,7 +280,7 @@ def shard_weights(weights: Tensor, scales: Tensor, dim: int, start: int, size: i
     shard = torch.zeros(shape, dtype=weights.dtype, device=weights.device)
     source, target = (reference.as_bytes(x) for x in (weights, shard))
     target.narrow(dim, before, size).copy_(source.narrow(dim, start, size))
-    return shard, sf.contiguous(), before
+    return shard, sf.clone(memory_format=torch.contiguous_format), before
 
 
 def _gate_up_rows(weights: Tensor) -> int:

@@ -49,7 +49,7 @@ from jitgemm.ops.plain import (
 )
 from jitgemm.plan import raw_stream
 from jitgemm.reference import moe as reference
-from jitgemm.reference.layout import get_tma_aligned_size
+from jitgemm.reference.layout import as_bytes, get_tma_aligned_size
 
 _INDEX_DTYPES = (torch.int32, torch.int64)
 _ROW_DTYPES = (torch.float8_e4m3fn, torch.bfloat16, torch.float16, torch.float32, torch.uint8, torch.int8)
@@ -583,7 +583,15 @@ def _permute(
             )
         tokens, rows = x.shape[0], to_item.shape[0]
         if rows == 0 or tokens == 0 or x.shape[1] == 0:
-            return lambda x, scales, _, to_item: _empty_permuted(x, scales, to_item, max_m)
+
+            def nothing(x: Tensor, scales: Tensor | None, _: Tensor, to_item: Tensor) -> tuple[Tensor, Tensor]:
+                permuted = _empty_permuted(x, scales, to_item, max_m)
+                if zero_padding:
+                    for part in permuted:
+                        as_bytes(part).zero_()
+                return permuted
+
+            return nothing
         where = Gpu(x, problem)
         vectors = x.shape[1] * x.element_size() // ALIGNMENT
         plane_rows = max_m or rows

@@ -171,7 +171,7 @@ def cast_back(x: Tensor, sf: Tensor, rows: int, columns: int, use_packed_ue8m0: 
     """``cast_back_from_fp8``; 0 stands for all rows or columns."""
     if on_gpu(x):
         return cast_back_tiles(x, sf, rows, columns, use_packed_ue8m0, dtype)
-    return reference.cast_back_from_fp8(x, sf, (rows or None, columns or None), use_packed_ue8m0).to(dtype)
+    return reference.cast_back_from_fp8(x, sf, (rows or None, columns or None), use_packed_ue8m0).to(dtype).contiguous()
 
 
 def check_cast_back(x: object, sf: object, group: object, use_packed_ue8m0: bool, dtype: object) -> tuple[int, int]:

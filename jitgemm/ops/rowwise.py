@@ -24,6 +24,7 @@ from torch.compiler import is_dynamo_compiling
 
 from jitgemm.errors import ProblemError
 from jitgemm.families.rowwise import GROUPS, MAX_NORM_COLUMNS, TIES, WHOLE_ROW
+from jitgemm.ops.checks import MAX_FP32, check_elements_apart
 from jitgemm.ops.dispatch import needs_dispatch
 from jitgemm.ops.rowwise_launch import (
     DTYPES,
@@ -551,7 +552,7 @@ def _cast(x: Tensor, quantizer: Quantizer) -> tuple[Tensor, Tensor]:
         return cast_rows(x, quantizer)
     codes, scales = quantizer.empty(x, x.shape[:-1], x.shape[-1])
     tell(operation_of("cast", quantizer), x, x.shape[-1])
-    rows = x.reshape(-1, x.shape[-1]) if x.shape[-1] else x.flatten(0, -2)
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     quantizer.write(_quantize(rows, quantizer), codes, scales)
     return codes, scales
 
@@ -567,6 +568,7 @@ def _round_trip(x: Tensor, quantizer: Quantizer, operator: str) -> Tensor:
         raise ProblemError("x requires a gradient; accepted in place are tensors that need none")
     if x.numel() and (rows_of(x) is None or x.stride(-1) != 1):
         raise ProblemError(f"x has strides {x.stride()}; accepted in place are contiguous rows, equally far apart")
+    check_elements_apart("x", x)
     if needs_dispatch(x):
         arguments = (quantizer.ties,) if quantizer.format == "e2m1" else (quantizer.scales == "fp32",)
         getattr(torch.ops.jitgemm, operator)(x, quantizer.group, *arguments)
@@ -627,7 +629,7 @@ def _stage_tensors(
     tell(operation, x, x.shape[1], staging=staging)
     quantizer.write(_quantize(x, quantizer), codes, x_sf)
     topk_ids_out.copy_(topk_ids)
-    topk_weights_out.copy_(topk_weights)
+    topk_weights_out.copy_(topk_weights.detach())
 
 
 def _swiglu(x: Tensor, weights: Tensor | None, limit: float) -> Tensor:
@@ -635,7 +637,8 @@ def _swiglu(x: Tensor, weights: Tensor | None, limit: float) -> Tensor:
     operation = operation_of("swiglu", limit=limit)
     if not on_gpu(x):
         tell(operation, x, columns)
-        return reference.swiglu(x, weights, limit).to(x.dtype)
+        with torch.no_grad():
+            return reference.swiglu(x, weights, limit).to(x.dtype).contiguous()
     values = x.new_empty((x.shape[0], columns))
     launch(operation, in_rows(x), columns, values=values, weight=weights)
     return values
@@ -679,8 +682,9 @@ def _rms_norm_quant(x: Tensor, weight: Tensor, eps: float, quantizer: Quantizer)
     return values, codes, scales
 
 
+@torch.no_grad()
 def _normalized(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return reference.normalize(x.reshape(-1, x.shape[-1]), weight, eps).to(x.dtype).view(x.shape)
+    return reference.normalize(x.reshape(-1, x.shape[-1]), weight, eps).to(x.dtype).contiguous().view(x.shape)
 
 
 def _rope(
@@ -732,11 +736,12 @@ def _rope_quant(
     return codes, scales
 
 
+@torch.no_grad()
 def _rotated(
     x: Tensor, positions: Tensor, cos_sin: Tensor, weight: Tensor | None, norm: bool, inverse: bool, eps: float
 ) -> Tensor:
     known = (positions >= 0) & (positions < cos_sin.shape[0])
-    angles = torch.full((x.shape[0], 1, cos_sin.shape[1]), math.nan, device=x.device)
+    angles = torch.full((x.shape[0], 1, cos_sin.shape[1]), math.nan, dtype=torch.float32, device=x.device)
     angles[known, 0] = cos_sin[positions[known].long()]
     rows = x.flatten(0, 1)
     values = (reference.normalize(rows, weight, eps) if norm else rows.float()).view(x.shape)
@@ -773,7 +778,7 @@ def _quantizer(
     ties: str = "even",
     name: str = "block_size",
 ) -> Quantizer:
-    if block_size not in GROUPS or isinstance(block_size, bool):
+    if block_size not in GROUPS or not isinstance(block_size, int) or isinstance(block_size, bool):
         raise ProblemError(f"{name} is {block_size!r}; accepted are {', '.join(map(str, GROUPS))}")
     if scale_layout not in LAYOUTS:
         raise ProblemError(f"scale_layout is {scale_layout!r}; accepted are {', '.join(LAYOUTS)}")
@@ -840,14 +845,18 @@ def _check_swiglu(x: Tensor, weights: Tensor | None, limit: float | None, quanti
         _check_vector("weights", weights, x.shape[0], (torch.float32,), x)
     if limit is None or limit == 0:
         return math.inf
-    if not isinstance(limit, (int, float)) or isinstance(limit, bool) or not limit > 0:
-        raise ProblemError(f"limit is {limit!r}; accepted is a positive number, 0 or None")
+    if (
+        not isinstance(limit, (int, float))
+        or isinstance(limit, bool)
+        or not (0 < limit <= MAX_FP32 or limit == math.inf)
+    ):
+        raise ProblemError(f"limit is {limit!r}; accepted is a positive number of fp32, 0 or None")
     return float(limit)
 
 
 def _check_eps(eps: object) -> None:
-    if not isinstance(eps, (int, float)) or isinstance(eps, bool) or not 0 <= eps < math.inf:
-        raise ProblemError(f"eps is {eps!r}; accepted is a number from 0")
+    if not isinstance(eps, (int, float)) or isinstance(eps, bool) or not 0 <= eps <= MAX_FP32:
+        raise ProblemError(f"eps is {eps!r}; accepted is a number of fp32, from 0")
 
 
 def _check_norm(x: Tensor, weight: Tensor, eps: float, quantizer: Quantizer | None = None) -> None:
@@ -931,6 +940,9 @@ def _check_staging(
         _check_device(label, tensor, x)
     if codes.stride(1) != 1:
         raise ProblemError(f"{name} has strides {codes.stride()}; accepted are contiguous rows")
+    outputs = {name: codes, "x_sf": x_sf, "topk_ids_out": topk_ids_out, "topk_weights_out": topk_weights_out}
+    for label, output in outputs.items():
+        check_elements_apart(label, output)
 
 
 # -- Operators: what a graph, a fake tensor or a dispatch mode sees.

@@ -223,7 +223,10 @@ def launch(
         None if weight is None else weight.dtype, None if positions is None else positions.dtype,
         None if cos_sin is None else cos_sin.shape,
         None if staging is None or codes is None or scales is None
-        else (codes.stride(), scales.stride(), staging.ids.dtype, *(tensor.stride() for tensor in staging.tensors())),
+        else (
+            codes.stride(), scales.stride(), staging.ids.dtype, staging.ids.shape,
+            *(tensor.stride() for tensor in staging.tensors()),
+        ),
     )  # fmt: skip
     plan = plans.get(key)
     if plan is None:

@@ -99,7 +99,7 @@ def interleave_gate_up(x: Tensor, dim: int, run: int = GATE_UP_RUN) -> Tensor:
     """
     dim = _check_gate_up(x, dim, run)
     halves = torch.unflatten(as_bytes(x), dim, (2, -1, run)).transpose(dim, dim + 1)
-    return halves.flatten(dim, dim + 2).contiguous().view(x.dtype)
+    return halves.flatten(dim, dim + 2).clone(memory_format=torch.contiguous_format).view(x.dtype)
 
 
 def deinterleave_gate_up(x: Tensor, dim: int, run: int = GATE_UP_RUN) -> Tensor:

@@ -126,9 +126,10 @@ def moe_combine(y: Tensor, token_topk_to_pos: Tensor, weights: Tensor | None, sh
     total = torch.zeros((tokens, y.shape[1]), dtype=torch.float64, device=y.device)
     for slot in range(topk):
         pos = token_topk_to_pos[:, slot].long()
-        rows = torch.where((pos >= 0).unsqueeze(1), y[pos.clamp(min=0)].double(), 0.0) if len(y) else 0.0
+        taken = ((pos >= 0) & (pos < len(y))).unsqueeze(1)
+        rows = torch.where(taken, y[pos.clamp(0, len(y) - 1)].double(), 0.0) if len(y) else 0.0
         factor = 1.0 if weights is None else weights[:, slot : slot + 1].double()
-        total += torch.where((pos >= 0).unsqueeze(1), rows * factor, 0.0)
+        total += torch.where(taken, rows * factor, 0.0)
     if shared is not None:
         total += shared.double()
     return total.float().bfloat16()

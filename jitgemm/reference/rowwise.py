@@ -187,7 +187,7 @@ def row_sums_of_squares(x: Tensor) -> Tensor:
 
 def normalize(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """Rows [m, n] divided by their root mean squares, times ``weight`` [n], in fp32 without a last rounding."""
-    mean = row_sums_of_squares(x) / torch.tensor(float(x.shape[1]), device=x.device)
+    mean = row_sums_of_squares(x) / torch.tensor(float(x.shape[1]), dtype=torch.float32, device=x.device)
     inverse = (1 / (mean + torch.tensor(eps, dtype=torch.float32, device=x.device)).double().sqrt()).float()
     normalized = x.float() * inverse[:, None]
     return normalized if weight is None else normalized * weight.float()
