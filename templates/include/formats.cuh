@@ -116,7 +116,7 @@ __device__ __forceinline__ float e2m1_to_float(uint32_t code) {
   return code & 8 ? -magnitude : magnitude;
 }
 
-// x / scale.value as IEEE 754 rounds it, in a third of the instructions: two corrections by what is left, of which the first
+// x / scale.value as IEEE 754 rounds it, in fewer instructions and without a branch: two corrections by what is left, of which the first
 // leaves at most the last bit wrong (Markstein, IBM J. Res. Dev. 34, 1990). Neither is made where the scale is Inf or NaN, or of
 // a zero, whose sign they would lose. What is left underflows for quotients below 2^-70 alone, all of whose codes are 0.
 __device__ __forceinline__ float divided_by(float x, const Scale& scale) {
