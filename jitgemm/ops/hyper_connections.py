@@ -198,6 +198,8 @@ def hc_post(x: Tensor, residual: Tensor, post: Tensor, comb: Tensor, *, inplace:
     """
     if not isinstance(inplace, bool):
         raise ProblemError(f"inplace is {inplace!r}; accepted is a boolean")
+    if inplace and isinstance(residual, Tensor) and residual.requires_grad and torch.is_grad_enabled():
+        raise ProblemError("residual requires a gradient; accepted in place are tensors that need none")
     if needs_dispatch(x, residual, post, comb):
         _check_post(x, residual, post, comb)
         if inplace:

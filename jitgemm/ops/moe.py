@@ -193,7 +193,7 @@ def moe_permutation(
         topk_weights: fp32 [tokens, topk], contiguous, for ``row_weights``.
         layout: ``"contiguous"``, ``"psum"`` or ``"masked"``, which the grouped GEMMs take.
         alignment: rows, 1 to 1024; by default what the grouped GEMMs count with
-            (``get_mk_alignment_for_contiguous_layout``).
+            (``get_mk_alignment_for_contiguous_layout``); under ``torch.compile`` what that was when the graph was made.
         max_m: rows of an expert, with masked only.
         first_expert: the index of the first expert that is here (expert parallelism).
 
@@ -423,7 +423,7 @@ def _check_permutation(
     if layout == "masked":
         check_number("max_m", max_m, 1, 2**30)
     rows = reference.num_rows(indices.numel(), experts, layout, 1 if alignment is None else alignment, max_m)
-    if indices.numel() >= _MAX_ITEMS or rows >= 2**31:
+    if indices.numel() >= _MAX_ITEMS or rows >= 2**31 - 2**16:  # what blocks add to their first row fits, too
         raise ProblemError(f"topk_indices have shape {list(indices.shape)}, which may take {rows} rows; too many")
 
 
