@@ -21,17 +21,16 @@ def assign(costs: Sequence[Sequence[float]], limit: int, weights: Sequence[float
         A column for each row.
     """
     assert limit >= 1
-    assigned = [min(range(len(row)), key=row.__getitem__) for row in costs]
-    while len(kept := sorted(set(assigned))) > limit:
+    assigned = [row.index(min(row)) for row in costs]
+    kept = sorted(set(assigned))
+    # Each row's kept candidates, cheapest first: its own, then where it would move.
+    ranked = [sorted(kept, key=row.__getitem__) for row in costs]
+    weights = weights or [1.0] * len(costs)
+    while len(kept) > limit:
         losses = dict.fromkeys(kept, 0.0)
-        substitutes = []
-        for row, current, weight in zip(costs, assigned, weights or [1.0] * len(costs), strict=True):
-            substitute = min((other for other in kept if other != current), key=row.__getitem__)
+        for row, (current, substitute, *_), weight in zip(costs, ranked, weights, strict=True):
             losses[current] += weight * math.log(row[substitute] / row[current])
-            substitutes.append(substitute)
         dropped = min(kept, key=losses.__getitem__)
-        assigned = [
-            substitute if current == dropped else current
-            for current, substitute in zip(assigned, substitutes, strict=True)
-        ]
-    return assigned
+        for candidates in (kept, *ranked):
+            candidates.remove(dropped)
+    return [candidates[0] for candidates in ranked]
