@@ -245,6 +245,18 @@ def test_rows_never_run_out() -> None:
         assert needed <= reference.num_rows(items, experts, "contiguous", alignment, 0)
 
 
+def test_rows_of_no_token_are_zeros(emulated: Any) -> None:  # noqa: F811
+    permutation = jitgemm.moe_permutation(torch.empty(0, 2, dtype=torch.int32), 3, layout="masked", max_m=4)
+    junk = [torch.full((3, 4, size), float("nan")) for size in (16, 32, 64)]
+    del junk  # what the allocator hands out again
+    x, scales = torch.empty(0, 128, dtype=torch.bfloat16).to(torch.float8_e4m3fn), torch.empty(0, 1)
+    rows, rows_scales = jitgemm.moe_permute(x, permutation, scales, zero_padding=True)
+    assert rows.shape[:2] == (3, 4)
+    assert not rows.float().any()
+    assert rows_scales is not None
+    assert not rows_scales.any()
+
+
 @pytest.mark.parametrize("zero_padding", [False, True])
 @pytest.mark.parametrize("layout", reference.LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.bfloat16, torch.uint8])

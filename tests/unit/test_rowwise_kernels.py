@@ -196,6 +196,19 @@ def test_staging(gpu: Callable[[bool], None], index: torch.dtype) -> None:
     check(gpu, lambda: call("nvfp4"))
 
 
+def test_staging_of_more_choices_with_the_same_strides(gpu: Callable[[bool], None]) -> None:
+    """A plan for so many choices is not that for others, though column-major views of both have the same strides."""
+    m, n = 5, 384
+    x, ids, weights = rows(m, n, BF16), torch.arange(8 * m).view(8, m).t(), torch.rand(8, m).t()
+    gpu(True)
+    for k in (6, 8, 6):
+        codes, sf = torch.zeros(m, n, dtype=torch.float8_e4m3fn), torch.zeros(m, n // 128, dtype=torch.int32)
+        ids_out, weights_out = torch.full((8, m), -7).t(), torch.full((8, m), -7.0).t()
+        ops.stage_fp8(x, ids[:, :k], weights[:, :k], codes, sf, ids_out[:, :k], weights_out[:, :k])
+        assert torch.equal(ids_out[:, :k], ids[:, :k]) and torch.equal(weights_out[:, :k], weights[:, :k])
+        assert (ids_out[:, k:] == -7).all() and (weights_out[:, k:] == -7).all()
+
+
 @pytest.mark.parametrize(
     ("m", "n", "dtype"), [(1, 8, BF16), (5, 200, BF16), (3, 777, BF16), (2, 4096, BF16), (4, 520, FP32)]
 )
