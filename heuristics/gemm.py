@@ -176,24 +176,22 @@ def corrections(problem: GemmProblem, text: str | None = None) -> dict[GemmConfi
     menu: dict[GemmConfig, float] = {}
     for entry in text.split(","):
         config, _, correction = entry.partition("*")
-        for adapted in _for_epilogue(problem, _parse(config, tile_k)):
-            menu.setdefault(_fitting(problem, adapted), float(correction or 1))
+        menu.setdefault(_fitting(problem, _for_epilogue(problem, _parse(config, tile_k))), float(correction or 1))
     if problem.gated > 1 or problem.quantizes:
         for entry in sm90a.EPILOGUE_MENU.split(","):
-            for adapted in _for_epilogue(problem, _parse(entry, tile_k)):
-                menu.setdefault(_fitting(problem, adapted), 1.0)
+            menu.setdefault(_fitting(problem, _for_epilogue(problem, _parse(entry, tile_k))), 1.0)
     return menu
 
 
-def _for_epilogue(problem: GemmProblem, config: GemmConfig) -> list[GemmConfig]:
+def _for_epilogue(problem: GemmProblem, config: GemmConfig) -> GemmConfig:
     """The config as an epilogue can have it: without split K, and in clusters that make up the columns of a scale."""
     if problem.gated == 1 and not problem.quantizes:
-        return [config]
+        return config
     config = dataclasses.replace(config, split_k=1)
     if not problem.quantizes:
-        return [config]
+        return config
     config = dataclasses.replace(config, cluster_m=1, cluster_n=1)
-    return [dataclasses.replace(config, cluster_n=_shape(problem, config).scale_parts)]
+    return dataclasses.replace(config, cluster_n=_shape(problem, config).scale_parts)
 
 
 @functools.lru_cache(maxsize=256)

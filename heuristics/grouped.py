@@ -19,9 +19,6 @@ from jitgemm.heuristics.anchored import Chooser
 from jitgemm.heuristics.gemm import Explanation, Groups, Overrides
 from jitgemm.settings import Settings
 
-# Tiles beside those of dense GEMM's menu: up to 64 rows weights are read once whatever the tile, and the smallest that
-# holds a group's rows leaves most to the loads. There are tiles enough to keep all SMs busy with 128 rows of weights,
-# for which tokens are loaded half as often as for 64.
 _MOST_TOKENS = 160  # of FP8, on the MMA's N side
 _TALLEST_STEP = 128  # rows: what tiles' heights are multiples or divisors of
 _SUMS_OF_THREE = 128  # registers a thread that sums may take where three warpgroups promote

@@ -6,10 +6,25 @@ Rendering, compiling, caching and launching know this protocol only.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from typing import Any, Protocol
 
+from jitgemm.errors import ProblemError
+
 Scalar = str | int | bool
+
+
+def check_fields(problem: type, values: Mapping[str, Any]) -> None:
+    """Check the names in a line of a shapes file, without its kind, against the fields of a problem's dataclass.
+
+    Raises:
+        ProblemError: one is unknown, or a field without a default is missing.
+    """
+    known = {field.name: field.default is MISSING for field in fields(problem) if field.name != "kind"}
+    if unknown := sorted(set(values) - set(known)):
+        raise ProblemError(f"unknown field {unknown[0]!r}; known are {', '.join(sorted(known))}")
+    if missing := [name for name, required in known.items() if required and name not in values]:
+        raise ProblemError(f"field {missing[0]!r} is missing")
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from typing import Any
 
 from jitgemm.errors import ProblemError
 from jitgemm.families import gemm
-from jitgemm.families.base import KernelSpec
+from jitgemm.families.base import KernelSpec, check_fields
 from jitgemm.families.gemm import GemmConfig, GemmProblem, KernelShape, kernel_shape
 
 KINDS = {
@@ -107,11 +107,7 @@ class BatchedProblem:
             raise ProblemError(f"kind is {kind!r}; accepted are {', '.join(SHAPES_FILE_KINDS)}")
         if SHAPES_FILE_KINDS[kind] == "k_grouped":
             values.setdefault("k", EXPECTED_K)
-        fields = {field.name for field in dataclasses.fields(cls)} - {"kind"}
-        if unknown := sorted(set(values) - fields):
-            raise ProblemError(f"unknown field {unknown[0]!r}; known are {', '.join(sorted(fields))}")
-        if missing := [name for name in ("n", "k", "recipe", "groups") if name not in values]:
-            raise ProblemError(f"field {missing[0]!r} is missing")
+        check_fields(cls, values)
         return cls(kind=SHAPES_FILE_KINDS[kind], **values)
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from jitgemm.device import SM90A
 from jitgemm.errors import ProblemError
-from jitgemm.families.base import KernelSpec
+from jitgemm.families.base import KernelSpec, check_fields
 
 SCALE_GROUP = 128
 """Elements of K (and rows of B in a 128x128 block) that share one scale, and between two promotions."""
@@ -234,15 +234,11 @@ class GemmProblem:
         """
         if not isinstance(data, Mapping):
             raise ProblemError(f"a problem is {type(data).__name__}; accepted is a JSON object")
-        fields = {field.name for field in dataclasses.fields(cls)}
         values = dict(data)
         kind = values.pop("kind", "gemm")
         if kind != "gemm":
             raise ProblemError(f"kind is {kind!r}; accepted is gemm")
-        if unknown := sorted(set(values) - fields):
-            raise ProblemError(f"unknown field {unknown[0]!r}; known are {', '.join(sorted(fields))}")
-        if missing := [name for name in ("n", "k", "recipe") if name not in values]:
-            raise ProblemError(f"field {missing[0]!r} is missing")
+        check_fields(cls, values)
         return cls(**values)
 
 

@@ -24,7 +24,7 @@ from typing import Any
 
 from jitgemm.errors import ProblemError
 from jitgemm.families import gemm
-from jitgemm.families.base import KernelSpec
+from jitgemm.families.base import KernelSpec, check_fields
 from jitgemm.families.gemm import (
     FP4_RECIPES,
     GemmConfig,
@@ -130,11 +130,7 @@ class GroupedProblem:
         kinds = {f"m_grouped_{kind}": kind for kind in GROUPINGS}
         if kind not in kinds:
             raise ProblemError(f"kind is {kind!r}; accepted are {', '.join(kinds)}")
-        fields = {field.name for field in dataclasses.fields(cls)} - {"kind"}
-        if unknown := sorted(set(values) - fields):
-            raise ProblemError(f"unknown field {unknown[0]!r}; known are {', '.join(sorted(fields))}")
-        if missing := [name for name in ("n", "k", "recipe", "groups") if name not in values]:
-            raise ProblemError(f"field {missing[0]!r} is missing")
+        check_fields(cls, values)
         return cls(kind=kinds[kind], **values)
 
 

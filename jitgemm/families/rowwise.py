@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jitgemm.errors import ProblemError
-from jitgemm.families.base import KernelSpec
+from jitgemm.families.base import KernelSpec, check_fields
 
 CHUNK = 8
 """Values that a thread handles together: one load of 16 bytes, or two of fp32."""
@@ -142,15 +142,11 @@ class RowwiseProblem:
         Raises:
             ProblemError: an unknown or missing field, or a value that is not accepted.
         """
-        fields = {field.name for field in dataclasses.fields(cls)}
         values = dict(data)
         kind = values.pop("kind", None)
         if kind != KIND:
             raise ProblemError(f"kind is {kind!r}; accepted is {KIND}")
-        if unknown := sorted(set(values) - fields):
-            raise ProblemError(f"unknown field {unknown[0]!r}; known are {', '.join(sorted(fields))}")
-        if missing := [name for name in ("op", "n") if name not in values]:
-            raise ProblemError(f"field {missing[0]!r} is missing")
+        check_fields(cls, values)
         return cls(**values)
 
     def __str__(self) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jitgemm.errors import ProblemError
-from jitgemm.families.base import KernelSpec
+from jitgemm.families.base import KernelSpec, check_fields
 from jitgemm.families.rowwise import CHUNK, GROUPS, VALUE_TYPES
 
 KIND = "tiles"
@@ -85,15 +85,11 @@ class TileProblem:
         Raises:
             ProblemError: an unknown or missing field, or a value that is not accepted.
         """
-        fields = {field.name for field in dataclasses.fields(cls)}
         values = dict(data)
         kind = values.pop("kind", None)
         if kind != KIND:
             raise ProblemError(f"kind is {kind!r}; accepted is {KIND}")
-        if unknown := sorted(set(values) - fields):
-            raise ProblemError(f"unknown field {unknown[0]!r}; known are {', '.join(sorted(fields))}")
-        if missing := [name for name in ("op", "scales", "group_rows", "group_columns") if name not in values]:
-            raise ProblemError(f"field {missing[0]!r} is missing")
+        check_fields(cls, values)
         return cls(**values)
 
     def __str__(self) -> str:
