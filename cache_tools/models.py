@@ -132,7 +132,7 @@ def _expert_recipe(dtype: object, recipe: str, notes: list[str]) -> str:
 
 
 def _inner_dtype(recipe: str) -> str | None:
-    """D's type where SwiGLU and quantization are fused with a GEMM: what the recipe wants of the next one's activations.
+    """D's type where SwiGLU and quantization are fused with a GEMM: as the recipe wants the next one's activations.
 
     None: BF16, where another set of kernels would save less, and scales of whole rows or tensors, which no epilogue
     makes.
