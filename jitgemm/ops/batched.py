@@ -20,7 +20,7 @@ from jitgemm.families.gemm import SCALE_GROUP
 from jitgemm.families.grouped_launch import Stack
 from jitgemm.heuristics.batched import chooser
 from jitgemm.kernel import load
-from jitgemm.ops.checks import Scaled, check_elements_apart, check_tensors, extent, pair
+from jitgemm.ops.checks import Scaled, check_apart, check_elements_apart, check_tensors, extent, pair, span_of
 from jitgemm.ops.dispatch import needs_dispatch
 from jitgemm.ops.layout import copy_to_mn_major
 from jitgemm.plan import BOUND_LAUNCHES, Table, current_device, device_facts, raw_stream
@@ -411,7 +411,7 @@ class _Span(NamedTuple):
 
 
 def _span(name: str, tensor: Tensor | None) -> _Span:
-    return _Span(name, 0 if tensor is None else extent(tensor) * tensor.element_size())
+    return _Span(name, span_of(tensor))
 
 
 class _Tensors(NamedTuple):
@@ -435,15 +435,13 @@ def _check_addresses(spans: Sequence[_Span], tensors: _Tensors, accumulate: bool
         ProblemError: it does not, or can't.
     """
     addresses = tensors.addresses()
-    start, length = addresses[4], spans[4].bytes
-    for span, address in zip(spans, addresses, strict=True):
-        if span.name == "d" or not address or (span.name == "c" and accumulate):
-            continue
-        if address < start + length and start < address + span.bytes:
-            raise ProblemError(f"d overlaps {span.name}; accepted is an output apart from the inputs")
-        if on_gpu and span.name in ("a", "b") and address % _ALIGNMENT:
+    others = [(span.name, address, span.bytes) for span, address in zip(spans, addresses, strict=True)]
+    others = [one for one in others if one[0] != "d" and not (one[0] == "c" and accumulate)]
+    check_apart("d", tensors.d.data_ptr(), spans[4].bytes, others)
+    for name, address, _ in others if on_gpu else ():
+        if name in ("a", "b") and address % _ALIGNMENT:
             raise ProblemError(
-                f"{span.name} starts at address {address:#x}; accepted is a multiple of {_ALIGNMENT} bytes (TMA)"
+                f"{name} starts at address {address:#x}; accepted is a multiple of {_ALIGNMENT} bytes (TMA)"
             )
 
 
