@@ -24,6 +24,7 @@ VOCABULARY_STEP = 64
 """The output head's rows are padded to a multiple of it."""
 EXPERT_LAYOUTS = ("masked", "contiguous")
 """How frameworks lay out the tokens of experts: mostly so for decoding, and so for prefill."""
+IN_BATCHES = "a batched GEMM, which frameworks lay out and quantize in different ways; a shapes file adds it"
 FUSED_LAYOUTS = (*EXPERT_LAYOUTS, "psum")
 """The same where SwiGLU is fused: ``moe_permutation`` makes each of them."""
 
@@ -224,10 +225,8 @@ class _Rank:
         """D's type where SwiGLU is fused with the GEMM of a rank's part of gate and up, else None."""
         inner = _inner_dtype(recipe) if self.has_swiglu else None
         if inner and part % GATE_UP_RUN:
-            self.notes.append(
-                f"left out: {name}.gate_up_swiglu: a rank's width is {part}; SwiGLU is fused for multiples"
-                f" of {GATE_UP_RUN}"
-            )
+            because = f"a rank's width is {part}; SwiGLU is fused for multiples of {GATE_UP_RUN}"
+            self.left_out(f"{name}.gate_up_swiglu", because)
             return None
         return inner
 
@@ -237,9 +236,9 @@ class _Rank:
         vocabulary = -(-self.size("vocab_size") // step) * step
         self.whole("lm_head", vocabulary // self.tp, self.hidden, "bf16", "fp32")
 
-    def left_out(self, what: str, kind: str) -> None:
-        """Note a layer that there are no kernels for."""
-        self.notes.append(f"left out: {what}: {kind} GEMM, which has no kernels yet")
+    def left_out(self, what: str, because: str) -> None:
+        """Note a layer that is not derived."""
+        self.notes.append(f"left out: {what}: {because}")
 
     def experts(self, count: str, width: int, shared_width: int = 0) -> None:
         """A router, routed experts of a width as grouped GEMMs, and maybe one that all tokens take."""
@@ -263,11 +262,11 @@ class _Rank:
         groups, hidden, recipe = experts // self.ep, self.hidden, self.expert_recipe
         what = f"routed experts, {groups} of {experts} a rank, {2 * part} x {hidden} and {hidden} x {part}"
         if recipe not in GROUPED_RECIPES:
-            self.left_out(what, f"{recipe} grouped")
+            self.left_out(what, f"{recipe} grouped GEMM, which has no kernels")
             return
         traits = recipe_traits(recipe)
         if cut and traits.is_fp8 and part % (traits.fp4_group or SCALE_GROUP):
-            self.notes.append(f"left out: {what}: their width cuts blocks of scales")
+            self.left_out(what, "their width cuts blocks of scales")
             return
         inner = self.fused("experts", part, recipe)
 
@@ -312,7 +311,7 @@ class _Rank:
         self.column("attention.kv_b", heads * (nope + value), kv_rank)
         self.row("attention.o", self.hidden, heads * value)
         self.left_out(
-            f"kv_b as decoding absorbs it, {local} heads of {nope} x {kv_rank} and {value} x {kv_rank}", "batched"
+            f"kv_b as decoding absorbs it, {local} heads of {nope} x {kv_rank} and {value} x {kv_rank}", IN_BATCHES
         )
         if self.fields.get("index_n_heads") is not None:
             self.indexer()
@@ -355,7 +354,7 @@ def _deepseek_v4(rank: _Rank) -> None:
     rank.whole("attention.qkv_a", q_rank + head_dim, rank.hidden)
     rank.column("attention.q_b", heads * head_dim, q_rank)
     local = rank.share(groups, "o_groups")
-    rank.left_out(f"o_a, {local} groups of {o_rank} x {heads * head_dim // groups}", "batched")
+    rank.left_out(f"o_a, {local} groups of {o_rank} x {heads * head_dim // groups}", IN_BATCHES)
     rank.row("attention.o_b", rank.hidden, groups * o_rank)
     ratios = rank.fields.get("compress_ratios")
     if not isinstance(ratios, list) or not all(isinstance(ratio, int) for ratio in ratios):
