@@ -58,8 +58,9 @@ def check_apart(output: str, address: int, span: int, others: Iterable[tuple[str
     Raises:
         ProblemError: it overlaps one.
     """
+    end = address + span if span else 0
     for name, other, length in others:
-        if length and other < address + span and address < other + length and span:
+        if other < end and address < other + length and length:
             same = "; c may be d itself, with the same strides" if name == "c" else ""
             raise ProblemError(f"{output} overlaps {name}; accepted is an output apart from the other tensors{same}")
 

@@ -834,9 +834,8 @@ class _Extents(NamedTuple):
         Raises:
             ProblemError: d overlaps an input, and is not c itself.
         """
-        inputs = zip(_INPUTS, (a, a_scales, b, b_scales, c), self.lengths, strict=True)
-        c_is_d = c == d and self.c_may_be_d
-        check_apart("d", d, self.d_length, [one for one in inputs if one[0] != "c" or not c_is_d])
+        lengths = self.lengths[:-1] if c == d and self.c_may_be_d else self.lengths  # without that of c, the last
+        check_apart("d", d, self.d_length, zip(_INPUTS, (a, a_scales, b, b_scales, c), lengths, strict=False))
 
 
 class _Operands:
