@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import reprlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 from jitgemm.cache_tools import presets
 from jitgemm.cache_tools.console import UsageError
 from jitgemm.cache_tools.problems import NamedProblem
-from jitgemm.families.gemm import SCALE_GROUP, GemmProblem
+from jitgemm.families.gemm import D_SCALE_COLUMNS, FP4, GATE_UP_RUN, SCALE_GROUP, GemmProblem, recipe_traits
 from jitgemm.families.grouped import GROUPED_RECIPES, GroupedProblem
 
 BLOCK_FP8 = "fp8_1x128_128x128"
@@ -24,6 +24,9 @@ VOCABULARY_STEP = 64
 """The output head's rows are padded to a multiple of it."""
 EXPERT_LAYOUTS = ("masked", "contiguous")
 """How frameworks lay out the tokens of experts: mostly so for decoding, and so for prefill."""
+IN_BATCHES = "a batched GEMM, which frameworks lay out and quantize in different ways; a shapes file adds it"
+FUSED_LAYOUTS = (*EXPERT_LAYOUTS, "psum")
+"""The same where SwiGLU is fused: ``moe_permutation`` makes each of them."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ def from_file(path: Path, *, tp: int = 1, ep: int = 1, recipe: str | None = None
         path: the file; nothing else is read.
         tp: ranks of tensor parallelism.
         ep: ranks of expert parallelism.
-        recipe: of the quantized layers, instead of the one that the file tells.
+        recipe: of the quantized layers, routed experts too, instead of those that the file tells.
 
     Raises:
         UsageError: the file can't be read, its architecture is not known, a field is missing, or the model can't be
@@ -82,9 +85,11 @@ def derive(config: object, where: str, *, tp: int = 1, ep: int = 1, recipe: str 
     fields = text if isinstance(text, Mapping) else config
     add_layers = _find_architecture(fields, where)
     notes: list[str] = []
+    expert_recipe = recipe
     if recipe is None:
         recipe = _recipe(fields.get("quantization_config") or config.get("quantization_config"), notes)
-    rank = _Rank(fields, where, tp, ep, recipe, notes=notes)
+        expert_recipe = _expert_recipe(fields.get("expert_dtype"), recipe, notes)
+    rank = _Rank(fields, where, tp, ep, recipe, expert_recipe or recipe, notes=notes)
     add_layers(rank)
     rank.head()
     if ep > 1 and not rank.has_experts:
@@ -118,6 +123,27 @@ def _recipe(quantization: object, notes: list[str]) -> str:
     return "bf16"
 
 
+def _expert_recipe(dtype: object, recipe: str, notes: list[str]) -> str:
+    """The recipe of routed experts, whose weights may have a format of their own, beside that of other layers."""
+    if dtype == "fp4":
+        return FP4
+    if dtype not in (None, "fp8"):
+        notes.append(f"expert_dtype is {reprlib.repr(dtype)}, neither fp4 nor fp8: experts are taken as {recipe}")
+    return recipe
+
+
+def _inner_dtype(recipe: str) -> str | None:
+    """D's type where SwiGLU and quantization are fused with a GEMM: as the recipe wants the next one's activations.
+
+    None: BF16, where another set of kernels would save less, and scales of whole rows or tensors, which no epilogue
+    makes.
+    """
+    traits = recipe_traits(recipe)
+    if traits.a_scales != "row_k":
+        return None
+    return next(dtype for dtype, columns in D_SCALE_COLUMNS.items() if columns == traits.a_group)
+
+
 @dataclass
 class _Rank:
     """The GEMMs of one rank while they are collected, and the file that they come from."""
@@ -127,9 +153,11 @@ class _Rank:
     tp: int
     ep: int
     recipe: str
+    expert_recipe: str
     problems: list[NamedProblem] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     has_experts: bool = False
+    has_swiglu: bool = True  # between gate_up and down
 
     def size(self, name: str, default: int | None = None, *, low: int = 1) -> int:
         """An integer of the file; ``default`` stands in for one that is missing or null."""
@@ -148,9 +176,18 @@ class _Rank:
             raise UsageError(f"{self.where}: tp is {self.tp}; accepted is what divides {name}, {size}")
         return size // self.tp
 
-    def whole(self, layer: str, n: int, k: int, recipe: str | None = None, d_dtype: str = "bf16") -> None:
+    def whole(
+        self,
+        layer: str,
+        n: int,
+        k: int,
+        recipe: str | None = None,
+        d_dtype: str = "bf16",
+        epilogue: str | None = None,
+    ) -> None:
         """A layer that every rank has, or a rank's part of one."""
-        self.problems.append(NamedProblem(layer, GemmProblem(n, k, recipe or self.recipe, d_dtype=d_dtype)))
+        problem = GemmProblem(n, k, recipe or self.recipe, d_dtype=d_dtype, epilogue=epilogue)
+        self.problems.append(NamedProblem(layer, problem))
 
     def column(self, layer: str, n: int, k: int, parts: int = 1) -> None:
         """A layer whose n is cut; it may be ``parts`` layers of that n in one."""
@@ -179,7 +216,19 @@ class _Rank:
     def mlp(self, name: str, width: int) -> None:
         """A gated MLP."""
         self.column(f"{name}.gate_up", width, self.hidden, parts=2)
+        part = self.share(width, f"n of {name}.gate_up")
+        if inner := self.fused(name, part, self.recipe):
+            self.whole(f"{name}.gate_up_swiglu", 2 * part, self.hidden, d_dtype=inner, epilogue="swiglu")
         self.row(f"{name}.down", self.hidden, width)
+
+    def fused(self, name: str, part: int, recipe: str) -> str | None:
+        """D's type where SwiGLU is fused with the GEMM of a rank's part of gate and up, else None."""
+        inner = _inner_dtype(recipe) if self.has_swiglu else None
+        if inner and part % GATE_UP_RUN:
+            because = f"a rank's width is {part}; SwiGLU is fused for multiples of {GATE_UP_RUN}"
+            self.left_out(f"{name}.gate_up_swiglu", because)
+            return None
+        return inner
 
     def head(self) -> None:
         """The output head: by vocabulary, padded so that ranks have the same."""
@@ -187,9 +236,9 @@ class _Rank:
         vocabulary = -(-self.size("vocab_size") // step) * step
         self.whole("lm_head", vocabulary // self.tp, self.hidden, "bf16", "fp32")
 
-    def left_out(self, what: str, kind: str) -> None:
-        """Note a layer that there are no kernels for."""
-        self.notes.append(f"left out: {what}: {kind} GEMM, which has no kernels yet")
+    def left_out(self, what: str, because: str) -> None:
+        """Note a layer that is not derived."""
+        self.notes.append(f"left out: {what}: {because}")
 
     def experts(self, count: str, width: int, shared_width: int = 0) -> None:
         """A router, routed experts of a width as grouped GEMMs, and maybe one that all tokens take."""
@@ -210,18 +259,26 @@ class _Rank:
 
     def _routed_experts(self, experts: int, part: int, cut: bool) -> None:
         """Grouped GEMMs of this rank's experts, of which it has a part of their width."""
-        groups, hidden = experts // self.ep, self.hidden
+        groups, hidden, recipe = experts // self.ep, self.hidden, self.expert_recipe
         what = f"routed experts, {groups} of {experts} a rank, {2 * part} x {hidden} and {hidden} x {part}"
-        if self.recipe not in GROUPED_RECIPES:
-            self.left_out(what, f"{self.recipe} grouped")
+        if recipe not in GROUPED_RECIPES:
+            self.left_out(what, f"{recipe} grouped GEMM, which has no kernels")
             return
-        if cut and self.recipe == BLOCK_FP8 and part % SCALE_GROUP:
-            self.notes.append(f"left out: {what}: their width cuts blocks of scales")
+        traits = recipe_traits(recipe)
+        if cut and traits.is_fp8 and part % (traits.fp4_group or SCALE_GROUP):
+            self.left_out(what, "their width cuts blocks of scales")
             return
-        for layer, n, k in (("gate_up", 2 * part, hidden), ("down", hidden, part)):
-            for kind in EXPERT_LAYOUTS:
-                problem = GroupedProblem(n, k, self.recipe, groups, kind)
+        inner = self.fused("experts", part, recipe)
+
+        def add(layer: str, kinds: Sequence[str], n: int, k: int, **more: str) -> None:
+            for kind in kinds:
+                problem = GroupedProblem(n, k, recipe, groups, kind, **more)  # type: ignore[arg-type]
                 self.problems.append(NamedProblem(f"experts.{layer}.{kind}", problem))
+
+        add("gate_up", EXPERT_LAYOUTS, 2 * part, hidden)
+        if inner:
+            add("gate_up_swiglu", FUSED_LAYOUTS, 2 * part, hidden, d_dtype=inner, epilogue="swiglu")
+        add("down", FUSED_LAYOUTS if inner else EXPERT_LAYOUTS, hidden, part)
 
     def grouped_query_attention(self) -> None:
         """Fused q, k and v by heads, and the output."""
@@ -254,7 +311,7 @@ class _Rank:
         self.column("attention.kv_b", heads * (nope + value), kv_rank)
         self.row("attention.o", self.hidden, heads * value)
         self.left_out(
-            f"kv_b as decoding absorbs it, {local} heads of {nope} x {kv_rank} and {value} x {kv_rank}", "batched"
+            f"kv_b as decoding absorbs it, {local} heads of {nope} x {kv_rank} and {value} x {kv_rank}", IN_BATCHES
         )
         if self.fields.get("index_n_heads") is not None:
             self.indexer()
@@ -297,7 +354,7 @@ def _deepseek_v4(rank: _Rank) -> None:
     rank.whole("attention.qkv_a", q_rank + head_dim, rank.hidden)
     rank.column("attention.q_b", heads * head_dim, q_rank)
     local = rank.share(groups, "o_groups")
-    rank.left_out(f"o_a, {local} groups of {o_rank} x {heads * head_dim // groups}", "batched")
+    rank.left_out(f"o_a, {local} groups of {o_rank} x {heads * head_dim // groups}", IN_BATCHES)
     rank.row("attention.o_b", rank.hidden, groups * o_rank)
     ratios = rank.fields.get("compress_ratios")
     if not isinstance(ratios, list) or not all(isinstance(ratio, int) for ratio in ratios):
@@ -326,6 +383,11 @@ def _local_experts(rank: _Rank) -> None:
     rank.experts("num_local_experts", rank.size("intermediate_size"))
 
 
+def _gpt_oss(rank: _Rank) -> None:
+    rank.has_swiglu = False  # gate * sigmoid(1.702 gate) * (up + 1), which no epilogue computes
+    _local_experts(rank)
+
+
 def _llama4(rank: _Rank) -> None:
     rank.grouped_query_attention()
     if rank.size("interleave_moe_layer_step", 1) > 1:
@@ -346,6 +408,6 @@ ARCHITECTURES: dict[str, tuple[str, Callable[[_Rank], None]]] = {
     "minimax_m2": ("MiniMaxM2ForCausalLM", _local_experts),
     "llama": ("LlamaForCausalLM", _dense),
     "llama4_text": ("Llama4ForCausalLM", _llama4),
-    "gpt_oss": ("GptOssForCausalLM", _local_experts),
+    "gpt_oss": ("GptOssForCausalLM", _gpt_oss),
 }
 """``model_type`` -> its class in ``architectures``, and what adds its layers."""

@@ -20,7 +20,7 @@ from jitgemm.families.gemm import SCALE_GROUP
 from jitgemm.families.grouped_launch import Stack
 from jitgemm.heuristics.batched import chooser
 from jitgemm.kernel import load
-from jitgemm.ops.checks import Scaled, check_elements_apart, check_tensors, extent, pair
+from jitgemm.ops.checks import Scaled, check_apart, check_elements_apart, check_tensors, extent, pair, span_of
 from jitgemm.ops.dispatch import needs_dispatch
 from jitgemm.ops.layout import copy_to_mn_major
 from jitgemm.plan import BOUND_LAUNCHES, Table, current_device, device_facts, raw_stream
@@ -66,7 +66,8 @@ def k_grouped_fp8_gemm_nt_contiguous(
         d: output, fp32 or bf16 ``[groups, m, n]``, n contiguous.
         ks: K of each group, multiples of 16.
         grouped_layout: int32 ``[groups]``, the same on the device, which is not read here.
-        c: added to the product; ``[groups, m, n]`` of d's dtype. Fastest where it is d itself, in fp32.
+        c: added to the product; ``[groups, m, n]`` of d's dtype, may be d itself or a view of the same elements; that
+            is fastest in fp32.
         recipe: what one scale covers, ``"fp8_1x128_1x128"`` or the peer's ``(1, 1, 128)``.
         compiled_dims: accepted for the peer's callers; sizes are always run-time values here.
         use_psum_layout: must be false, as in the peer on this architecture.
@@ -143,7 +144,7 @@ def _k_grouped(
             f"grouped_layout is {grouped_layout.dtype} {tuple(grouped_layout.shape)};"
             f" accepted is torch.int32 {(groups,)}"
         )
-    accumulate = c is not None and (c is d or _is_same(c, d))
+    accumulate = c is not None and c is d
     arguments = (a, a_scales, b, b_scales, d, None if accumulate else c, accumulate, sizes, layout)
     if needs_dispatch(a, a_scales, b, b_scales, d, c):
         torch.ops.jitgemm.k_grouped_gemm(*arguments)
@@ -161,10 +162,12 @@ def _integers(values: object) -> list[int]:
         return []
 
 
-def _is_same(c: Tensor, d: Tensor) -> bool:
-    if not (c.shape == d.shape and c.stride() == d.stride() and c.dtype == d.dtype) or needs_dispatch(c, d):
+def _is_same(c: Tensor | None, d: Tensor) -> bool:
+    """Whether c is another tensor of d's elements. Only an operator's implementation sees addresses under all modes."""
+    if c is None or not (c.shape == d.shape and c.dtype == d.dtype and c.device == d.device):
         return False
-    return c.data_ptr() == d.data_ptr()
+    strides = zip(d.shape, c.stride(), d.stride(), strict=True)
+    return all(of_c == of_d or size <= 1 for size, of_c, of_d in strides) and c.data_ptr() == d.data_ptr()
 
 
 # -- Batches.
@@ -182,7 +185,7 @@ def einsum(expr: str, a: Tensor, b: Tensor, d: Tensor, c: Tensor | None = None, 
         a: bf16, dimensions as the expression has them.
         b: the same.
         d: output, bf16 or fp32, its last dimension contiguous.
-        c: added to the product; of d's shape and dtype, may be d itself.
+        c: added to the product; of d's shape and dtype, may be d itself or a view of the same elements.
         use_cublaslt: have torch's cuBLAS compute instead.
 
     Raises:
@@ -204,9 +207,9 @@ def einsum(expr: str, a: Tensor, b: Tensor, d: Tensor, c: Tensor | None = None, 
         _by_cublas(expr, a, b, d, c)
     elif expr == "bmk,bnk->mn":
         plane = d[None]
-        _batched(
-            a, None, b, None, plane, plane if c is d else None if c is None else c[None], "bf16", "batch_sum", None
-        )
+        plane_of_c = plane if c is d else None if c is None else c[None]
+        plan = _batched(a, None, b, None, plane, plane_of_c, "bf16", "batch_sum", None)
+        _repeat(plan, expr, "bf16", _Tensors(a, None, b, None, d, c))
     else:
         _of_heads(expr, a, None, b, None, d, c, "bf16")
 
@@ -229,7 +232,7 @@ def fp8_einsum(
         a: e4m3 and scales, shaped as the expression has them, but the summed dimension in groups of 128.
         b: the same; with recipe ``(1, 128, 128)`` scales have groups of 128 in its other dimension too (not h).
         d: output, bf16 or fp32, its last dimension contiguous.
-        c: added to the product; of d's shape and dtype, may be d itself.
+        c: added to the product; of d's shape and dtype, may be d itself or a view of the same elements.
         recipe: what one scale covers: ``(1, 128, 128)`` or ``(1, 1, 128)``, or their names.
 
     Raises:
@@ -326,8 +329,7 @@ def _of_heads(
         "batched",
         None,
     )
-    if isinstance(plan, _Plan) and not plan.copies and (c is None or c is d):
-        _of_expressions.put(_key_of_expression(expr, recipe, _Tensors(a, a_scales, b, b_scales, d, c)), plan)
+    _repeat(plan, expr, recipe, _Tensors(a, a_scales, b, b_scales, d, c))
 
 
 _of_expressions: Table[Any, Any] = Table(4096)
@@ -336,6 +338,13 @@ _of_expressions: Table[Any, Any] = Table(4096)
 
 def _key_of_expression(expr: str, recipe: str, tensors: _Tensors) -> tuple[object, ...]:
     return (expr, recipe, tensors.c is tensors.d, settings.current().generation, *map(_key, tensors))
+
+
+def _repeat(plan: object, expr: str, recipe: str, tensors: _Tensors) -> None:
+    """Keep the plan of a call for ``_launch_again``, if it is one."""
+    direct = isinstance(plan, _PlanOfSum) or (isinstance(plan, _Plan) and not plan.copies)
+    if direct and (tensors.c is None or tensors.c is tensors.d):
+        _of_expressions.put(_key_of_expression(expr, recipe, tensors), plan)
 
 
 def _launch_again(expr: str, recipe: str, tensors: _Tensors) -> bool:
@@ -356,7 +365,11 @@ def parts_of_sum(batches: int, m: int, n: int, num_sms: int) -> int:
 
 
 def _by_cublas(expr: str, a: Tensor, b: Tensor, d: Tensor, c: Tensor | None) -> None:
-    _check_sum(a, b, d, c, accumulate=c is not None and (c is d or _is_same(c, d)))
+    _check_same_kind("bf16", d, c, a=a, b=b)
+    _check_output("d", d)
+    if not needs_dispatch(a, b, d, c):  # else a view of d is what the mode makes of it
+        tensors = _Tensors(a, None, b, None, d, c)
+        _check_addresses(_spans(tensors), tensors, c is d or _is_same(c, d), on_gpu=False)
     if d.dtype == torch.float32:
         a, b = a.float(), b.float()
     result = torch.einsum(expr, a, b)
@@ -410,10 +423,6 @@ class _Span(NamedTuple):
     bytes: int
 
 
-def _span(name: str, tensor: Tensor | None) -> _Span:
-    return _Span(name, 0 if tensor is None else extent(tensor) * tensor.element_size())
-
-
 class _Tensors(NamedTuple):
     """What a plan is called with."""
 
@@ -428,6 +437,10 @@ class _Tensors(NamedTuple):
         return tuple(0 if tensor is None else tensor.data_ptr() for tensor in self)
 
 
+def _spans(tensors: _Tensors) -> list[_Span]:
+    return [_Span(name, span_of(tensor)) for name, tensor in zip(_Tensors._fields, tensors, strict=True)]
+
+
 def _check_addresses(spans: Sequence[_Span], tensors: _Tensors, accumulate: bool, on_gpu: bool) -> None:
     """Check that the output lies apart from the inputs, and that TMA can start at the operands' addresses.
 
@@ -435,15 +448,13 @@ def _check_addresses(spans: Sequence[_Span], tensors: _Tensors, accumulate: bool
         ProblemError: it does not, or can't.
     """
     addresses = tensors.addresses()
-    start, length = addresses[4], spans[4].bytes
-    for span, address in zip(spans, addresses, strict=True):
-        if span.name == "d" or not address or (span.name == "c" and accumulate):
-            continue
-        if address < start + length and start < address + span.bytes:
-            raise ProblemError(f"d overlaps {span.name}; accepted is an output apart from the inputs")
-        if on_gpu and span.name in ("a", "b") and address % _ALIGNMENT:
+    others = [(span.name, address, span.bytes) for span, address in zip(spans, addresses, strict=True)]
+    others = [one for one in others if one[0] != "d" and not (one[0] == "c" and accumulate)]
+    check_apart("d", tensors.d.data_ptr(), spans[4].bytes, others)
+    for name, address, _ in others if on_gpu else ():
+        if name in ("a", "b") and address % _ALIGNMENT:
             raise ProblemError(
-                f"{span.name} starts at address {address:#x}; accepted is a multiple of {_ALIGNMENT} bytes (TMA)"
+                f"{name} starts at address {address:#x}; accepted is a multiple of {_ALIGNMENT} bytes (TMA)"
             )
 
 
@@ -478,7 +489,7 @@ def _batched(
     heads: Heads | None,
 ) -> object:
     """Compute; the plan of a call that did so directly, from these tensors."""
-    accumulate = c is not None and (c is d or _is_same(c, d))
+    accumulate = c is not None and c is d
     splits = [] if heads is None else list(heads)
     arguments = (a, a_scales, b, b_scales, d, None if accumulate else c, accumulate, recipe, kind, splits)
     if needs_dispatch(a, a_scales, b, b_scales, d, c):
@@ -503,17 +514,8 @@ def _run_batched(
     given = a, b
     if recipe != "bf16":
         a, b = _along_k(a), _along_k(b)
-    c, in_force = d if accumulate else c, settings.current()
-    if kind == "batch_sum" and d.device.type == _GPU and d.shape[0] == 1:
-        parts = parts_of_sum(a.shape[0], d.shape[1], d.shape[2], device_facts(_ordinal(d))[1])
-        if parts > 1:
-            _check_sum(a, b, d, c, accumulate)
-            sums = d.new_empty((parts, *d.shape[1:]), dtype=torch.float32)
-            _run_batched(a, None, b, None, sums, None, False, recipe, kind, heads)
-            total = sums.sum(0, keepdim=True)
-            d.copy_(total if c is None else total.add_(c))
-            return None
-    tensors = _Tensors(a, a_scales, b, b_scales, d, c)
+    accumulate, in_force = accumulate or _is_same(c, d), settings.current()
+    tensors = _Tensors(a, a_scales, b, b_scales, d, d if accumulate else c)
     key = (recipe, kind, tuple(heads), accumulate, in_force.generation, *map(_key, tensors))
     plan = _plans.get(key)
     if plan is None:
@@ -522,15 +524,6 @@ def _run_batched(
         )
     plan(tensors)
     return plan if a is given[0] and b is given[1] else None
-
-
-def _check_sum(a: Tensor, b: Tensor, d: Tensor, c: Tensor | None, accumulate: bool) -> None:
-    """Check what a sum that is added up in parts, or that cuBLAS computes, is stored to."""
-    _check_same_kind("bf16", d, c, a=a, b=b)
-    _check_output("d", d)
-    tensors = _Tensors(a, None, b, None, d, c)
-    spans = [_span(name, tensor) for name, tensor in zip(_Tensors._fields, tensors, strict=True)]
-    _check_addresses(spans, tensors, accumulate, on_gpu=False)
 
 
 def _batched_operator(*arguments: Any) -> None:
@@ -574,7 +567,7 @@ def _plan_of_batches(
     all_batches, m, k = a.shape
     groups, n = d.shape[0], b.shape[1]
     _check_scale_shapes(tensors, recipe, groups, m, n, -(-k // SCALE_GROUP))
-    spans = [_span(name, tensor) for name, tensor in zip(_Tensors._fields, tensors, strict=True)]
+    spans = _spans(tensors)
     on_gpu = d.device.type == _GPU
     if not on_gpu:
         if d.device.type == "cpu":
@@ -590,6 +583,12 @@ def _plan_of_batches(
         )
     if groups > MAX_GROUPS:
         raise ProblemError(f"d has {groups} groups; accepted are at most {MAX_GROUPS}")
+    ordinal = _ordinal(d)
+    device, num_sms = device_facts(ordinal)
+    if kind == "batch_sum" and groups == 1 and (parts := parts_of_sum(all_batches, m, n, num_sms)) > 1:
+        into_sums = tensors._replace(d=d.new_empty((parts, m, n), dtype=torch.float32), c=None)
+        of_parts = _plan_of_batches(into_sums, recipe, kind, None, False, in_force)
+        return _PlanOfSum(spans, of_parts, (parts, m, n), accumulate)
     batches = -(-all_batches // groups) if kind == "batch_sum" else 1
     a_stack, a_major = _operand_stack("a", a)
     b_stack, b_major = _operand_stack("b", b)
@@ -606,8 +605,6 @@ def _plan_of_batches(
     if in_force.record is not None:
         record(in_force.record, problem)
     copied, scale_stacks, k_stride = _scale_stacks(tensors, recipe)
-    ordinal = _ordinal(d)
-    device, num_sms = device_facts(ordinal)
     config = chooser(problem, device, in_force)(m)
     geometry = BatchedGeometry(
         problem,
@@ -751,6 +748,29 @@ class _Plan:
         return None
 
 
+class _PlanOfSum:
+    """A sum over batches: FP32 sums of parts of them, in one launch, and then these, always in the same order."""
+
+    def __init__(self, spans: Sequence[_Span], of_parts: _Plan, shape: tuple[int, int, int], accumulate: bool) -> None:
+        self._spans, self._of_parts, self._shape, self._accumulate = spans, of_parts, shape, accumulate
+        self._apart: Table[tuple[int, ...], bool] = Table(BOUND_LAUNCHES)
+
+    @torch.no_grad()
+    def __call__(self, tensors: _Tensors) -> None:
+        addresses = tensors.addresses()
+        if not self._apart.get(addresses):
+            _check_addresses(self._spans, tensors, self._accumulate, on_gpu=False)  # TMA's: the launch of parts does
+            self._apart.put(addresses, True)
+        d, c = tensors.d, tensors.c
+        sums = d.new_empty(self._shape, dtype=torch.float32)
+        self._of_parts(tensors._replace(d=sums, c=None))
+        total = sums.sum(0)
+        if c is None:
+            d.copy_(total)
+        else:
+            torch.add(total, c, out=d)  # rounded once
+
+
 class _ReferenceOfBatches:
     """The same on the CPU: the reference computes."""
 
@@ -793,8 +813,8 @@ def _run_k_grouped(
     layout: str,
 ) -> None:
     """Find or make the plan of a call and launch it; CPU tensors go to the reference."""
+    accumulate, in_force = accumulate or _is_same(c, d), settings.current()
     tensors = _Tensors(a, a_scales, b, b_scales, d, d if accumulate else c)
-    in_force = settings.current()
     key = (layout, tuple(ks), accumulate, in_force.generation, *map(_key, tensors))
     plan = _plans.get(key)
     if plan is None:
@@ -823,7 +843,7 @@ def _plan_of_k(tensors: _Tensors, ks: list[int], layout: str, accumulate: bool, 
         shape = (blocks, mn) if transposed else (mn, blocks)
         if scales is not None and tuple(scales.shape) != shape:
             raise ProblemError(f"{name}_scales has shape {tuple(scales.shape)}; ks and d make it {shape}")
-    spans = [_span(name, tensor) for name, tensor in zip(_Tensors._fields, tensors, strict=True)]
+    spans = _spans(tensors)
     if d.device.type != _GPU:
         if d.device.type == "cpu":
             return _ReferenceOfK(spans, ks, layout, recipe, accumulate)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -42,6 +43,26 @@ def extent(tensor: Tensor | None) -> int:
     if tensor is None or 0 in tensor.shape:
         return 0
     return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def span_of(tensor: Tensor | None) -> int:
+    """Bytes from the first element to behind the last."""
+    return 0 if tensor is None else extent(tensor) * tensor.element_size()
+
+
+def check_apart(output: str, address: int, span: int, others: Iterable[tuple[str, int, int]]) -> None:
+    """Check that an output lies apart from other tensors, given as names, addresses and spans in bytes.
+
+    What has no bytes overlaps nothing, wherever it is.
+
+    Raises:
+        ProblemError: it overlaps one.
+    """
+    end = address + span if span else 0
+    for name, other, length in others:
+        if other < end and address < other + length and length:
+            same = "; c may be d itself, with the same strides" if name == "c" else ""
+            raise ProblemError(f"{output} overlaps {name}; accepted is an output apart from the other tensors{same}")
 
 
 MAX_FP32 = 3.4028234663852886e38

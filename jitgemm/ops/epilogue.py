@@ -12,7 +12,7 @@ from torch import Tensor
 
 from jitgemm.errors import ProblemError
 from jitgemm.families.gemm import D_SCALE_COLUMNS
-from jitgemm.ops.checks import MAX_FP32, check_tensors, extent
+from jitgemm.ops.checks import MAX_FP32, check_apart, check_tensors, span_of
 from jitgemm.reference import epilogue as reference
 from jitgemm.reference.layout import empty_mn_major
 
@@ -225,7 +225,7 @@ def _check_contiguous(name: str, tensor: Tensor) -> None:
         raise ProblemError(f"{name} has strides {tensor.stride()}; accepted is a contiguous tensor")
 
 
-def check_apart(steps: Steps, d: Tensor, inputs: dict[str, Tensor | None]) -> None:
+def check_steps_apart(steps: Steps, d: Tensor, inputs: dict[str, Tensor | None]) -> None:
     """Check that the outputs of a call lie apart from each other and from all that it reads.
 
     Raises:
@@ -233,21 +233,10 @@ def check_apart(steps: Steps, d: Tensor, inputs: dict[str, Tensor | None]) -> No
     """
     named = steps.tensors()
     scales = named.pop("d_scales", None)
-    for output_name, output in (("d", d), ("d_scales", scales)):
-        if output is None or not output.numel():
-            continue
-        others = {**inputs, **named, **({"d": d} if output_name == "d_scales" else {})}
-        start, end = _reach(output)
-        for name, other in others.items():
-            if other is None or not other.numel():
-                continue
-            first, last = _reach(other)
-            if first < end and start < last:
-                raise ProblemError(f"{output_name} overlaps {name}; accepted is an output apart from the inputs")
-
-
-def _reach(tensor: Tensor) -> tuple[int, int]:
-    return tensor.data_ptr(), tensor.data_ptr() + extent(tensor) * tensor.element_size()
+    others = [(name, t.data_ptr(), span_of(t)) for name, t in {**inputs, **named}.items() if t is not None]
+    check_apart("d", d.data_ptr(), span_of(d), others)
+    if scales is not None:
+        check_apart("d_scales", scales.data_ptr(), span_of(scales), [*others, ("d", d.data_ptr(), span_of(d))])
 
 
 def pack(steps: Steps) -> bytes:

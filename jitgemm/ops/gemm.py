@@ -33,9 +33,9 @@ from jitgemm.families.transpose_scales import FAMILY as TRANSPOSE_SCALES
 from jitgemm.heuristics import chooser, prepare
 from jitgemm.kernel import load
 from jitgemm.nvtx import in_range
-from jitgemm.ops.checks import Scaled, check_tensors, extent, pair
+from jitgemm.ops.checks import Scaled, check_apart, check_tensors, extent, pair
 from jitgemm.ops.dispatch import are_plain, dispatch_modes, function_modes, needs_dispatch
-from jitgemm.ops.epilogue import Epilogue, Steps, check_apart, check_steps, pack, steps_of
+from jitgemm.ops.epilogue import Epilogue, Steps, check_steps, check_steps_apart, pack, steps_of
 from jitgemm.ops.fp4 import PreparedWeights, dequantized, is_fp4, operands, packed_shape
 from jitgemm.ops.layout import copy_to_mn_major, fp4_note
 from jitgemm.plan import BOUND_LAUNCHES, Sizes, Table, current_device, device_facts, matcher, raw_stream
@@ -737,7 +737,7 @@ class _FusedPlan:
         run = self._bound.get(key)
         if run is None:
             self._extents.check(*given)
-            check_apart(steps, d, inputs)
+            check_steps_apart(steps, d, inputs)
             arguments = self._geometry.bind(*key[1:7])
             ctypes.memmove(arguments.address + STEPS_OFFSET, packed, len(packed))
             run = self._geometry.launch.prepare(arguments, key[0])
@@ -765,7 +765,7 @@ class _FusedReferencePlan:
         c: Tensor | None,
         steps: Steps,
     ) -> None:
-        check_apart(steps, d, {"a": a, "a_scales": a_scales, "b": b, "b_scales": b_scales})
+        check_steps_apart(steps, d, {"a": a, "a_scales": a_scales, "b": b, "b_scales": b_scales})
         recipe, layout, _ = self._operation
         fp4_group = recipe_traits(recipe).fp4_group
         if fp4_group and b_scales is not None:
@@ -834,13 +834,8 @@ class _Extents(NamedTuple):
         Raises:
             ProblemError: d overlaps an input, and is not c itself.
         """
-        end = d + self.d_length
-        for name, address, length in zip(_INPUTS, (a, a_scales, b, b_scales, c), self.lengths, strict=True):
-            if address < end and d < address + length and address:
-                if name == "c" and c == d and self.c_may_be_d:
-                    continue
-                same = "; c may be d itself, with the same strides" if name == "c" else ""
-                raise ProblemError(f"d overlaps {name}; accepted is an output apart from the inputs{same}")
+        lengths = self.lengths[:-1] if c == d and self.c_may_be_d else self.lengths  # without that of c, the last
+        check_apart("d", d, self.d_length, zip(_INPUTS, (a, a_scales, b, b_scales, c), lengths, strict=False))
 
 
 class _Operands:

@@ -22,9 +22,9 @@ from jitgemm.families.grouped_launch import STEPS_OFFSET, GroupedGeometry, Stack
 from jitgemm.heuristics.grouped import chooser
 from jitgemm.kernel import load
 from jitgemm.nvtx import in_range
-from jitgemm.ops.checks import Scaled, check_tensors, extent, pair
+from jitgemm.ops.checks import Scaled, check_apart, check_tensors, extent, pair, span_of
 from jitgemm.ops.dispatch import needs_dispatch
-from jitgemm.ops.epilogue import Epilogue, Steps, check_apart, check_steps, pack, steps_of
+from jitgemm.ops.epilogue import Epilogue, Steps, check_steps, check_steps_apart, pack, steps_of
 from jitgemm.ops.fp4 import PreparedWeights, dequantized, is_fp4, operands, packed_shape, recipe_of
 from jitgemm.ops.layout import copy_to_mn_major, fp4_note
 from jitgemm.plan import BOUND_LAUNCHES, Table, current_device, device_facts, raw_stream
@@ -539,7 +539,7 @@ class _Operands:
         )
         self.rows, self.masked, self.device = rows, masked, d.device
         self._tensors = {key: (tuple(t.shape), t.stride(), t.element_size()) for key, t in named.items()}
-        self.lengths = {key: extent(t) * t.element_size() for key, t in named.items()}
+        self.lengths = {key: span_of(t) for key, t in named.items()}
         self.layout_name = name
 
     def stack(self, name: str) -> Stack:
@@ -774,14 +774,9 @@ def _check_overlap(operands: _Operands, *tensors: Any) -> None:
         ProblemError: d overlaps an input.
     """
     a, a_scales, b, b_scales, d, layout = tensors
-    start, end = d.data_ptr(), d.data_ptr() + operands.lengths["d"]
-    inputs = (("a", a), ("a_scales", a_scales), ("b", b), ("b_scales", b_scales), (operands.layout_name, layout))
-    for name, tensor in inputs:
-        if tensor is None:
-            continue
-        address = tensor.data_ptr()
-        if address < end and start < address + operands.lengths[name]:
-            raise ProblemError(f"d overlaps {name}; accepted is an output apart from the inputs")
+    inputs = {"a": a, "a_scales": a_scales, "b": b, "b_scales": b_scales, operands.layout_name: layout}
+    known = [(name, t.data_ptr(), operands.lengths[name]) for name, t in inputs.items() if t is not None]
+    check_apart("d", d.data_ptr(), operands.lengths["d"], known)
 
 
 def _check_steps_apart(operands: _Operands, steps: Steps, *tensors: Any) -> None:
@@ -792,7 +787,7 @@ def _check_steps_apart(operands: _Operands, steps: Steps, *tensors: Any) -> None
     """
     a, a_scales, b, b_scales, d, layout = tensors
     inputs = {"a": a, "a_scales": a_scales, "b": b, "b_scales": b_scales, operands.layout_name: layout}
-    check_apart(steps, d, inputs)
+    check_steps_apart(steps, d, inputs)
 
 
 def _make_plan(operands: _Operands, a_scales: Tensor | None, in_force: Settings, zero_padding: bool) -> Any:

@@ -26,13 +26,13 @@ from jitgemm.families.hyper_connections import (
 )
 from jitgemm.families.plain import PlainLaunch
 from jitgemm.families.small_problem import PRECISIONS, SmallProblem
+from jitgemm.ops.checks import check_apart, span_of
 from jitgemm.ops.dispatch import needs_dispatch
 from jitgemm.ops.plain import (
     MAX_GRID_Y,
     Call,
     Gpu,
     check_aligned,
-    check_apart,
     check_choice,
     check_contiguous,
     check_number,
@@ -43,7 +43,6 @@ from jitgemm.ops.plain import (
     plan_of,
     record_if_asked,
     row_stride,
-    span_of,
 )
 from jitgemm.plan import device_facts, raw_stream
 from jitgemm.reference import hyper_connections as reference

@@ -125,25 +125,6 @@ def check_aligned(names: Sequence[str], addresses: Sequence[int]) -> None:
             raise ProblemError(f"{name} starts at address {address:#x}; accepted is a multiple of {ALIGNMENT} bytes")
 
 
-def span_of(tensor: Tensor) -> int:
-    """Bytes from a tensor's first element to behind its last."""
-    if not tensor.numel():
-        return 0
-    steps = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return (steps + 1) * tensor.element_size()
-
-
-def check_apart(output: str, address: int, length: int, others: Sequence[tuple[str, int, int]]) -> None:
-    """Check that an output lies apart from other tensors, given as names, addresses and lengths in bytes.
-
-    Raises:
-        ProblemError: it overlaps one.
-    """
-    for name, other, span in others:
-        if other < address + length and address < other + span:
-            raise ProblemError(f"{output} overlaps {name}; accepted is an output apart from the other tensors")
-
-
 def on_gpu(tensor: Tensor) -> bool:
     """Whether kernels compute, not the reference.
 

@@ -12,6 +12,7 @@ from command import Jitgemm
 from jitgemm.cache_tools import presets
 from jitgemm.cache_tools.console import UsageError
 from jitgemm.cache_tools.models import ARCHITECTURES, Layers, derive, from_file, from_preset
+from jitgemm.families.gemm import FP4
 from jitgemm.families.grouped import GroupedProblem
 
 CONFIGS = Path(__file__).with_name("configs")
@@ -21,21 +22,36 @@ Shapes = dict[str, tuple[int, int]]
 
 
 def shapes(layers: Layers) -> Shapes:
-    """N and K of dense layers."""
-    found = {named.layer: (named.problem.n, named.problem.k) for named in layers.problems}
+    """N and K of dense layers that end with the product."""
+    found = {named.layer: named for named in layers.problems}
     assert len(found) == len(layers.problems)
-    return {layer: size for layer, size in found.items() if not layer.startswith("experts.")}
+    return {layer: (named.problem.n, named.problem.k) for layer, named in found.items() if named.is_dense}
+
+
+def fused(layers: Layers) -> dict[str, str]:
+    """D's type and the recipe of layers that SwiGLU is fused with; each has the shape of one without it."""
+    found = {named.layer: named.problem for named in layers.problems}
+    chosen = {layer: problem for layer, problem in found.items() if getattr(problem, "epilogue", None)}
+    for layer, problem in chosen.items():
+        assert problem.epilogue == "swiglu"
+        plain = found[layer.replace("_swiglu", "").replace("psum", "masked")]
+        assert (plain.n, plain.k, plain.recipe, plain.epilogue) == (problem.n, problem.k, problem.recipe, None)
+    return {layer: f"{problem.recipe} {problem.d_dtype}" for layer, problem in chosen.items()}
 
 
 def experts(layers: Layers) -> tuple[int, tuple[int, int], tuple[int, int], str]:
-    """Experts of a rank, N and K of gate and up and of down, and their recipe; both layouts have the same."""
+    """Experts of a rank, N and K of gate and up and of down, and their recipe; all layouts have the same."""
     grouped = {named.layer: named.problem for named in layers.problems if isinstance(named.problem, GroupedProblem)}
     kinds = ("masked", "contiguous")
-    assert list(grouped) == [f"experts.{layer}.{kind}" for layer in ("gate_up", "down") for kind in kinds]
+    fused_kinds = (*kinds, "psum") if any("swiglu" in layer for layer in grouped) else ()
+    wanted = {"gate_up": kinds, "gate_up_swiglu": fused_kinds, "down": fused_kinds or kinds}
+    assert list(grouped) == [f"experts.{layer}.{kind}" for layer, its in wanted.items() for kind in its]
     assert all(layer.endswith(problem.kind) for layer, problem in grouped.items())
     found = set()
-    for kind in kinds:
-        gate_up, down = grouped[f"experts.gate_up.{kind}"], grouped[f"experts.down.{kind}"]
+    for kind in fused_kinds or kinds:
+        gate_up = grouped[f"experts.gate_up.{kind}" if kind in kinds else f"experts.gate_up_swiglu.{kind}"]
+        down = grouped[f"experts.down.{kind}"]
+        assert (down.d_dtype, down.epilogue) == ("bf16", None)
         assert (gate_up.groups, gate_up.recipe) == (down.groups, down.recipe)
         found.add((gate_up.groups, (gate_up.n, gate_up.k), (down.n, down.k), gate_up.recipe))
     (one,) = found
@@ -74,7 +90,10 @@ def test_latent_attention_whole() -> None:
     full_precision = {"router": "bf16 fp32", "lm_head": "bf16 fp32", "mtp.eh": "bf16 bf16"}
     assert recipes(layers) == {layer: full_precision.get(layer, f"{BLOCK} bf16") for layer in DEEPSEEK_V3}
     assert experts(layers) == (256, (4096, 7168), (7168, 2048), BLOCK)
-    assert len(layers.notes) == 1
+    (note,) = layers.notes
+    assert note.startswith(
+        "left out: kv_b as decoding absorbs it, 128 heads of 128 x 512 and 128 x 512: a batched GEMM"
+    )
 
 
 def test_latent_attention_cut() -> None:
@@ -98,7 +117,8 @@ def test_latent_attention_cut() -> None:
     ("name", "tp", "ep", "groups", "width", "hidden", "recipe"),
     [
         ("kimi-k2", 16, 16, 24, 2048, 7168, BLOCK),
-        ("deepseek-v4-flash", 8, 8, 32, 2048, 4096, BLOCK),
+        ("deepseek-v4-flash", 8, 8, 32, 2048, 4096, FP4),
+        ("deepseek-v4-pro", 8, 4, 96, 1536, 7168, FP4),
         ("glm-4.5", 8, 8, 20, 1536, 5120, "bf16"),
         ("glm-4.5-air", 8, 1, 128, 176, 4096, "bf16"),
         ("qwen3-235b-a22b", 4, 2, 64, 768, 4096, "bf16"),
@@ -117,8 +137,50 @@ def test_routed_experts_that_no_kernel_serves_are_left_out() -> None:
     assert shapes(layers)
     assert "left out: routed experts, 256 of 256 a rank, 384 x 3072 and 3072 x 192: their width cuts" in layers.notes[0]
     layers = from_preset("minimax-m2", recipe="fp8_rowwise")
-    assert "3072 x 1536: fp8_rowwise grouped GEMM, which has no kernels yet" in layers.notes[0]
+    assert "3072 x 1536: fp8_rowwise grouped GEMM, which has no kernels" in layers.notes[0]
     assert all(named.is_dense for named in layers.problems)
+
+
+SWIGLU_OF_EXPERTS = [f"experts.gate_up_swiglu.{kind}" for kind in ("masked", "contiguous", "psum")]
+
+
+def test_layers_that_swiglu_and_quantization_are_fused_with() -> None:
+    dense = ["mlp.gate_up_swiglu", "shared_expert.gate_up_swiglu"]
+    assert fused(from_preset("deepseek-v3")) == dict.fromkeys(dense + SWIGLU_OF_EXPERTS, f"{BLOCK} e4m3")
+    v4 = {"shared_expert.gate_up_swiglu": f"{BLOCK} e4m3", **dict.fromkeys(SWIGLU_OF_EXPERTS, f"{FP4} e4m3")}
+    assert fused(from_preset("deepseek-v4-flash", tp=2, ep=4)) == v4
+    of_32 = fused(from_preset("deepseek-v3", recipe="fp8_1x32_fp4_1x32"))
+    assert of_32 == dict.fromkeys(dense + SWIGLU_OF_EXPERTS, "fp8_1x32_fp4_1x32 e4m3_ue8m0")
+    for name, recipe in (("glm-4.5", None), ("qwen3-32b", "fp8_rowwise"), ("gpt-oss-20b", BLOCK)):
+        assert fused(from_preset(name, recipe=recipe)) == {}  # not quantized; by rows; another activation
+
+
+def test_widths_that_swiglu_cannot_be_fused_with() -> None:
+    config = {**config_of("deepseek-v3"), "moe_intermediate_size": 1028}
+    layers = derive(config, "x", ep=8)
+    assert list(fused(layers)) == ["mlp.gate_up_swiglu"]
+    assert experts(layers)[1] == (2056, 7168)
+    told = "a rank's width is 1028; SwiGLU is fused for multiples of 8"
+    assert [note for note in layers.notes if "swiglu" in note] == [
+        f"left out: {name}.gate_up_swiglu: {told}" for name in ("shared_expert", "experts")
+    ]
+
+
+def test_the_weights_of_experts_may_have_a_format_of_their_own() -> None:
+    config = config_of("deepseek-v4-flash")
+    for dtype, recipe in (("fp4", FP4), ("fp8", BLOCK), (None, BLOCK)):
+        layers = derive({**config, "expert_dtype": dtype}, "x")
+        assert experts(layers)[-1] == recipe
+        assert recipes(layers)["shared_expert.down"] == f"{BLOCK} bf16"
+    layers = derive({**config, "expert_dtype": "int4"}, "x")
+    assert experts(layers)[-1] == BLOCK
+    assert layers.notes[0] == f"expert_dtype is 'int4', neither fp4 nor fp8: experts are taken as {BLOCK}"
+    assert experts(from_preset("deepseek-v4-flash", recipe=BLOCK))[-1] == BLOCK
+    # A cut by 32 leaves the scales of MXFP4 whole, but not blocks of 128.
+    narrow = {**config, "moe_intermediate_size": 256, "n_shared_experts": 0}
+    assert experts(derive(narrow, "x", tp=8))[1:] == ((64, 4096), (4096, 32), FP4)
+    notes = derive({**narrow, "expert_dtype": "fp8"}, "x", tp=8).notes
+    assert any("their width cuts blocks of scales" in note for note in notes)
 
 
 def test_sparse_attention_adds_an_indexer() -> None:

@@ -232,6 +232,38 @@ def test_adding_to_d_itself(recipe: str, d_dtype: str) -> None:
         assert same_bits(out, case.call())
 
 
+@pytest.mark.parametrize("expr", ["bhr,hdr->bhd", "bmk,bnk->mn"])
+def test_adding_to_another_view_of_d(expr: str) -> None:
+    case = Einsum(expr, d_dtype="fp32", accumulate=True, b=70, h=3, r=256, d=128, m=128, n=384, k=64)
+    assert case.c is not None
+    expected = case.call()
+    case.check(expected)
+
+    def step(before: Tensor) -> Tensor:
+        d = before * 1
+        jitgemm.einsum(expr, case.a, case.b, d, d.view(d.shape))
+        return d
+
+    assert same_bits(step(case.c), expected)
+    assert same_bits(torch.compile(step, fullgraph=True)(case.c), expected)
+
+
+def test_sums_of_batches_are_captured_and_launched_again() -> None:
+    case = Einsum("bmk,bnk->mn", d_dtype="fp32", accumulate=True, b=129, m=128, n=384, k=128)
+    assert case.c is not None
+    expected, d = case.call(), case.c.clone()
+    case.call(d, d)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        case.call(d, d)
+    for _ in range(3):
+        d.copy_(case.c)
+        graph.replay()
+        assert same_bits(d, expected)
+    with settings.override(num_sms=20):
+        case.check(case.call())
+
+
 def test_an_output_with_margins() -> None:
     case = Einsum("bhr,hdr->bhd", BLOCKS, b=20, h=3, r=256, d=200)
     for columns, first in ((208, 0), (216, 8), (207, 3)):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import jitgemm
 from jitgemm import driver, plan, settings, tensor_map
@@ -258,6 +261,37 @@ def test_batches_are_summed_in_parts(gpu: Gpu) -> None:
     assert launched.operand_map("d")[3] == parts
 
 
+@pytest.mark.parametrize("d_dtype", [torch.bfloat16, torch.float32])
+def test_a_sum_has_one_plan(gpu: Gpu, monkeypatch: pytest.MonkeyPatch, d_dtype: torch.dtype) -> None:
+    made: list[object] = []
+    plan_of_batches = batched._plan_of_batches
+    monkeypatch.setattr(batched, "_plan_of_batches", lambda *given: made.append(given) or plan_of_batches(*given))
+    s, m, n, k = 300, 128, 384, 72
+    a, b = empty(s, m, k), empty(s, n, k)
+    for c_of in (lambda d: None, lambda d: d, torch.zeros_like, lambda d: d.view(d.shape)):
+        made.clear()
+        for _ in range(3):
+            d = empty(m, n, dtype=d_dtype)
+            jitgemm.einsum("bmk,bnk->mn", a, b, d, c_of(d))
+            launched = gpu.last()
+            assert (launched.common["c"], launched.common["adds"], launched.kernel["d_dtype"]) == (0, 0, "fp32")
+        assert len(made) <= 2, "one for the sum, one for its parts"
+        for name, overlapping in (("a", a), ("b", b)):
+            d = overlapping.view(-1)[8:].view(d_dtype)[: m * n].view(m, n)
+            with pytest.raises(ProblemError, match=f"d overlaps {name}"):
+                jitgemm.einsum("bmk,bnk->mn", a, b, d, c_of(d))
+    assert not gpu.launched
+    bad: tuple[tuple[str, Sequence[Any]], ...] = (
+        ("c has strides", (a, b, d, torch.empty(n, m, dtype=d_dtype).t())),
+        ("b starts at address", (a, empty(s * n * k + 1).flatten()[1:].view(s, n, k), empty(m, n))),
+        ("TMA needs steps", (empty(s, m, 70), empty(s, n, 70), empty(m, n))),
+    )
+    for message, arguments in bad:
+        with pytest.raises(ProblemError, match=message):
+            jitgemm.einsum("bmk,bnk->mn", *arguments)
+    assert not gpu.launched
+
+
 @pytest.mark.parametrize("batches", [1, 5, 44, 45, 129, 4096, 10**6])
 def test_parts_of_a_sum(batches: int) -> None:
     for m, n in ((1, 1), (128, 384), (1000, 4000)):
@@ -452,6 +486,89 @@ def test_groups_along_k_may_be_given_as_numpy_s_integers() -> None:
     for d, given in zip(results, (ks, list(np.array(ks))), strict=True):
         jitgemm.k_grouped_bf16_gemm_tn_contiguous(a, b, d, given, counts)
     assert torch.equal(*results) and not results[0].isnan().any()
+
+
+class Passing(TorchDispatchMode):
+    """Sees every operator, and lets it pass."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+def adding(operation: str) -> tuple[Callable[[Tensor, Tensor | None], None], Tensor]:
+    """A call that takes d and c, and some d."""
+    torch.manual_seed(1)
+    if operation.startswith("k_grouped"):
+        kind = "fp8" if "fp8" in operation else "bf16"
+        ks, m, n = (16, 0, 48), 8, 24
+        layout = operation[-2:]
+        a, b, d, sizes, counts = k_grouped(ks, m, n, layout, fp8=kind == "fp8")
+        for operand in (a, b):
+            data, scales = operand if kind == "fp8" else (operand, torch.empty(0))
+            data.copy_(torch.randn(data.shape))
+            scales.fill_(0.5)
+        function = getattr(jitgemm, f"k_grouped_{kind}_gemm_{layout}_contiguous")
+        return lambda d, c: function(a, b, d, sizes, counts, c), torch.randn(d.shape)
+    sizes_of = {"b": 4, "h": 3, "d": 16, "r": 128, "m": 8, "n": 24, "k": 16}
+    of_a, of_b, of_d = (tuple(sizes_of[x] for x in dims) for dims in operation.replace("->", ",").split(","))
+    a, b = (torch.randn(shape).bfloat16() for shape in (of_a, of_b))
+    return lambda d, c: jitgemm.einsum(operation, a, b, d, c), torch.randn(of_d)
+
+
+ADDING = ("bhr,hdr->bhd", "bhd,bhr->hdr", "bmk,bnk->mn", "k_grouped bf16 tn", "k_grouped fp8 nt", "k_grouped fp8 tn")
+
+
+@pytest.mark.parametrize("operation", ADDING)
+def test_c_may_be_another_view_of_d_under_every_mode(operation: str) -> None:
+    call, before = adding(operation)
+    expected = before.clone()
+    call(expected, before)
+    assert not torch.equal(expected, before)
+    views = {
+        "itself": lambda d: d,
+        "view": lambda d: d.view(d.shape),
+        "alias": lambda d: d[:],
+        "detached": lambda d: d.detach(),
+    }
+    for name, of in views.items():
+
+        def whole(x: Tensor, of: Any = of) -> Tensor:
+            d = x * 1
+            call(d, of(d))
+            return d
+
+        assert torch.equal(whole(before), expected), name
+        with Passing():
+            assert torch.equal(whole(before), expected), name
+        assert torch.equal(torch.func.functionalize(whole)(before), expected), name
+        torch.compiler.reset()
+        assert torch.equal(torch.compile(whole, backend="aot_eager", fullgraph=True)(before), expected), name
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            assert whole(mode.from_tensor(before)).shape == before.shape
+
+
+@pytest.mark.parametrize("operation", ADDING)
+def test_c_may_not_be_a_part_of_d_under_any_mode(operation: str) -> None:
+    call, before = adding(operation)
+    storage = torch.randn(before.numel() + 1)
+    d, c = storage[:-1].view(before.shape), storage[1:].view(before.shape)
+    for mode in (contextlib.nullcontext(), Passing()):
+        with mode, pytest.raises(ProblemError, match=r"d overlaps c; .*; c may be d itself, with"):
+            call(d, c)
+
+
+def test_strides_of_one_element_do_not_make_c_another(gpu: Gpu) -> None:
+    x, y, z = empty(1, 2, 64), empty(2, 8, 64), empty(1, 2, 8, dtype=torch.float32)
+    jitgemm.einsum("bhr,hdr->bhd", x, y, z, z.as_strided(z.shape, (99, 8, 1)))
+    assert gpu.last().common["adds"] == 1
+
+
+def test_cublas_computes_under_modes() -> None:
+    a, b = torch.randn(4, 8, 16).bfloat16(), torch.randn(4, 24, 16).bfloat16()
+    with FakeTensorMode() as mode:
+        d = torch.empty(8, 24)
+        fakes = mode.from_tensor(a), mode.from_tensor(b)
+        jitgemm.einsum("bmk,bnk->mn", *fakes, d, d.view(8, 24), use_cublaslt=True)
 
 
 def test_bad_groups_along_k(gpu: Gpu) -> None:

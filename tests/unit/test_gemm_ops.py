@@ -408,7 +408,7 @@ def test_overlap(name: str) -> None:
     check(size - M * N)  # ends where the input begins
     check(size + length)
     for start in {size - M * N + 1, size + 1, size + length - 1}:
-        with pytest.raises(ProblemError, match=f"d overlaps {name}; accepted is an output apart from the inputs"):
+        with pytest.raises(ProblemError, match=f"d overlaps {name}; accepted is an output apart from the other"):
             check(start)
 
 

@@ -72,6 +72,32 @@ def test_a_block_size_is_an_integer() -> None:
     assert jitgemm.act_quant(x, 64)[1].shape == (4, 4)
 
 
+def test_outputs_that_overlap_something_are_refused_in_one_wording() -> None:
+    x, y, fp32 = torch.randn(16, 16, dtype=BF16), torch.randn(16, 16, dtype=BF16), torch.randn(512)
+    d, counts = torch.randn(4, 16, 16, dtype=BF16), torch.tensor([[16], [0]], dtype=torch.int32)
+    shifted = fp32[1:257].view(16, 16)
+    calls = {
+        "d overlaps b": lambda: jitgemm.bf16_gemm_nt(x, d[0], d[0]),
+        "d overlaps c": lambda: jitgemm.bf16_gemm_nt(x, y, fp32[:256].view(16, 16), shifted),
+        "d overlaps bias": lambda: jitgemm.bf16_gemm_nt(x, y, d[0], epilogue=Epilogue(bias=d[0, 0])),
+        "d overlaps masked_m": lambda: jitgemm.m_grouped_bf16_gemm_nt_masked(
+            *(x[None, :1], y[None, :2], counts.view(BF16)[None, :1]), counts[0], 16
+        ),
+        "d overlaps a": lambda: jitgemm.einsum("bmk,bnk->mn", d, d.clone(), d[3]),
+    }
+    for start, call in calls.items():
+        with pytest.raises(ProblemError) as caught:
+            call()
+        hint = "; c may be d itself, with the same strides" if start.endswith(" c") else ""
+        assert str(caught.value) == f"{start}; accepted is an output apart from the other tensors{hint}"
+
+
+def test_an_input_without_elements_overlaps_nothing() -> None:
+    d = torch.full((16, 16), torch.nan, dtype=BF16)
+    jitgemm.bf16_gemm_nt(d[:, 8:8], torch.empty(16, 0, dtype=BF16), d)
+    assert bool((d == 0).all())
+
+
 def test_rows_that_overlap_are_refused_as_outputs() -> None:
     x = torch.randn(256, dtype=BF16)
     with pytest.raises(ProblemError, match="overlap"):
