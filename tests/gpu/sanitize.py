@@ -141,7 +141,7 @@ GROUPED_CASES = [
     GroupedCase("masked", DEEPSEEK, (8, 64), swap_ab=True),
     GroupedCase("masked", DEEPSEEK, (160, 128), swap_ab=True, counts=(3, 0, 170), max_m=200),
     GroupedCase("masked", DEEPSEEK, (64, 128), counts=(0, 1, 130, 1000, -5), n=264),
-    GroupedCase("masked", DEEPSEEK, (128, 64), d_padding=1, k=1100),  # a warpgroup without rows
+    GroupedCase("masked", DEEPSEEK, (128, 64), d_padding=1, k=1104),  # a warpgroup without rows
     GroupedCase("masked", DEEPSEEK, (192, 128), d_dtype="fp32", counts=(3, 0, 130, 200), max_m=200),  # three warpgroups
     GroupedCase("masked", "bf16", (32, 128), swap_ab=True, d_dtype="fp32"),
     GroupedCase("masked", "bf16", (64, 64), counts=(0,) * 32 + (9, 50), max_m=50),  # more groups than a window has
