@@ -605,7 +605,7 @@ def _terms(
         # How the tiles fall on the chip: rounds of them, each with so many CTAs; of these, CTAs on one SM.
         tiles_m = -(-m // rows)
         if groups is not None and groups.alignment:
-            # Groups start at any multiple of the alignment into a tile; warpgroups whose rows are none of theirs cost nothing.
+            # Groups start at any multiple of the alignment into a tile; warpgroups without rows of theirs cost nothing.
             tiles_m = most(tiles_m, (m + most(kernel.warpgroup_rows - groups.alignment, 0)) / rows)
         ctas = tiles_m * tiles_n * cluster
         if groups is not None:
