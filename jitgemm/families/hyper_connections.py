@@ -84,22 +84,28 @@ MAX_N = MIX_WIDTH  # more spills registers
 
 
 class PrenormConfig(NamedTuple):
-    """How the warps of a block share a tile: ``warps_m`` x 16 rows, and parts of each stage of K."""
+    """How a block's warps share its rows and its ring of stages of K.
+
+    Each of ``warps_m`` times ``warps_k`` has ``m_blocks`` x 16 rows, and those that have the same take turns with a
+    stage's chunks of K.
+    """
 
     warps_m: int
     warps_k: int
+    m_blocks: int
     stage_k: int
+    stages: int
 
     @property
     def tile_m(self) -> int:
         """Rows of a block."""
-        return self.warps_m * MMA_ROWS
+        return self.warps_m * self.m_blocks * MMA_ROWS
 
 
-SHORT = PrenormConfig(1, 8, 256)
+SHORT = PrenormConfig(1, 8, 1, 256, 2)
 """For few rows: all warps have the same 16, and each its own chunk of K."""
-TALL = PrenormConfig(8, 1, 128)
-"""For many rows: the warps share B's stage."""
+TALL = PrenormConfig(8, 1, 1, 64, 4)
+"""For many rows."""
 PRENORM_CONFIGS = (SHORT, TALL)
 
 _SHORT_ROWS = 32
@@ -112,15 +118,22 @@ def blocks_per_sm(fp32: bool) -> int:
     return 1 if fp32 else 2
 
 
-def _pitch(stage_k: int) -> int:
-    return stage_k + 4  # floats: rows start 16 bytes further on in the banks, so that loads of 16 bytes don't collide
+def _b_pitch(stage_k: int) -> int:
+    return 4 * stage_k + 16  # bytes: rows start a vector further on in the banks, so that loads don't collide
+
+
+def _b_rows(spec: KernelSpec) -> int:
+    """Rows of B's stage, rounded up to what all threads copy at once."""
+    at_once = 32 * spec["warps_m"] * spec["warps_k"] * 4 // spec["stage_k"]
+    return int(-(-spec["n_blocks"] * 8 // at_once) * at_once)
 
 
 def _prenorm_smem(spec: KernelSpec) -> int:
-    terms = 2 if spec["precise"] else 1
-    stages = 2 * terms * spec["n_blocks"] * 8 * _pitch(spec["stage_k"])
-    sums = spec["warps_k"] * MMA_ROWS * (spec["n_blocks"] * 8 + 1) if spec["warps_k"] > 1 else 0
-    return int(4 * max(stages, sums))
+    rows, n = spec["warps_m"] * spec["m_blocks"] * MMA_ROWS, spec["n_blocks"] * 8
+    a, b = rows * spec["stage_k"] * (4 if spec["fp32"] else 2), _b_rows(spec) * _b_pitch(spec["stage_k"])
+    stages = spec["stages"] * (a + b * (2 if spec["precise"] else 1))
+    sums = 4 * spec["warps_k"] * rows * (n + 1) if spec["warps_k"] > 1 else 0
+    return int(max(stages, sums))
 
 
 class _PrenormFamily(PlainFamily):
@@ -132,9 +145,13 @@ class _PrenormFamily(PlainFamily):
         n_blocks = 1 if n <= 8 else MAX_N // 8
         return self.spec(arch, n_blocks=n_blocks, precise=precise, fp32=fp32, **config._asdict())
 
+    def num_threads(self, spec: KernelSpec) -> int:
+        return 32 * int(spec["warps_m"] * spec["warps_k"])
+
     def render_context(self, spec: KernelSpec) -> dict[str, object]:
-        blocks = blocks_per_sm(spec["fp32"])
-        return {**super().render_context(spec), "pitch": _pitch(spec["stage_k"]), "blocks_per_sm": blocks}
+        smem = self.smem_bytes(spec) + 1024
+        blocks = max(1, min(233472 // smem, 65536 // (self.num_threads(spec) * (168 if spec["m_blocks"] > 1 else 128))))
+        return {**super().render_context(spec), "b_rows": _b_rows(spec), "b_pitch": _b_pitch(spec["stage_k"]), "blocks_per_sm": blocks, "threads": self.num_threads(spec)}
 
 
 HC_PRENORM = _PrenormFamily(
@@ -155,7 +172,7 @@ HC_PRENORM = _PrenormFamily(
     num_threads=THREADS,
     describe=lambda spec: (
         f"n<={8 * spec['n_blocks']} {'fp32' if spec['precise'] else 'tf32'}"
-        f" {MMA_ROWS * spec['warps_m']}x{spec['stage_k']}{' fp32 a' if spec['fp32'] else ''}"
+        f" {MMA_ROWS * spec['warps_m'] * spec['m_blocks']}x{spec['stage_k']}x{spec['stages']}{' fp32 a' if spec['fp32'] else ''}"
     ),
     smem_bytes=_prenorm_smem,
 )
