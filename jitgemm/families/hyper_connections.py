@@ -115,6 +115,7 @@ class PrenormConfig(NamedTuple):
 SHORT = PrenormConfig(warps_m=1, warps_k=8, m_blocks=1, stage_k=256, blocks_per_sm=2)
 """For few rows, which B's bytes outweigh: all warps have the same 16, and each its own chunk of K."""
 MEDIUM = PrenormConfig(warps_m=4, warps_k=1, m_blocks=1, stage_k=64, blocks_per_sm=2)
+"""For too few rows to keep all multiprocessors at work 256 at a time."""
 TALL = PrenormConfig(warps_m=8, warps_k=1, m_blocks=2, stage_k=64, blocks_per_sm=1)
 """For many rows: each load of B from shared memory serves 32 of them, and each from L2 256."""
 PRENORM_CONFIGS = (SHORT, MEDIUM, TALL)
