@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
+from jitgemm.device import ARCHITECTURES
 from jitgemm.families.base import KernelSpec
 from jitgemm.families.plain import Field, PlainFamily
 
 STREAMS = 4
 MIX_WIDTH = (2 + STREAMS) * STREAMS
 VECTOR = 8  # BF16 of one load
+VECTOR_BYTES = 16
+WARP = 32
 THREADS = 256
 COLUMNS = THREADS * VECTOR
 """Columns of a token that one block of hc_mix and hc_post makes."""
@@ -84,43 +88,71 @@ MAX_N = MIX_WIDTH  # more spills registers
 
 
 class PrenormConfig(NamedTuple):
-    """How the warps of a block share a tile: ``warps_m`` x 16 rows, and parts of each stage of K."""
+    """How a block's warps share its rows.
+
+    Each of ``warps_m`` times ``warps_k`` warps has ``m_blocks`` x 16 rows, and those that have the same take turns with
+    a stage's chunks of K. ``blocks_per_sm`` share a multiprocessor, or one has it where two stages of each would not
+    fit.
+    """
 
     warps_m: int
     warps_k: int
+    m_blocks: int
     stage_k: int
+    blocks_per_sm: int
 
     @property
     def tile_m(self) -> int:
         """Rows of a block."""
-        return self.warps_m * MMA_ROWS
+        return self.warps_m * self.m_blocks * MMA_ROWS
+
+    @property
+    def num_threads(self) -> int:
+        """Threads of a block."""
+        return self.warps_m * self.warps_k * WARP
 
 
-SHORT = PrenormConfig(1, 8, 256)
-"""For few rows: all warps have the same 16, and each its own chunk of K."""
-TALL = PrenormConfig(8, 1, 128)
-"""For many rows: the warps share B's stage."""
-PRENORM_CONFIGS = (SHORT, TALL)
+SHORT = PrenormConfig(warps_m=1, warps_k=8, m_blocks=1, stage_k=256, blocks_per_sm=2)
+"""For few rows, which B's bytes outweigh: all warps have the same 16, and each its own chunk of K."""
+MEDIUM = PrenormConfig(warps_m=4, warps_k=1, m_blocks=1, stage_k=64, blocks_per_sm=2)
+"""For too few rows to keep all multiprocessors at work 256 at a time."""
+TALL = PrenormConfig(warps_m=8, warps_k=1, m_blocks=2, stage_k=64, blocks_per_sm=1)
+"""For many rows: each load of B from shared memory serves 32 of them, and each from L2 256."""
+PRENORM_CONFIGS = (SHORT, MEDIUM, TALL)
 
-_SHORT_ROWS = 32
+_SHORT_ROWS, _MEDIUM_ROWS = 32, 1024
+_MAX_STAGES = 4
 _LEAST_K = 128  # of a split: less would be all latency
+_WAVE_K = 256  # K that takes as long as to start and to end a block
+_ENOUGH = 0.85  # of the multiprocessors take all of the memory's bandwidth
+_MAX_WAVES = 4
 MAX_SPLITS = 128
 
 
-def blocks_per_sm(fp32: bool) -> int:
-    """Blocks of the prenorm GEMM on a multiprocessor: chunks of FP32 take the registers of two."""
-    return 1 if fp32 else 2
+def _b_pitch(stage_k: int) -> int:
+    return 4 * stage_k + VECTOR_BYTES  # rows start a vector further on in the banks, so that loads don't collide
 
 
-def _pitch(stage_k: int) -> int:
-    return stage_k + 4  # floats: rows start 16 bytes further on in the banks, so that loads of 16 bytes don't collide
+def _b_rows(config: PrenormConfig, n_blocks: int) -> int:
+    """Rows of B's part of a stage: all, and as many more as make the threads' shares equal."""
+    at_once = config.num_threads * VECTOR_BYTES // (4 * config.stage_k)
+    return -(-n_blocks * 8 // at_once) * at_once
+
+
+def _stage_bytes(config: PrenormConfig, n_blocks: int, precise: bool, fp32: bool) -> int:
+    a = config.tile_m * config.stage_k * (4 if fp32 else 2)
+    return a + _b_rows(config, n_blocks) * _b_pitch(config.stage_k) * (2 if precise else 1)
+
+
+def _config_of(spec: KernelSpec) -> PrenormConfig:
+    return PrenormConfig(**{field: spec[field] for field in PrenormConfig._fields})
 
 
 def _prenorm_smem(spec: KernelSpec) -> int:
-    terms = 2 if spec["precise"] else 1
-    stages = 2 * terms * spec["n_blocks"] * 8 * _pitch(spec["stage_k"])
-    sums = spec["warps_k"] * MMA_ROWS * (spec["n_blocks"] * 8 + 1) if spec["warps_k"] > 1 else 0
-    return int(4 * max(stages, sums))
+    config, n_blocks = _config_of(spec), spec["n_blocks"]
+    stages = spec["stages"] * _stage_bytes(config, n_blocks, spec["precise"], spec["fp32"])
+    sums = 4 * config.warps_k * config.tile_m * (8 * n_blocks + 1) if config.warps_k > 1 else 0
+    return int(max(stages, sums))
 
 
 class _PrenormFamily(PlainFamily):
@@ -128,13 +160,22 @@ class _PrenormFamily(PlainFamily):
         return "jitgemm_tf32_hc_prenorm_gemm"  # so DeepGEMM's tests find it in a profile, whatever the precision
 
     def of(self, arch: str, n: int, config: PrenormConfig, precise: bool, fp32: bool = False) -> KernelSpec:
-        """The spec of the kernel for a config and n rows of B; ``fp32``: A is FP32."""
-        n_blocks = 1 if n <= 8 else MAX_N // 8
-        return self.spec(arch, n_blocks=n_blocks, precise=precise, fp32=fp32, **config._asdict())
+        """The spec of the kernel for a config and n rows of B, with the stages that fit; ``fp32``: A is FP32."""
+        n_blocks, device = 1 if n <= 8 else MAX_N // 8, ARCHITECTURES[arch]
+        stage = _stage_bytes(config, n_blocks, precise, fp32)
+        if (device.smem_per_sm // config.blocks_per_sm - device.smem_reserved) // stage < 2:
+            config = config._replace(blocks_per_sm=1)
+        room = device.smem_per_sm // config.blocks_per_sm - device.smem_reserved
+        stages = min(_MAX_STAGES, room // stage)
+        return self.spec(arch, n_blocks=n_blocks, precise=precise, fp32=fp32, stages=stages, **config._asdict())
+
+    def num_threads(self, spec: KernelSpec) -> int:
+        return _config_of(spec).num_threads
 
     def render_context(self, spec: KernelSpec) -> dict[str, object]:
-        blocks = blocks_per_sm(spec["fp32"])
-        return {**super().render_context(spec), "pitch": _pitch(spec["stage_k"]), "blocks_per_sm": blocks}
+        config = _config_of(spec)
+        made = {"threads": config.num_threads, "b_pitch": _b_pitch(config.stage_k)}
+        return {**super().render_context(spec), **made, "b_rows": _b_rows(config, spec["n_blocks"])}
 
 
 HC_PRENORM = _PrenormFamily(
@@ -155,7 +196,7 @@ HC_PRENORM = _PrenormFamily(
     num_threads=THREADS,
     describe=lambda spec: (
         f"n<={8 * spec['n_blocks']} {'fp32' if spec['precise'] else 'tf32'}"
-        f" {MMA_ROWS * spec['warps_m']}x{spec['stage_k']}{' fp32 a' if spec['fp32'] else ''}"
+        f" {_config_of(spec).tile_m}x{spec['stage_k']}x{spec['stages']}{' fp32 a' if spec['fp32'] else ''}"
     ),
     smem_bytes=_prenorm_smem,
 )
@@ -163,10 +204,19 @@ HC_PRENORM = _PrenormFamily(
 
 def choose_prenorm(m: int) -> PrenormConfig:
     """The config for so many rows."""
-    return SHORT if m <= _SHORT_ROWS else TALL
+    return SHORT if m <= _SHORT_ROWS else MEDIUM if m <= _MEDIUM_ROWS else TALL
 
 
-def choose_num_splits(m: int, k: int, num_sms: int, fp32: bool = False) -> int:
-    """Parts of K that fill the multiprocessors with one wave of blocks, none shorter than 128."""
-    tiles = max(1, -(-m // choose_prenorm(m).tile_m))
-    return max(1, min(blocks_per_sm(fp32) * num_sms // tiles, k // _LEAST_K, MAX_SPLITS))
+@functools.lru_cache(maxsize=1024)
+def choose_num_splits(m: int, k: int, num_sms: int) -> int:
+    """Parts of K, none shorter than 128, that fill the multiprocessors once, or a few times where once is poorly."""
+    config = choose_prenorm(m)
+    tiles, slots = max(1, -(-m // config.tile_m)), config.blocks_per_sm * num_sms
+
+    def cost(splits: int) -> float:
+        """Of a multiprocessor's turns, in K of one block."""
+        waves = -(-tiles * splits // slots)
+        return max(waves * k / splits, tiles * k / (_ENOUGH * slots)) + waves * _WAVE_K
+
+    most = max(1, min(k // _LEAST_K, MAX_SPLITS))
+    return min((max(1, min(waves * slots // tiles, most)) for waves in range(1, _MAX_WAVES + 1)), key=cost)

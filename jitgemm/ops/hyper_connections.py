@@ -539,7 +539,7 @@ def _mixing_plan(
     mixes, k = fn.shape
     gpu = Gpu(x, problem)
     fp32 = x.dtype == torch.float32
-    splits = choose_num_splits(tokens, k, gpu.num_sms, fp32)
+    splits = choose_num_splits(tokens, k, gpu.num_sms)
     prenorm = _prenorm_launch(gpu, x.dtype, k, fn, tokens, splits, precision)
     mix = gpu.launch(
         HC_MIX,

@@ -68,8 +68,10 @@ __device__ __forceinline__ void mma_tf32(float (&c)[4], const float (&a)[4], flo
                  "r"(__float_as_uint(b0)), "r"(__float_as_uint(b1)));
 }
 
-// 16 bytes from global to shared memory, or zeros; for the copying thread there once it has waited.
-__device__ __forceinline__ void copy_async(float* target, const float* source, bool exists) {
+// 16 bytes from global to shared memory, or zeros; for the copying thread there once it has waited for the group.
+__device__ __forceinline__ void copy_async(void* target, const void* source, bool exists) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(smem_address(target)), "l"(source), "r"(exists ? 16 : 0) : "memory");
 }
-__device__ __forceinline__ void copy_async_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+__device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int GROUPS_IN_FLIGHT>
+__device__ __forceinline__ void copy_async_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(GROUPS_IN_FLIGHT) : "memory"); }

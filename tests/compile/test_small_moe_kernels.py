@@ -10,7 +10,7 @@ import pytest
 from jitgemm.compiler import compile_source
 from jitgemm.device import SM90A
 from jitgemm.families import KernelSpec, family_of
-from jitgemm.families.hyper_connections import HC_PRENORM, blocks_per_sm
+from jitgemm.families.hyper_connections import HC_PRENORM
 from jitgemm.families.moe import MAX_EXPERTS
 from jitgemm.families.plain import PlainFamily
 from jitgemm.families.small_problem import LAYOUTS, PRECISIONS, SCORES, STREAM_DTYPES, SmallProblem
@@ -54,6 +54,6 @@ def test_kernel(spec: KernelSpec) -> None:
     assert (metadata.spill_bytes, metadata.stack_bytes, metadata.warnings) == (0, 0, ())
     threads, smem = family.num_threads(spec), family.smem_bytes(spec)
     # 512 threads of a multiprocessor have enough loads in flight; the prenorm GEMM's share of registers is its own.
-    blocks = blocks_per_sm(spec["fp32"]) if family is HC_PRENORM else 512 // threads
+    blocks = spec["blocks_per_sm"] if family is HC_PRENORM else 512 // threads
     assert metadata.registers * threads * blocks <= SM90A.registers_per_sm
     assert blocks * (smem + SM90A.smem_reserved) <= SM90A.smem_per_sm

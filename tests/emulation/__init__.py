@@ -28,7 +28,9 @@ extern "C" int emulate(const void* params, int grid_x, int grid_y, int threads, 
 }
 """
 _ASSEMBLY = re.compile(
-    r"^__device__ __forceinline__ [^\n]*(?:\basm\b[^\n]*$|\{\n(?:(?!^\}).*\n)*?.*\basm\b(?:.*\n)*?\}$)", re.MULTILINE
+    r"^(?:template <[^\n]*>\n)?__device__ __forceinline__ [^\n]*"
+    r"(?:\basm\b[^\n]*$|\{\n(?:(?!^\}).*\n)*?.*\basm\b(?:.*\n)*?\}$)",
+    re.MULTILINE,
 )
 """A function that is assembly: ``device.h`` says what it does."""
 

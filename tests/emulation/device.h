@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <memory>
 #include <vector>
 
@@ -47,13 +48,13 @@ struct Barrier {
   unsigned turn;
 };
 struct Copy {
-  float* target;
-  const float* source;
+  void* target;
+  const void* source;
 };
 struct Fiber {
   ucontext_t context;
   std::unique_ptr<char[]> stack;
-  std::vector<Copy> copies;  // that have not arrived
+  std::deque<std::vector<Copy>> copies;  // that have not arrived, by group; the last one is not committed
   bool done;
 };
 inline Fiber fibers[MAX_THREADS];
@@ -94,7 +95,7 @@ inline bool run_block(int threads) {
   for (int i = 0; i < threads; ++i) {
     Fiber& fiber = fibers[i];
     if (!fiber.stack) fiber.stack.reset(new char[STACK]);
-    fiber.done = false, fiber.copies.clear();
+    fiber.done = false, fiber.copies.assign(1, {});
     warp_barriers[i / WARP] = {};
     getcontext(&fiber.context);
     fiber.context.uc_stack.ss_sp = fiber.stack.get(), fiber.context.uc_stack.ss_size = STACK;
@@ -237,15 +238,17 @@ inline void mma_tf32(float (&c)[4], const float (&a)[4], float b0, float b1) {
   for (int i = 0; i < 4; ++i)
     for (int k = 0; k < 8; ++k) c[i] += all.a[i / 2 + k / 4 * 2][g * 4 + k % 4] * all.b[k / 4][(2 * q + i % 2) * 4 + k % 4];
 }
-inline void copy_async(float* target, const float* source, bool exists) {
+inline void copy_async(void* target, const void* source, bool exists) {
   if (uintptr_t(target) % 16 || uintptr_t(source) % 16) abort();
-  emulation::fibers[emulation::current].copies.push_back({target, exists ? source : nullptr});
+  emulation::fibers[emulation::current].copies.back().push_back({target, exists ? source : nullptr});
 }
+inline void copy_async_commit() { emulation::fibers[emulation::current].copies.emplace_back(); }
+template <int GROUPS_IN_FLIGHT>
 inline void copy_async_wait() {
-  auto& copies = emulation::fibers[emulation::current].copies;
-  for (const auto& copy : copies) {
-    if (copy.source != nullptr) memcpy(copy.target, copy.source, 16);
-    else memset(copy.target, 0, 16);
-  }
-  copies.clear();
+  auto& groups = emulation::fibers[emulation::current].copies;
+  for (; groups.size() > GROUPS_IN_FLIGHT + 1; groups.pop_front())
+    for (const auto& copy : groups.front()) {
+      if (copy.source != nullptr) memcpy(copy.target, copy.source, 16);
+      else memset(copy.target, 0, 16);
+    }
 }

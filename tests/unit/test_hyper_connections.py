@@ -15,7 +15,8 @@ from torch._subclasses import FakeTensorMode
 import jitgemm
 from jitgemm import settings
 from jitgemm.errors import ProblemError
-from jitgemm.families.hyper_connections import choose_num_splits
+from jitgemm.families import hyper_connections as families
+from jitgemm.families.hyper_connections import choose_num_splits, choose_prenorm
 from jitgemm.ops import plain
 from jitgemm.reference import hyper_connections as reference
 
@@ -143,10 +144,12 @@ def test_sinkhorn_kernel(emulated: Any, tokens: int) -> None:  # noqa: F811
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("precision", ["tf32", "fp32"])
 @pytest.mark.parametrize(
-    ("m", "n", "k", "splits"), [(13, 24, 1288, 3), (33, 24, 640, None), (140, 4, 200, 7), (3, 9, 8, 1)]
+    ("m", "n", "k", "splits"),
+    [(13, 24, 1288, 3), (33, 24, 640, None), (70, 4, 200, 2), (140, 4, 200, 7), (270, 20, 328, 1), (3, 9, 8, 1)],
 )
 def test_prenorm_kernel(
     emulated: Any,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
     m: int,
     n: int,
     k: int,
@@ -154,6 +157,7 @@ def test_prenorm_kernel(
     precision: str,
     dtype: torch.dtype,
 ) -> None:
+    monkeypatch.setattr(families, "_MEDIUM_ROWS", 100)
     # Rows of a wider matrix, and NaN around what is asked for.
     storage = torch.full((m + 2, k + 24), math.nan, dtype=dtype)
     a = storage[1:-1, 8 : 8 + k]
@@ -235,14 +239,18 @@ def test_empty_inputs(emulated: Any) -> None:  # noqa: F811
     assert not emulated
 
 
-def test_splits_fill_the_gpu_once() -> None:
-    for m in (1, 13, 32, 33, 137, 512, 4096, 8192, 65536):
+def test_splits_fill_the_gpu_in_whole_waves() -> None:
+    for m in (1, 13, 32, 33, 137, 512, 1025, 4096, 8192, 16896, 20000, 65536):
+        config = choose_prenorm(m)
+        slots = 132 * config.blocks_per_sm
         for k in (7168, 7680, 16384, 28672):
             splits = choose_num_splits(m, k, 132)
-            tiles = -(-m // (16 if m <= 32 else 128))
+            tiles = -(-m // config.tile_m)
+            blocks, waves = tiles * splits, -(-tiles * splits // slots)
             assert 1 <= splits <= min(128, k // 128)
-            assert splits == 1 or tiles * splits <= 264
+            assert splits == k // 128 or splits == 128 or blocks > 0.75 * waves * slots
     assert choose_num_splits(8192, 28672, 132) == 4
+    assert choose_num_splits(20000, 28672, 132) == 3  # 79 tiles: two waves of 237 blocks, not one of 79
     assert choose_num_splits(0, 64, 132) == 1
     assert jitgemm.get_hc_prenorm_num_splits(4096, 16384, 132) == 8
 
