@@ -21,6 +21,7 @@ BLOCK = 256
 
 THREADS_PER_SM = 2048
 
+_WIDTH_BYTES = 32
 _LOADED_BYTES = 64
 """What a thread of a large problem has in flight: 1024 threads of an SM then cover the latency of memory."""
 
@@ -40,12 +41,15 @@ def choose_config(problem: RowwiseProblem, device: Device) -> RowwiseConfig:
 def enumerate_configs(problem: RowwiseProblem) -> tuple[RowwiseConfig, RowwiseConfig]:
     """The configs that ``choose_config`` can return: for few rows, and for many."""
     columns = -(-scale_columns(problem) // CHUNK)  # in chunks
-    loaded = CHUNK * VALUE_BYTES[problem.dtype] * (2 if problem.op == "swiglu" else 1)  # bytes of a chunk
-    most = _LOADED_BYTES // loaded
     if not problem.whole_rows:
         threads = min(WARP, max(_power(columns), WARP // 2))
-        fitting = max(1, min(most, -(-columns // threads)))
-        return RowwiseConfig(threads, BLOCK // 2 // threads, 1), RowwiseConfig(threads, BLOCK // threads, fitting)
+        width = _width(problem)
+        loaded = width * VALUE_BYTES[problem.dtype] * (2 if problem.op == "swiglu" else 1)  # bytes of a chunk
+        fitting = max(1, min(_LOADED_BYTES // loaded, -(-columns * CHUNK // (threads * width))))
+        return (
+            RowwiseConfig(threads, BLOCK // 2 // threads, 1),
+            RowwiseConfig(threads, BLOCK // threads, fitting, width),
+        )
     # Whole rows in registers.
     per_thread = MAX_CHUNKS * 2 // VALUE_BYTES[problem.dtype]
     least = max(WARP // 2, _power(-(-columns // per_thread)))
@@ -62,6 +66,13 @@ def enumerate_specs(problem: RowwiseProblem, device: Device) -> tuple[KernelSpec
     """Every kernel that calls of the problem can need, whatever their m."""
     configs = dict.fromkeys(enumerate_configs(problem))
     return tuple(FAMILY.spec(problem, config, device.arch.name) for config in configs)
+
+
+def _width(problem: RowwiseProblem) -> int:
+    """Neighbouring values of a thread of a large problem: 32 bytes, so that codes are written 16 or 8 bytes at a time."""
+    width = _WIDTH_BYTES // VALUE_BYTES[problem.dtype]
+    fits = problem.aligned and problem.n % width == 0 and problem.op != "rope"  # which turns 8 columns, or none
+    return width if fits else CHUNK
 
 
 def _power(count: int) -> int:
