@@ -215,6 +215,7 @@ class Rowwise:
     def render_context(self, spec: KernelSpec) -> dict[str, object]:
         """Values that the template names."""
         constants = dict(spec.constants)
+        whole_rows = spec["norm"] != "none" or spec["scales"] == "fp32_inverse"
         return {
             **constants,
             "kernel_name": self.kernel_name(spec),
@@ -224,6 +225,7 @@ class Rowwise:
             "index_type": INDEX_TYPES[spec["index"]],
             "whole_row": spec["scales"] == "fp32_inverse",
             "stored": spec["op"] == "cast" or spec["round_first"],  # what is quantized has the type of the values
+            "resident_threads": 1280 if spec["aligned"] and not whole_rows else 512,  # of 48 and 128 registers
             "values": spec["values"] or spec["round_trip"] or spec["format"] == "values",
         }
 
