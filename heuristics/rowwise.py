@@ -22,8 +22,10 @@ BLOCK = 256
 THREADS_PER_SM = 2048
 
 _WIDTH_BYTES = 32
+"""What neighbouring values of a thread of a large problem come to, where it writes codes alone."""
+
 _LOADED_BYTES = 64
-"""What a thread of a large problem has in flight: 1024 threads of an SM then cover the latency of memory."""
+"""What a thread of a large problem loads."""
 
 
 def choose_config(problem: RowwiseProblem, device: Device) -> RowwiseConfig:
@@ -42,24 +44,24 @@ def enumerate_configs(problem: RowwiseProblem) -> tuple[RowwiseConfig, RowwiseCo
     """The configs that ``choose_config`` can return: for few rows, and for many."""
     columns = -(-scale_columns(problem) // CHUNK)  # in chunks
     if not problem.whole_rows:
-        threads = min(WARP, max(_power(columns), WARP // 2))
+        few = min(WARP, max(_power(columns), WARP // 2))
+        # Two rows of a warp: where scales are fp32, for a GEMM that wants those of neighbouring rows beside each other;
+        # and where all lanes wait for the few that rotate.
+        two_rows = problem.op == "rope" or (problem.op == "cast" and problem.scales in ("fp32", "pow2"))
+        many = WARP // 2 if two_rows else few
         width = _width(problem)
         loaded = width * VALUE_BYTES[problem.dtype] * (2 if problem.op == "swiglu" else 1)  # bytes of a chunk
-        fitting = max(1, min(_LOADED_BYTES // loaded, -(-columns * CHUNK // (threads * width))))
-        return (
-            RowwiseConfig(threads, BLOCK // 2 // threads, 1),
-            RowwiseConfig(threads, BLOCK // threads, fitting, width),
-        )
+        fitting = max(1, min(_LOADED_BYTES // loaded, -(-columns * CHUNK // (many * width))))
+        return RowwiseConfig(few, BLOCK // 2 // few, 1), RowwiseConfig(many, BLOCK // many, fitting, width)
     # Whole rows in registers.
     per_thread = MAX_CHUNKS * 2 // VALUE_BYTES[problem.dtype]
     least = max(WARP // 2, _power(-(-columns // per_thread)))
     wide = min(MAX_BLOCK // 2, max(least, _power(columns)))
     wide = max(wide, least) if columns > WARP * 4 else min(WARP, max(least, _power(columns)))
-    few, many = (
-        RowwiseConfig(threads, max(1, size // threads), -(-columns // threads))
-        for threads, size in ((wide, BLOCK // 2), (least, BLOCK))
+    few_rows, many_rows = (
+        RowwiseConfig(threads, max(1, BLOCK // 2 // threads), -(-columns // threads)) for threads in (wide, least)
     )
-    return few, many
+    return few_rows, many_rows
 
 
 def enumerate_specs(problem: RowwiseProblem, device: Device) -> tuple[KernelSpec, ...]:
@@ -69,10 +71,13 @@ def enumerate_specs(problem: RowwiseProblem, device: Device) -> tuple[KernelSpec
 
 
 def _width(problem: RowwiseProblem) -> int:
-    """Neighbouring values of a thread of a large problem: 32 bytes, so that codes are written 16 or 8 bytes at a time."""
+    """Neighbouring values of a thread of a large problem: 32 bytes, half as many scales for a thread to compute.
+
+    16 bytes where values are written, so that a store of a warp has no gaps, or some columns rotated.
+    """
     width = _WIDTH_BYTES // VALUE_BYTES[problem.dtype]
-    fits = problem.aligned and problem.n % width == 0 and problem.op != "rope"  # which turns 8 columns, or none
-    return width if fits else CHUNK
+    codes_alone = problem.op == "cast" and problem.format != "values" and not (problem.round_trip or problem.values)
+    return width if codes_alone and problem.aligned and problem.n % width == 0 else CHUNK
 
 
 def _power(count: int) -> int:

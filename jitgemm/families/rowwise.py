@@ -173,7 +173,7 @@ KIND = "rowwise"
 
 @dataclass(frozen=True, order=True)
 class RowwiseConfig:
-    """How threads share a row: so many threads, so many rows of a block, so many chunks of a thread, of so many values."""
+    """How threads share a row: so many threads, so many rows of a block, so many chunks of a thread, how wide."""
 
     threads_per_row: int
     rows: int
@@ -225,7 +225,7 @@ class Rowwise:
             "index_type": INDEX_TYPES[spec["index"]],
             "whole_row": spec["scales"] == "fp32_inverse",
             "stored": spec["op"] == "cast" or spec["round_first"],  # what is quantized has the type of the values
-            "resident_threads": 1280 if spec["aligned"] and not whole_rows else 512,  # of 48 and 128 registers
+            "whole_rows": whole_rows,
             "values": spec["values"] or spec["round_trip"] or spec["format"] == "values",
         }
 

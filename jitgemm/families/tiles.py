@@ -129,7 +129,7 @@ class Tiles:
 
     def threads(self, spec: KernelSpec) -> tuple[int, int]:
         """Threads of a block: along the columns, and along the rows."""
-        if spec["op"] == "per_channel":  # no more columns than a line of 128 bytes: many blocks even where the matrix is small
+        if spec["op"] == "per_channel":  # columns of a line of 128 bytes: many blocks even where the matrix is small
             return CHUNK, min(WARP, int(spec["group_rows"]))
         return (WARP, 8) if spec["op"] == "cast_back" else (16, 16)
 

@@ -45,6 +45,12 @@ __device__ __forceinline__ float quotient(float x, float y, float inverse) {
   return fmaf(-inverse, fmaf(y, q1, -x), q1);
 }
 
+// 1 / x as IEEE 754 rounds it, for x from 2^-125 to 2^125, Inf and NaN: what __frcp_rn does, but for the branch to what is left.
+__device__ __forceinline__ float inverse_of(float x, bool finite) {
+  const float r = reciprocal_fast(x);
+  return finite ? fmaf(-r, fmaf(x, r, -1.f), r) : r;
+}
+
 // The exponent field of the least power of two that is not below s, which is normal; 254 if s is Inf or NaN.
 __device__ __forceinline__ uint32_t ceil_exponent(float s) {
   return min_of((__float_as_uint(s) + 0x7fffff) >> 23, 254u);
@@ -79,7 +85,7 @@ __device__ __forceinline__ Scale scale_of(uint32_t amax_bits) {
     scale.code = scale.finite ? float_to_e4m3(s) : 0x7f;
     scale.value = e4m3_to_float(scale.code);
     scale.blank |= scale.code == 0;
-    scale.inverse = __frcp_rn(scale.value);
+    scale.inverse = inverse_of(scale.value, true);  // of a NaN, and of the 0 that is blank, no matter what
   } else {
     constexpr float SMALLEST = FORMAT == E4M3 ? 1e-4f : 0x1.8p-124f;  // 6 * 2^-126
     constexpr float RECIPROCAL = 1.f / (FORMAT == E4M3 ? 448.f : 6.f);
@@ -91,10 +97,10 @@ __device__ __forceinline__ Scale scale_of(uint32_t amax_bits) {
       scale.inverse = __uint_as_float(larger((254 - exponent) << 23, 0x00400000));  // exact, 2^-127 too
     } else {
       scale.value = s;
-      if constexpr (KIND == FP32_RECIPROCAL) scale.inverse = __frcp_rn(s);
+      if constexpr (KIND == FP32_RECIPROCAL) scale.inverse = inverse_of(s, scale.finite);
     }
   }
-  if constexpr (KIND == FP32) scale.inverse = __frcp_rn(scale.value);
+  if constexpr (KIND == FP32) scale.inverse = inverse_of(scale.value, scale.finite);
   scale.divisor = scale.finite ? scale.value : 0.f;
   return scale;
 }

@@ -559,8 +559,9 @@ def test_configs_cover_the_row(problem: RowwiseProblem) -> None:
             assert threads <= 32  # a tile's columns need no other warp
         else:
             assert config.columns >= rowwise.scale_columns(problem)
+        assert config.width == 8 or problem.n % config.width == 0
         if problem.group:
-            assert threads * 8 >= problem.group
+            assert threads * config.width >= problem.group >= config.width
     problems = [RowwiseProblem(**{**vars(problem), "m": m}) for m in (1, 64, 4096, 65536)]
     chosen = {heuristics.choose_config(with_m, device) for with_m in problems}
     assert chosen <= set(heuristics.enumerate_configs(problem))
