@@ -15,8 +15,8 @@ from jitgemm.families.rowwise import CHUNK, GROUPS, VALUE_BYTES, VALUE_TYPES, WA
 KIND = "tiles"
 """What shapes files call these problems."""
 
-CAST_BACK_ROWS = 32
-"""Rows of a block's tile where codes are cast back."""
+CAST_BACK_CHUNKS = 4
+"""Chunks of a thread where codes are cast back."""
 
 OPS = ("per_block", "per_channel", "cast_back")
 SCALES = {
@@ -118,7 +118,7 @@ class Tiles:
             "description": self.describe(spec),
             "value_type": VALUE_TYPES[spec["dtype"]],
             "scale_type": "int32_t" if spec["scales"] == "packed" else "float",
-            "tile_rows": self.tile_rows(spec),
+            "chunks": self.chunks(spec),
             "chunk": self.chunk(spec),
             **dict(zip(("threads_x", "threads_y"), self.threads(spec), strict=True)),
         }
@@ -133,13 +133,19 @@ class Tiles:
             return CHUNK, min(WARP, int(spec["group_rows"]))
         return (WARP, 8) if spec["op"] == "cast_back" else (16, 16)
 
+    def chunks(self, spec: KernelSpec) -> int:
+        """Chunks of a thread: along the columns where codes are cast back, else along the rows of a group."""
+        if spec["op"] == "cast_back":
+            return CAST_BACK_CHUNKS
+        return int(spec["group_rows"]) // self.threads(spec)[1]
+
     def tile_rows(self, spec: KernelSpec) -> int:
         """Rows of a block's tile."""
-        return CAST_BACK_ROWS if spec["op"] == "cast_back" else int(spec["group_rows"])
+        return self.threads(spec)[1] * (1 if spec["op"] == "cast_back" else self.chunks(spec))
 
     def tile_columns(self, spec: KernelSpec) -> int:
         """Columns of a block's tile."""
-        return self.threads(spec)[0] * self.chunk(spec)
+        return self.threads(spec)[0] * self.chunk(spec) * (self.chunks(spec) if spec["op"] == "cast_back" else 1)
 
     def num_threads(self, spec: KernelSpec) -> int:
         """Threads of a block."""
