@@ -45,14 +45,19 @@ def enumerate_configs(problem: RowwiseProblem) -> tuple[RowwiseConfig, RowwiseCo
     columns = -(-scale_columns(problem) // CHUNK)  # in chunks
     if not problem.whole_rows:
         few = min(WARP, max(_power(columns), WARP // 2))
-        # Two rows of a warp: where scales are fp32, for a GEMM that wants those of neighbouring rows beside each other;
-        # and where all lanes wait for the few that rotate.
-        two_rows = problem.op == "rope" or (problem.op == "cast" and problem.scales in ("fp32", "pow2"))
-        many = WARP // 2 if two_rows else few
         width = _width(problem)
         loaded = width * VALUE_BYTES[problem.dtype] * (2 if problem.op == "swiglu" else 1)  # bytes of a chunk
-        fitting = max(1, min(_LOADED_BYTES // loaded, -(-columns * CHUNK // (many * width))))
-        return RowwiseConfig(few, BLOCK // 2 // few, 1), RowwiseConfig(many, BLOCK // many, fitting, width)
+        most, many, block = _LOADED_BYTES // loaded, few, BLOCK
+        if problem.op == "rope":
+            many = WARP // 2  # all lanes of a warp wait for the few that rotate
+        elif problem.scales in ("fp32", "pow2"):
+            # For a GEMM, which wants the scales of neighbouring rows beside each other: several rows of a warp.
+            many = WARP // 2 * CHUNK // width
+            block = many * WARP // 2
+        elif problem.format == "e4m3" and width > CHUNK:
+            most = 1
+        fitting = max(1, min(most, -(-columns * CHUNK // (many * width))))
+        return RowwiseConfig(few, BLOCK // 2 // few, 1), RowwiseConfig(many, block // many, fitting, width)
     # Whole rows in registers.
     per_thread = MAX_CHUNKS * 2 // VALUE_BYTES[problem.dtype]
     least = max(WARP // 2, _power(-(-columns // per_thread)))

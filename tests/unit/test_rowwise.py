@@ -553,7 +553,7 @@ def test_configs_cover_the_row(problem: RowwiseProblem) -> None:
     device = PRESETS["h200"]
     for config in heuristics.enumerate_configs(problem):
         threads = config.threads_per_row
-        assert threads & (threads - 1) == 0 and 16 <= threads <= 1024
+        assert threads & (threads - 1) == 0 and 8 <= threads <= 1024
         assert 32 <= threads * config.rows <= 1024 and 1 <= config.chunks <= 8
         if problem.norm == "none":
             assert threads <= 32  # a tile's columns need no other warp
