@@ -15,7 +15,7 @@ from jitgemm.errors import ProblemError
 from jitgemm.families.base import KernelSpec, check_fields
 
 CHUNK = 8
-"""Values that a thread handles together: one load of 16 bytes, or two of fp32."""
+"""Neighbouring values that at least go together: what rows are multiples of, and squares are summed by."""
 
 MAX_CHUNKS = 8
 """Chunks of a row that one thread may hold in registers."""
@@ -173,16 +173,17 @@ KIND = "rowwise"
 
 @dataclass(frozen=True, order=True)
 class RowwiseConfig:
-    """How threads share a row: so many threads, so many rows of a block, so many chunks of a thread."""
+    """How threads share a row: so many threads, so many rows of a block, so many chunks of a thread, how wide."""
 
     threads_per_row: int
     rows: int
     chunks: int
+    width: int = CHUNK
 
     @property
     def columns(self) -> int:
         """Columns of a block's tile."""
-        return self.threads_per_row * self.chunks * CHUNK
+        return self.threads_per_row * self.chunks * self.width
 
 
 def scale_columns(problem: RowwiseProblem) -> int:
@@ -214,6 +215,7 @@ class Rowwise:
     def render_context(self, spec: KernelSpec) -> dict[str, object]:
         """Values that the template names."""
         constants = dict(spec.constants)
+        whole_rows = spec["norm"] != "none" or spec["scales"] == "fp32_inverse"
         return {
             **constants,
             "kernel_name": self.kernel_name(spec),
@@ -222,6 +224,8 @@ class Rowwise:
             "weight_types": VALUE_TYPES,
             "index_type": INDEX_TYPES[spec["index"]],
             "whole_row": spec["scales"] == "fp32_inverse",
+            "stored": spec["op"] == "cast" or spec["round_first"],  # what is quantized has the type of the values
+            "whole_rows": whole_rows,
             "values": spec["values"] or spec["round_trip"] or spec["format"] == "values",
         }
 
@@ -235,7 +239,7 @@ class Rowwise:
 
     def describe(self, spec: KernelSpec) -> str:
         """One line for people."""
-        return f"{self._problem_text(spec)} {spec['threads_per_row']}x{spec['rows']} c{spec['chunks']}"
+        return f"{self._problem_text(spec)} {spec['threads_per_row']}x{spec['rows']} c{spec['chunks']}x{spec['width']}"
 
     def _problem_text(self, spec: KernelSpec) -> str:
         names = {field.name for field in dataclasses.fields(RowwiseProblem)}

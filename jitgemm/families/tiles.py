@@ -10,16 +10,14 @@ from typing import Any
 
 from jitgemm.errors import ProblemError
 from jitgemm.families.base import KernelSpec, check_fields
-from jitgemm.families.rowwise import CHUNK, GROUPS, VALUE_TYPES
+from jitgemm.families.rowwise import CHUNK, GROUPS, VALUE_BYTES, VALUE_TYPES, WARP
 
 KIND = "tiles"
 """What shapes files call these problems."""
 
-SIDE = 16
-"""Threads of a block along the rows, and along the columns."""
+CAST_BACK_CHUNKS = 4
+"""Chunks of a thread where codes are cast back."""
 
-COLUMNS = SIDE * CHUNK
-CAST_BACK_ROWS = 64
 OPS = ("per_block", "per_channel", "cast_back")
 SCALES = {
     "per_block": ("fp32_reciprocal", "pow2"),
@@ -120,16 +118,39 @@ class Tiles:
             "description": self.describe(spec),
             "value_type": VALUE_TYPES[spec["dtype"]],
             "scale_type": "int32_t" if spec["scales"] == "packed" else "float",
-            "tile_rows": self.tile_rows(spec),
+            "chunks": self.chunks(spec),
+            "chunk": self.chunk(spec),
+            **dict(zip(("threads_x", "threads_y"), self.threads(spec), strict=True)),
         }
+
+    def chunk(self, spec: KernelSpec) -> int:
+        """Neighbouring columns of a thread: 16 bytes of values that are written, else 8 of them."""
+        return 16 // VALUE_BYTES[spec["dtype"]] if spec["op"] == "cast_back" else CHUNK
+
+    def threads(self, spec: KernelSpec) -> tuple[int, int]:
+        """Threads of a block: along the columns, and along the rows."""
+        if spec["op"] == "per_channel":  # columns of a line of 128 bytes: many blocks even where the matrix is small
+            return CHUNK, min(WARP, int(spec["group_rows"]))
+        return (WARP, 8) if spec["op"] == "cast_back" else (16, 16)
+
+    def chunks(self, spec: KernelSpec) -> int:
+        """Chunks of a thread: along the columns where codes are cast back, else along the rows of a group."""
+        if spec["op"] == "cast_back":
+            return CAST_BACK_CHUNKS
+        return int(spec["group_rows"]) // self.threads(spec)[1]
 
     def tile_rows(self, spec: KernelSpec) -> int:
         """Rows of a block's tile."""
-        return CAST_BACK_ROWS if spec["op"] == "cast_back" else int(spec["group_rows"])
+        return self.threads(spec)[1] * (1 if spec["op"] == "cast_back" else self.chunks(spec))
+
+    def tile_columns(self, spec: KernelSpec) -> int:
+        """Columns of a block's tile."""
+        return self.threads(spec)[0] * self.chunk(spec) * (self.chunks(spec) if spec["op"] == "cast_back" else 1)
 
     def num_threads(self, spec: KernelSpec) -> int:
         """Threads of a block."""
-        return SIDE * SIDE
+        x, y = self.threads(spec)
+        return x * y
 
     def smem_bytes(self, spec: KernelSpec) -> int:
         """Dynamic shared memory of a block: none, what maxima need is static."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -373,7 +374,10 @@ def _make_plan(
 
     steps = (strides[name] * x.element_size() for name in ("x_row", "x_head", "values_row", "values_head"))
     aligned = columns % CHUNK == 0 and not any(step % _ALIGNMENT for step in steps)
-    aligned = aligned and strides["codes_row"] % CHUNK == 0 and _misalignment(operation, addresses) == 0
+    aligned = aligned and _misalignment(operation, addresses) == 0
+    if quantizer is not None:  # codes are written with as many columns at a time as rows are multiples of
+        together = math.gcd(columns, 2 * CHUNK) // (2 if quantizer.format == "e2m1" else 1)
+        aligned = aligned and strides["codes_row"] % together == 0
     problem = problem_of(
         operation, x, columns, aligned=aligned, values=values, weight=weight, positions=positions, staging=staging
     )
@@ -402,8 +406,8 @@ def _make_plan(
 
 def _misalignment(operation: Operation, addresses: tuple[int, ...]) -> int:
     """Not 0 where something that is read or written in vectors starts elsewhere than at a multiple of 16 bytes."""
-    x, values, codes, _, weight, *_ = addresses
-    return (x | values | codes | (0 if operation.op == "swiglu" else weight)) % _ALIGNMENT
+    x, values, codes, _, weight, _, cos_sin, *_ = addresses
+    return (x | values | codes | cos_sin | (0 if operation.op == "swiglu" else weight)) % _ALIGNMENT
 
 
 def _row_and_head(x: Tensor, positions: Tensor | None) -> tuple[int, int]:

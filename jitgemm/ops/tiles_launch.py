@@ -7,7 +7,7 @@ from torch import Tensor
 
 from jitgemm import settings
 from jitgemm.families.rowwise import CHUNK
-from jitgemm.families.tiles import COLUMNS, FAMILY, PARAMS, TileProblem
+from jitgemm.families.tiles import FAMILY, PARAMS, TileProblem
 from jitgemm.ops.rowwise_launch import DTYPES, Plan, in_rows, plans
 from jitgemm.plan import current_device, device_facts
 from jitgemm.record import record
@@ -65,7 +65,7 @@ def _launch(op: str, kind: str, group: tuple[int, int], values: Tensor, codes: T
         problem = TileProblem(op, kind, *group, DTYPES[values.dtype], not misaligned and not any(steps))
         spec = FAMILY.spec(problem, device_facts(device)[0].arch.name)
         strides = (values.stride(0), codes.stride(0), *scales.stride())
-        grid = (ceil_div(rows, FAMILY.tile_rows(spec)), ceil_div(columns, COLUMNS))
+        grid = (ceil_div(rows, FAMILY.tile_rows(spec)), ceil_div(columns, FAMILY.tile_columns(spec)))
         params = PARAMS.pack(0, 0, 0, *strides, rows, columns)
         plan = plans.put(key, Plan(spec, problem, params, grid, f"m={rows} n={columns}", in_force, device))
     plan(addresses)

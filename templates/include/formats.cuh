@@ -24,10 +24,10 @@ template <> __device__ __forceinline__ float widen(float x) { return x; }
 template <> __device__ __forceinline__ float widen(Bf16 x) { return __uint_as_float(uint32_t(x.bits) << 16); }
 template <> __device__ __forceinline__ float widen(Fp16 x) { return half_to_float(x.bits); }
 
-template <typename T> __device__ __forceinline__ T narrow(float x);
-template <> __device__ __forceinline__ float narrow(float x) { return x; }
-template <> __device__ __forceinline__ Bf16 narrow(float x) { return {float_to_bf16(x)}; }
-template <> __device__ __forceinline__ Fp16 narrow(float x) { return {float_to_half(x)}; }
+// Two as they lie in memory.
+template <typename T> __device__ __forceinline__ uint32_t narrow(float low, float high);
+template <> __device__ __forceinline__ uint32_t narrow<Bf16>(float low, float high) { return floats_to_bf16(low, high); }
+template <> __device__ __forceinline__ uint32_t narrow<Fp16>(float low, float high) { return floats_to_halves(low, high); }
 
 // -- Magnitudes, as the bits of an fp32: unsigned comparison orders them, with Inf and then NaN above all numbers.
 
@@ -36,41 +36,56 @@ __device__ __forceinline__ uint32_t larger(uint32_t x, uint32_t y) { return x > 
 
 // -- Scales.
 
-// The exponent field of the least power of two that is not below s >= 0: 1 to 254.
+// x / y as IEEE 754 rounds it, where `inverse` is 1 / y, in few instructions and without a branch: two corrections by what is left,
+// of which the first leaves at most the last bit wrong (Markstein, IBM J. Res. Dev. 34, 1990). What is left has its sign turned,
+// and so does not change that of a zero. It underflows where x or the quotient is below 2^-100, and last bits may be wrong then.
+__device__ __forceinline__ float quotient(float x, float y, float inverse) {
+  const float q0 = __fmul_rn(x, inverse);
+  const float q1 = fmaf(-inverse, fmaf(y, q0, -x), q0);
+  return fmaf(-inverse, fmaf(y, q1, -x), q1);
+}
+
+// 1 / x as IEEE 754 rounds it, for x from 2^-125 to 2^125, Inf and NaN: what __frcp_rn does, but for the branch to what is left.
+__device__ __forceinline__ float inverse_of(float x, bool finite) {
+  const float r = reciprocal_fast(x);
+  return finite ? fmaf(-r, fmaf(x, r, -1.f), r) : r;
+}
+
+// The exponent field of the least power of two that is not below s, which is normal; 254 if s is Inf or NaN.
 __device__ __forceinline__ uint32_t ceil_exponent(float s) {
-  const uint32_t bits = __float_as_uint(s);
-  const uint32_t exponent = (bits >> 23) + ((bits & 0x7fffff) != 0);
-  return exponent < 1 ? 1 : exponent > 254 ? 254 : exponent;
+  return min_of((__float_as_uint(s) + 0x7fffff) >> 23, 254u);
 }
 
 struct Scale {
   float value;    // what a code is multiplied with
-  float inverse;  // what a value is multiplied with; FP32: 1 / `value`, by which divided_by divides
+  float divisor;  // FP32: what a value is divided by: `value`, or 0 beside an `inverse` of 0 or NaN if that is Inf or NaN
+  float inverse;  // what a value is multiplied with; FP32: 1 / `value`
   uint32_t code;  // of one-byte scales
   bool finite;    // whether the group holds neither NaN nor Inf
-  bool blank;     // all codes are 0, for the scale is 0, or is NaN and shows what E2M1 has no codes for
+  bool blank;     // all codes are 0, for the scale is 0, or is Inf or NaN and shows what the format has no codes for
 };
 
 // The scale of a group whose largest magnitude has these bits.
 template <Format FORMAT, ScaleKind KIND>
 __device__ __forceinline__ Scale scale_of(uint32_t amax_bits) {
+  const float amax = __uint_as_float(amax_bits);
   Scale scale;
   scale.finite = amax_bits < INFINITY_BITS;
-  scale.blank = FORMAT == E2M1 && !scale.finite;
+  scale.blank = FORMAT != E4M3 && !scale.finite;
   scale.code = 0;
   scale.inverse = 0.f;
   if constexpr (KIND == FP32_INVERSE) {
     scale.inverse = __fdiv_rn(127.f, __uint_as_float(larger(amax_bits, __float_as_uint(1e-4f))));
-    scale.value = __fdiv_rn(1.f, scale.inverse);
+    scale.value = __frcp_rn(scale.inverse);
   } else if constexpr (FORMAT == INT8) {
-    const float s = __fdiv_rn(__uint_as_float(amax_bits), 127.f);
-    scale.value = s < 1e-12f ? 1e-12f : s;  // a NaN stays
+    const float s = quotient(amax, 127.f, 1.f / 127.f);
+    scale.value = scale.finite ? fmaxf(s, 1e-12f) : amax;
   } else if constexpr (KIND == UE4M3) {
-    const float amax = __uint_as_float(larger(amax_bits, __float_as_uint(1e-4f)));
-    scale.code = scale.finite ? float_to_e4m3(__fdiv_rn(amax, 6.f)) : 0x7f;
+    const float s = quotient(__uint_as_float(larger(amax_bits, __float_as_uint(1e-4f))), 6.f, 1.f / 6.f);
+    scale.code = scale.finite ? float_to_e4m3(s) : 0x7f;
     scale.value = e4m3_to_float(scale.code);
-    scale.inverse = scale.code ? __fdiv_rn(1.f, scale.value) : 0.f;
     scale.blank |= scale.code == 0;
+    scale.inverse = inverse_of(scale.value, true);  // of a NaN, and of the 0 that is blank, no matter what
   } else {
     constexpr float SMALLEST = FORMAT == E4M3 ? 1e-4f : 0x1.8p-124f;  // 6 * 2^-126
     constexpr float RECIPROCAL = 1.f / (FORMAT == E4M3 ? 448.f : 6.f);
@@ -79,35 +94,34 @@ __device__ __forceinline__ Scale scale_of(uint32_t amax_bits) {
       const uint32_t exponent = ceil_exponent(s);
       scale.code = scale.blank ? 255 : exponent;
       scale.value = __uint_as_float(scale.blank ? 0x7fffffffu : exponent << 23);
-      scale.inverse = __uint_as_float(exponent == 254 ? 0x00400000 : (254 - exponent) << 23);  // exact
+      scale.inverse = __uint_as_float(larger((254 - exponent) << 23, 0x00400000));  // exact, 2^-127 too
     } else {
       scale.value = s;
-      if constexpr (KIND == FP32_RECIPROCAL) scale.inverse = __fdiv_rn(1.f, s);
+      if constexpr (KIND == FP32_RECIPROCAL) scale.inverse = inverse_of(s, scale.finite);
     }
   }
-  if constexpr (KIND == FP32) scale.inverse = __fdiv_rn(1.f, scale.value);
+  if constexpr (KIND == FP32) scale.inverse = inverse_of(scale.value, scale.finite);
+  scale.divisor = scale.finite ? scale.value : 0.f;
   return scale;
 }
 
 // -- Codes.
 
-// E2M1 has the magnitudes 0, .5, 1, 1.5, 2, 3, 4, 6: steps of 1/2 to 2, of 1 to 4, of 2 to 6.
+// E2M1 has the magnitudes 0, .5, 1, 1.5, 2, 3, 4, 6: steps of 1/2 to 2, of 1 to 4, of 2 to 6. As t grows from 0 to 6, its code is
+// therefore twice the least of t, 1 + t / 2 and 2 + t / 4, rounded: the low bits of these sums, each of which is rounded once. Ties go
+// away from zero where quarters are rounded down and those that are odd then up, toward zero the other way round.
+template <Ties TIES> constexpr float E2M1_BIAS = TIES == EVEN ? 0x1.8p22f : 0x1.8p21f;       // has a last place of 1/2, 1/4
+template <Ties TIES> constexpr uint32_t E2M1_BIAS_BITS = TIES == EVEN ? 0x4ac00000 : 0x4a400000 / 2;  // what codes are added to
+
 template <Ties TIES>
-__device__ __forceinline__ uint32_t e2m1_code(float x) {
-  const float t = fminf(fabsf(x), 6.f);
-  const uint32_t sign = __float_as_uint(x) >> 28 & 8;
-  if constexpr (TIES == EVEN) {
-    // Adding 3 * 2^22 steps leaves t / step in the low bits, rounded to nearest even; so are the codes then.
-    const float magic = t < 2.f ? 0x1.8p22f : t < 4.f ? 0x1.8p23f : 0x1.8p24f;
-    const uint32_t offset = t < 2.f ? 0 : t < 4.f ? 2 : 4;
-    return (__float_as_uint(__fadd_rn(t, magic)) & 7) + offset | sign;
-  } else if constexpr (TIES == AWAY) {
-    const uint32_t code = (t >= .25f) + (t >= .75f) + (t >= 1.25f) + (t >= 1.75f) + (t >= 2.5f) + (t >= 3.5f) + (t >= 5.f);
-    return code | (x < 0.f ? 8 : 0);
-  } else {
-    const uint32_t code = (t > .25f) + (t > .75f) + (t > 1.25f) + (t > 1.75f) + (t > 2.5f) + (t > 3.5f) + (t > 5.f);
-    return code ? code | sign : 0;
-  }
+__device__ __forceinline__ uint32_t biased_e2m1(float t) {
+  constexpr float BIAS = E2M1_BIAS<TIES>;
+  const auto least = [](float x, float y, float z) {
+    return min_of(min_of(__float_as_uint(x), __float_as_uint(y)), __float_as_uint(z));
+  };
+  if constexpr (TIES == EVEN) return least(__fadd_rn(t, BIAS), __fmaf_rn(t, .5f, BIAS + 1), __fmaf_rn(t, .25f, BIAS + 2));
+  else if constexpr (TIES == AWAY) return (least(__fadd_rd(t, BIAS), __fmaf_rd(t, .5f, BIAS + 1), __fmaf_rd(t, .25f, BIAS + 2)) + 1) / 2;
+  else return least(__fadd_ru(t, BIAS), __fmaf_ru(t, .5f, BIAS + 1), __fmaf_ru(t, .25f, BIAS + 2)) / 2;
 }
 
 __device__ __forceinline__ float e2m1_to_float(uint32_t code) {
@@ -116,55 +130,108 @@ __device__ __forceinline__ float e2m1_to_float(uint32_t code) {
   return code & 8 ? -magnitude : magnitude;
 }
 
-// x / scale.value as IEEE 754 rounds it, in fewer instructions and without a branch: two corrections by what is left, of which the first
-// leaves at most the last bit wrong (Markstein, IBM J. Res. Dev. 34, 1990). Neither is made where the scale is Inf or NaN, or of
-// a zero, whose sign they would lose. What is left underflows for quotients below 2^-70 alone, all of whose codes are 0.
-__device__ __forceinline__ float divided_by(float x, const Scale& scale) {
-  const float q0 = __fmul_rn(x, scale.inverse);
-  const float q1 = fmaf(fmaf(-scale.value, q0, x), scale.inverse, q0);
-  const float q2 = fmaf(fmaf(-scale.value, q1, x), scale.inverse, q1);
-  return scale.finite && q0 != 0.f ? q2 : q0;
+// 8 of them, the first in the lowest bits. Signs of zeros: EVEN keeps them, AWAY those of numbers that became zero, ZERO none.
+template <Ties TIES, bool SATURATE>
+__device__ __forceinline__ uint32_t floats_to_e2m1(const float* x) {
+  uint32_t magnitudes = 0, signs = 0;
+#pragma unroll
+  for (int i = 7; i >= 0; --i) {
+    magnitudes = magnitudes * 16 + biased_e2m1<TIES>(SATURATE ? fminf(fabsf(x[i]), 6.f) : fabsf(x[i]));
+    signs = __funnelshift_l(TIES == AWAY && x[i] == 0.f ? 0 : __float_as_uint(x[i]), signs, 4);
+  }
+  magnitudes -= 0x11111111 * E2M1_BIAS_BITS<TIES>;
+  if constexpr (TIES == ZERO) signs &= magnitudes + 0x77777777;  // carries into the sign bit unless the code is 0
+  return magnitudes | (signs & 0x88888888);
 }
 
-constexpr int CHUNK = 8;  // values that a thread handles together
+// The codes of values, the first in the lowest bits. Nibbles of E2M1 and bytes of the others.
+template <Format FORMAT, int COUNT>
+struct Codes {
+  static constexpr int BITS = FORMAT == E2M1 ? 4 : 8, WORDS = COUNT * BITS / 32, BYTES = 4 * WORDS;
+  uint32_t words[WORDS];
 
-// The codes of 8 values, first value in the lowest bits: 8 bytes, or 4 of E2M1. They share a scale, or have one each.
-template <Format FORMAT, ScaleKind KIND, Ties TIES, int COUNT>
-__device__ __forceinline__ void encode(const float (&x)[CHUNK], const Scale (&scales)[COUNT], uint32_t (&words)[2]) {
-  static_assert(COUNT == 1 || COUNT == CHUNK);
-  constexpr int NEXT = COUNT / CHUNK;  // from the scale of a value to that of the next
-  float y[CHUNK];
+  // Values share a scale, or have one each.
+  template <ScaleKind KIND, Ties TIES, int SCALES>
+  __device__ __forceinline__ void encode(const float (&x)[COUNT], const Scale (&scales)[SCALES]) {
+    static_assert(SCALES == 1 || (SCALES == COUNT && FORMAT == E4M3));
+    constexpr int NEXT = SCALES / COUNT;  // from the scale of a value to that of the next
+    float y[COUNT];
 #pragma unroll
-  for (int i = 0; i < CHUNK; ++i) {
-    const Scale& scale = scales[i * NEXT];
-    y[i] = KIND == FP32 ? divided_by(x[i], scale) : __fmul_rn(x[i], scale.inverse);
-    if (FORMAT == E4M3 && !scale.finite && magnitude(y[i]) == INFINITY_BITS) y[i] = __uint_as_float(0x7fffffff);  // no Inf
-  }
-  words[0] = words[1] = 0;
-  if constexpr (FORMAT == E4M3) {
-#pragma unroll
-    for (int i = 0; i < CHUNK; i += 2) words[i / 4] |= floats_to_e4m3(y[i], y[i + 1]) << i % 4 * 8;
-  } else if constexpr (FORMAT == INT8) {
-#pragma unroll
-    for (int i = 0; i < CHUNK; ++i) {
-      const int code = __float2int_rn(y[i]);  // a NaN becomes 0; the scale shows it
-      words[i / 4] |= (uint32_t(code < -127 ? -127 : code > 127 ? 127 : code) & 0xff) << i % 4 * 8;
+    for (int i = 0; i < COUNT; ++i) {
+      const Scale& scale = scales[i * NEXT];
+      if (KIND == FP32) y[i] = quotient(x[i], scale.divisor, scale.inverse);
+      // E4M3 has no Inf. Where Inf is not multiplied with 0 anyway, it becomes NaN by this; zeros keep their sign.
+      else if (FORMAT == E4M3 && (KIND == POW2 || KIND == UE8M0)) y[i] = fmaf(x[i], scale.inverse, __fmul_rn(x[i], 0.f));
+      else y[i] = __fmul_rn(x[i], scale.inverse);
     }
-  } else {
+    if constexpr (FORMAT == E4M3) {
 #pragma unroll
-    for (int i = 0; i < CHUNK; ++i) words[0] |= (scales[i * NEXT].blank ? 0 : e2m1_code<TIES>(y[i])) << i * 4;
+      for (int i = 0; i < WORDS; ++i) words[i] = floats_to_e4m3(y[4 * i], y[4 * i + 1], y[4 * i + 2], y[4 * i + 3]);
+    } else if constexpr (FORMAT == INT8) {
+      // Scales leave no more than 127. Adding 3 * 2^22 leaves the nearest integer in the low byte.
+      const auto bits = [&](int i) { return __float_as_uint(__fadd_rn(y[i], 0x1.8p23f)); };
+#pragma unroll
+      for (int i = 0; i < WORDS; ++i) {
+        const uint32_t low = __byte_perm(bits(4 * i), bits(4 * i + 1), 0x40), high = __byte_perm(bits(4 * i + 2), bits(4 * i + 3), 0x40);
+        words[i] = scales[0].blank ? 0 : __byte_perm(low, high, 0x5410);
+      }
+    } else {
+      constexpr bool SATURATE = KIND == UE4M3;  // powers of two leave no more than 6
+#pragma unroll
+      for (int i = 0; i < WORDS; ++i) words[i] = scales[0].blank ? 0 : floats_to_e2m1<TIES, SATURATE>(y + 8 * i);
+    }
   }
-}
 
-// The i-th code among those.
-template <Format FORMAT>
-__device__ __forceinline__ uint32_t code_at(const uint32_t (&words)[2], int i) {
-  return FORMAT == E2M1 ? words[0] >> i * 4 & 0xf : words[i / 4] >> i % 4 * 8 & 0xff;
-}
+  // What the codes stand for, but for the scale.
+  __device__ __forceinline__ void decode(float (&x)[COUNT]) const {
+#pragma unroll
+    for (int i = 0; i < COUNT; i += 2) {
+      if constexpr (FORMAT == E4M3) {
+        const uint32_t halves = e4m3_to_halves(words[i / 4] >> i % 4 * 8);
+        x[i] = half_to_float(uint16_t(halves)), x[i + 1] = half_to_float(uint16_t(halves >> 16));
+      } else if constexpr (FORMAT == INT8) {
+        x[i] = float(int(words[i / 4] << 24 - i % 4 * 8) >> 24), x[i + 1] = float(int(words[i / 4] << 16 - i % 4 * 8) >> 24);
+      } else {
+        x[i] = e2m1_to_float(words[i / 8] >> i % 8 * 4 & 0xf), x[i + 1] = e2m1_to_float(words[i / 8] >> i % 8 * 4 + 4 & 0xf);
+      }
+    }
+  }
 
-template <Format FORMAT>
-__device__ __forceinline__ float decode(uint32_t code) {
-  if constexpr (FORMAT == E4M3) return e4m3_to_float(code);
-  if constexpr (FORMAT == INT8) return float(int(code << 24) >> 24);
-  return e2m1_to_float(code);
-}
+  // The first `count` of them (an even number of E2M1). ALIGNED: all or none, to a multiple of as many bytes as there are, or of 16.
+  template <bool ALIGNED>
+  __device__ __forceinline__ void store(uint8_t* target, int count) const {
+    if constexpr (ALIGNED) {
+      if (count <= 0) return;
+      if constexpr (WORDS == 4) *reinterpret_cast<uint4*>(target) = make_uint4(words[0], words[1], words[2], words[3]);
+      else if constexpr (WORDS == 2) *reinterpret_cast<uint2*>(target) = make_uint2(words[0], words[1]);
+      else *reinterpret_cast<uint32_t*>(target) = words[0];
+    } else {
+      const int bytes = count * BITS / 8;
+#pragma unroll
+      for (int i = 0; i < BYTES; ++i) {
+        if (i < bytes) target[i] = uint8_t(words[i / 4] >> i % 4 * 8);
+      }
+    }
+  }
+  // Reverse that; zeros behind the first `count`.
+  template <bool ALIGNED>
+  __device__ __forceinline__ void load(const uint8_t* source, int count) {
+#pragma unroll
+    for (int i = 0; i < WORDS; ++i) words[i] = 0;
+    if constexpr (ALIGNED) {
+      if (count <= 0) return;
+      if constexpr (WORDS == 2) {
+        const uint2 both = *reinterpret_cast<const uint2*>(source);
+        words[0] = both.x, words[1] = both.y;
+      } else {
+        words[0] = *reinterpret_cast<const uint32_t*>(source);
+      }
+    } else {
+      const int bytes = count * BITS / 8;
+#pragma unroll
+      for (int i = 0; i < BYTES; ++i) {
+        if (i < bytes) words[i / 4] |= uint32_t(source[i]) << i % 4 * 8;
+      }
+    }
+  }
+};

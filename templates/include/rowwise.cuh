@@ -1,12 +1,12 @@
-// The parts that row-wise kernels and casts of tiles are made of: chunks of 8 values and their codes in and out, the largest
-// of some lanes, sums over a row.
+// The parts that row-wise kernels and casts of tiles are made of: chunks of values in and out, the largest of some lanes, sums over
+// a row.
 #pragma once
 #include "formats.cuh"
 
-// 8 values as they lie in memory.
-template <typename T>
+// COUNT values as they lie in memory.
+template <typename T, int COUNT>
 struct Chunk {
-  static constexpr int WORDS = CHUNK * sizeof(T) / 4;
+  static constexpr int WORDS = COUNT * sizeof(T) / 4;
   uint32_t words[WORDS];
 
   __device__ __forceinline__ void clear() {
@@ -17,21 +17,50 @@ struct Chunk {
     if constexpr (sizeof(T) == 4) return __uint_as_float(words[i]);
     else return widen(T{uint16_t(i % 2 ? words[i / 2] >> 16 : words[i / 2] & 0xffff)});
   }
-  __device__ __forceinline__ void get(float (&v)[CHUNK]) const {
+  __device__ __forceinline__ void get(float (&v)[COUNT]) const {
 #pragma unroll
-    for (int i = 0; i < CHUNK; ++i) v[i] = at(i);
+    for (int i = 0; i < COUNT; ++i) v[i] = at(i);
   }
-  __device__ __forceinline__ void set(const float (&v)[CHUNK]) {
+  __device__ __forceinline__ void set(const float (&v)[COUNT]) {
     if constexpr (sizeof(T) == 4) {
 #pragma unroll
-      for (int i = 0; i < CHUNK; ++i) words[i] = __float_as_uint(v[i]);
+      for (int i = 0; i < COUNT; ++i) words[i] = __float_as_uint(v[i]);
     } else {
 #pragma unroll
-      for (int i = 0; i < CHUNK; i += 2) words[i / 2] = narrow<T>(v[i]).bits | uint32_t(narrow<T>(v[i + 1]).bits) << 16;
+      for (int i = 0; i < COUNT; i += 2) words[i / 2] = narrow<T>(v[i], v[i + 1]);
+    }
+  }
+  // Each number the larger of two magnitudes: its own, which is one already, and another's. Those of 16 bits are ordered as they
+  // are, two at a time.
+  __device__ __forceinline__ void raise(const Chunk& other) {
+#pragma unroll
+    for (int i = 0; i < WORDS; ++i) {
+      if constexpr (sizeof(T) == 4) words[i] = larger(words[i], other.words[i] & 0x7fffffff);
+      else words[i] = larger_halves(words[i], other.words[i] & 0x7fff7fff);
+    }
+  }
+  __device__ __forceinline__ Chunk of_lane_xor(int distance) const {
+    Chunk other;
+#pragma unroll
+    for (int i = 0; i < WORDS; ++i) other.words[i] = __shfl_xor_sync(0xffffffff, words[i], distance);
+    return other;
+  }
+  // The largest magnitude.
+  __device__ __forceinline__ uint32_t largest() const {
+    if constexpr (sizeof(T) == 4) {
+      uint32_t amax = 0;
+#pragma unroll
+      for (int i = 0; i < COUNT; ++i) amax = larger(amax, words[i] & 0x7fffffff);
+      return amax;
+    } else {
+      uint32_t pair = words[0] & 0x7fff7fff;
+#pragma unroll
+      for (int i = 1; i < WORDS; ++i) pair = larger_halves(pair, words[i] & 0x7fff7fff);
+      return __float_as_uint(widen(T{uint16_t(larger(pair & 0xffff, pair >> 16))}));
     }
   }
 
-  // The first `count` values at `source`, zeros behind them. ALIGNED: 8 of them, or none, at a multiple of 16 bytes.
+  // The first `count` values at `source`, zeros behind them. ALIGNED: all of them, or none, at a multiple of 16 bytes.
   template <bool ALIGNED>
   __device__ __forceinline__ void load(const T* source, int count) {
     clear();
@@ -45,7 +74,7 @@ struct Chunk {
       }
     } else {
 #pragma unroll
-      for (int i = 0; i < CHUNK; ++i) {
+      for (int i = 0; i < COUNT; ++i) {
         if (i >= count) continue;
         if constexpr (sizeof(T) == 4) words[i] = __float_as_uint(source[i]);
         else words[i / 2] |= uint32_t(source[i].bits) << i % 2 * 16;
@@ -64,7 +93,7 @@ struct Chunk {
       }
     } else {
 #pragma unroll
-      for (int i = 0; i < CHUNK; ++i) {
+      for (int i = 0; i < COUNT; ++i) {
         if (i >= count) continue;
         if constexpr (sizeof(T) == 4) target[i] = __uint_as_float(words[i]);
         else target[i].bits = uint16_t(words[i / 2] >> i % 2 * 16);
@@ -73,36 +102,13 @@ struct Chunk {
   }
 };
 
-// Codes of a chunk, of which the first `count` exist (an even number of E2M1), to `target`.
-template <Format FORMAT, bool ALIGNED>
-__device__ __forceinline__ void store_codes(uint8_t* target, const uint32_t (&words)[2], int count) {
-  if constexpr (ALIGNED) {
-    if (count <= 0) return;
-    if constexpr (FORMAT == E2M1) *reinterpret_cast<uint32_t*>(target) = words[0];
-    else *reinterpret_cast<uint2*>(target) = make_uint2(words[0], words[1]);
-  } else {
-    const int bytes = FORMAT == E2M1 ? count / 2 : count;
+// The largest magnitude of numbers in registers.
+template <int COUNT>
+__device__ __forceinline__ uint32_t largest_of(const float (&v)[COUNT]) {
+  uint32_t amax = 0;
 #pragma unroll
-    for (int i = 0; i < (FORMAT == E2M1 ? CHUNK / 2 : CHUNK); ++i) {
-      if (i < bytes) target[i] = uint8_t(words[i / 4] >> i % 4 * 8);
-    }
-  }
-}
-
-// Reverse store_codes, of a byte each; zeros behind the first `count`.
-template <bool ALIGNED>
-__device__ __forceinline__ void load_codes(const uint8_t* source, uint32_t (&words)[2], int count) {
-  words[0] = words[1] = 0;
-  if constexpr (ALIGNED) {
-    if (count <= 0) return;
-    const uint2 both = *reinterpret_cast<const uint2*>(source);
-    words[0] = both.x, words[1] = both.y;
-  } else {
-#pragma unroll
-    for (int i = 0; i < CHUNK; ++i) {
-      if (i < count) words[i / 4] |= uint32_t(source[i]) << i % 4 * 8;
-    }
-  }
+  for (int i = 0; i < COUNT; ++i) amax = larger(amax, magnitude(v[i]));
+  return amax;
 }
 
 // The largest of the magnitudes that LANES neighbouring lanes hold.

@@ -7,6 +7,7 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <cfenv>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
@@ -184,8 +185,26 @@ inline float __fsub_rn(float x, float y) { return x - y; }
 inline float __fmul_rn(float x, float y) { return x * y; }
 inline float __fdiv_rn(float x, float y) { return x / y; }
 inline float __frsqrt_rn(float x) { return float(1 / std::sqrt(double(x))); }
-inline float __fdividef(float x, float y) { return x / y; }
-inline float __expf(float x) { return std::exp(x); }
+inline float __frcp_rn(float x) { return 1 / x; }
+template <typename Function>
+inline float rounded(int mode, Function&& function) {
+  std::fesetround(mode);
+  const volatile float result = function();
+  std::fesetround(FE_TONEAREST);
+  return result;
+}
+inline float __fadd_rd(float x, float y) { return rounded(FE_DOWNWARD, [=] { return x + y; }); }
+inline float __fadd_ru(float x, float y) { return rounded(FE_UPWARD, [=] { return x + y; }); }
+inline float __fmaf_rn(float x, float y, float z) { return std::fma(x, y, z); }
+inline float __fmaf_rd(float x, float y, float z) { return rounded(FE_DOWNWARD, [=] { return std::fma(x, y, z); }); }
+inline float __fmaf_ru(float x, float y, float z) { return rounded(FE_UPWARD, [=] { return std::fma(x, y, z); }); }
+inline uint32_t __funnelshift_l(uint32_t low, uint32_t high, int bits) { return (uint64_t(high) << 32 | low) << bits >> 32; }
+inline uint32_t __byte_perm(uint32_t x, uint32_t y, uint32_t selector) {  // without copies of sign bits
+  const uint64_t both = uint64_t(y) << 32 | x;
+  uint32_t result = 0;
+  for (int i = 0; i < 4; ++i) result |= uint32_t(both >> (selector >> 4 * i & 7) * 8 & 0xff) << 8 * i;
+  return result;
+}
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline float rsqrtf(float x) { return 1.f / std::sqrt(x); }
 inline int __float2int_rn(float x) {
@@ -214,13 +233,23 @@ inline uint32_t float_to_e4m3(float x) {
   while (code < 126 && e4m3_to_float(code) < rounded) ++code;
   return code | (std::signbit(x) ? 0x80 : 0);
 }
-inline uint32_t floats_to_e4m3(float low, float high) { return float_to_e4m3(low) | float_to_e4m3(high) << 8; }
+inline uint32_t floats_to_e4m3(float a, float b, float c, float d) {
+  return float_to_e4m3(a) | float_to_e4m3(b) << 8 | float_to_e4m3(c) << 16 | float_to_e4m3(d) << 24;
+}
+inline uint32_t e4m3_to_halves(uint32_t pair) {
+  return float_to_half(e4m3_to_float(pair & 0xff)) | uint32_t(float_to_half(e4m3_to_float(pair >> 8 & 0xff))) << 16;
+}
+inline uint32_t floats_to_bf16(float low, float high) { return float_to_bf16(low) | uint32_t(float_to_bf16(high)) << 16; }
+inline uint32_t floats_to_halves(float low, float high) { return float_to_half(low) | uint32_t(float_to_half(high)) << 16; }
+inline float exp2_fast(float x) { return std::exp2(x); }
+inline float reciprocal_fast(float x) { return 1 / x; }
+inline uint32_t larger_halves(uint32_t x, uint32_t y) { return max(x & 0xffff, y & 0xffff) | max(x >> 16, y >> 16) << 16; }
 inline float min_or_nan(float x, float y) { return std::isnan(x) || std::isnan(y) ? NAN : std::fmin(x, y); }
 inline float max_or_nan(float x, float y) { return std::isnan(x) || std::isnan(y) ? NAN : std::fmax(x, y); }
 
 // -- Those of warp.cuh.
 
-inline uint32_t pack_bf16(float low, float high) { return float_to_bf16(low) | uint32_t(float_to_bf16(high)) << 16; }
+inline uint32_t pack_bf16(float low, float high) { return floats_to_bf16(low, high); }
 inline float reciprocal(float x) { return 1.f / x; }
 inline float round_tf32(float x) { return std::isnan(x) ? x : __uint_as_float((__float_as_uint(x) + 0x1000) & 0xffffe000); }
 inline void mma_tf32(float (&c)[4], const float (&a)[4], float b0, float b1) {

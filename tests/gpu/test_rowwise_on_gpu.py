@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +76,15 @@ def check(call: Callable[..., Any], *tensors: Tensor | None) -> None:
     assert_same(call(*moved), expected)
 
 
+@pytest.fixture(params=[0, 1], ids=["few rows", "many rows"])
+def every_config(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The config for few rows, then that for many, whatever their number."""
+    monkeypatch.setattr(heuristics, "choose_config", lambda p, d: heuristics.enumerate_configs(p)[request.param])
+    rowwise_launch.forget_plans()
+    yield
+    rowwise_launch.forget_plans()
+
+
 CASTS: dict[str, Callable[[Tensor], Any]] = {
     "e4m3 fp32": lambda x: jitgemm.act_quant(x),
     "e4m3 fp32 col_major": lambda x: jitgemm.act_quant(x, 64, scale_layout="col_major"),
@@ -100,7 +109,7 @@ CASTS: dict[str, Callable[[Tensor], Any]] = {
 
 
 @pytest.mark.parametrize("name", CASTS)
-def test_casts(name: str) -> None:
+def test_casts(name: str, every_config: None) -> None:
     for m in ROWS:
         check(CASTS[name], rows(m, 384))
     check(CASTS[name], rows(3, 7168))
@@ -113,7 +122,7 @@ def test_casts(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CASTS)
-def test_every_16_bit_pattern(name: str) -> None:
+def test_every_16_bit_pattern(name: str, every_config: None) -> None:
     """All numbers, each 32 times scaled by a power of two, beside their neighbours."""
     for dtype in (BF16, FP16):
         patterns = torch.arange(65536).to(torch.int16).view(dtype).view(-1, 128)
@@ -122,7 +131,7 @@ def test_every_16_bit_pattern(name: str) -> None:
 
 
 @pytest.mark.parametrize("format", ["e4m3", "e4m3 pow2", "int8", "mxfp4", "nvfp4"])
-def test_ties_beside_a_largest_element(format: str) -> None:
+def test_ties_beside_a_largest_element(format: str, every_config: None) -> None:
     """Numbers at, just below and just above midpoints of codes, where the scale is 1."""
     top, step = {"e4m3": (448.0, 2.0**-10), "int8": (127.0, 0.25)}.get(format.split()[0], (6.0, 1 / 64))
     x = torch.arange(0, top, step if format[0] != "e" else 2.0**-4)
@@ -142,7 +151,7 @@ def test_ties_beside_a_largest_element(format: str) -> None:
     check(call, x)
 
 
-def test_nvfp4_scales_over_all_amax() -> None:
+def test_nvfp4_scales_over_all_amax(every_config: None) -> None:
     amax = torch.arange(0x7F80).to(torch.int16).view(BF16)
     x = torch.zeros(len(amax), 16, dtype=BF16)
     x[:, 5] = amax
@@ -153,7 +162,7 @@ def test_nvfp4_scales_over_all_amax() -> None:
 @pytest.mark.parametrize(
     "name", ["e4m3 fp32", "e4m3 packed tma", "int8 rows", "mxfp4", "nvfp4", "per_block", "per_channel"]
 )
-def test_strided_and_unaligned_rows(name: str) -> None:
+def test_strided_and_unaligned_rows(name: str, every_config: None) -> None:
     base = rows(260, 600)
     for view in (
         base[:, 8:392],
@@ -167,7 +176,7 @@ def test_strided_and_unaligned_rows(name: str) -> None:
         assert_same(CASTS[name](moved), CASTS[name](view))
 
 
-def test_ragged_widths() -> None:
+def test_ragged_widths(every_config: None) -> None:
     for n in (1, 7, 200, 1000, 4097):
         for name in ("per_token", "per_token packed", "per_block", "per_channel"):
             check(CASTS[name], rows(131, n))
@@ -177,7 +186,7 @@ def test_ragged_widths() -> None:
         check(lambda x, w: jitgemm.rms_norm_cast_to_int8(x, w), rows(5, n), rows(1, n)[0])
 
 
-def test_round_trips_leave_the_rest_alone() -> None:
+def test_round_trips_leave_the_rest_alone(every_config: None) -> None:
     for start in (0, 1, 64):
 
         def call(base: Tensor, start: int = start) -> Tensor:
@@ -190,7 +199,7 @@ def test_round_trips_leave_the_rest_alone() -> None:
 
 
 @pytest.mark.parametrize("index", [torch.int32, torch.int64], ids=str)
-def test_staging(index: torch.dtype) -> None:
+def test_staging(index: torch.dtype, every_config: None) -> None:
     m, n, k = 137, 7168, 6
     ids = torch.randint(-1, 384, (k, m), dtype=index).t()
 
@@ -235,7 +244,7 @@ def test_a_row_has_the_same_bits_in_every_batch(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("heads", [1, 8, 64, 128])
-def test_rope(heads: int) -> None:
+def test_rope(heads: int, every_config: None) -> None:
     n, table = 512, jitgemm.rope_cos_sin(4096, 64, 160000.0, 16.0)
     for tokens in (1, 3, 64):
         x = rows(tokens * heads, n).view(tokens, heads, n)

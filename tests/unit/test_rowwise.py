@@ -553,14 +553,15 @@ def test_configs_cover_the_row(problem: RowwiseProblem) -> None:
     device = PRESETS["h200"]
     for config in heuristics.enumerate_configs(problem):
         threads = config.threads_per_row
-        assert threads & (threads - 1) == 0 and 16 <= threads <= 1024
+        assert threads & (threads - 1) == 0 and 8 <= threads <= 1024
         assert 32 <= threads * config.rows <= 1024 and 1 <= config.chunks <= 8
         if problem.norm == "none":
             assert threads <= 32  # a tile's columns need no other warp
         else:
             assert config.columns >= rowwise.scale_columns(problem)
+        assert config.width == 8 or problem.n % config.width == 0
         if problem.group:
-            assert threads * 8 >= problem.group
+            assert threads * config.width >= problem.group >= config.width
     problems = [RowwiseProblem(**{**vars(problem), "m": m}) for m in (1, 64, 4096, 65536)]
     chosen = {heuristics.choose_config(with_m, device) for with_m in problems}
     assert chosen <= set(heuristics.enumerate_configs(problem))

@@ -142,8 +142,29 @@ def test_many_rows_and_few_give_the_same_bits(gpu: Callable[[bool], None], monke
         monkeypatch.setattr(heuristics, "choose_config", lambda p, d, i=index: heuristics.enumerate_configs(p)[i])
         rowwise_launch.forget_plans()
         check(gpu, lambda: ops.rms_norm_act_quant(x, weight))
-        check(gpu, lambda: ops.act_quant(x))
         check(gpu, lambda: ops.per_token_cast_to_int8(x))
+
+
+@pytest.mark.parametrize("name", CASTS)
+def test_casts_of_many_rows(gpu: Callable[[bool], None], monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(heuristics, "choose_config", lambda p, d: heuristics.enumerate_configs(p)[1])
+    for x in (rows(19, 1152, BF16), rows(17, 640, FP32), rows(21, 384, FP16)[::2, :256]):
+        check(gpu, lambda x=x: CASTS[name](x))
+
+
+def test_codes_in_rows_of_odd_strides(gpu: Callable[[bool], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """16 codes can't be stored at once where rows are 8 bytes further apart than a multiple of 16."""
+    monkeypatch.setattr(heuristics, "choose_config", lambda p, d: heuristics.enumerate_configs(p)[1])
+    x, ids, weights = rows(5, 256, BF16), torch.zeros(5, 1, dtype=torch.int32), torch.zeros(5, 1)
+
+    def call(gap: int) -> tuple[Tensor, Tensor]:
+        codes = torch.full((5, 256 + gap), 0x55, dtype=torch.uint8).view(torch.float8_e4m3fn)
+        sf = torch.zeros(5, 2, dtype=torch.int32)
+        ops.stage_fp8(x, ids, weights, codes[:, :256], sf, torch.zeros(5, 1, dtype=torch.int64), torch.zeros(5, 1))
+        return codes.view(torch.uint8), sf
+
+    for gap in (4, 8, 16):
+        check(gpu, lambda gap=gap: call(gap))
 
 
 @pytest.mark.parametrize("name", ["fp32 scales", "int8 rows", "nvfp4"])
