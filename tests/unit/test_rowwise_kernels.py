@@ -260,6 +260,7 @@ def test_rope(gpu: Callable[[bool], None], inverse: bool) -> None:
     table, positions = ops.rope_cos_sin(50), torch.tensor([0, 49, 50])
     weight = torch.randn(n).to(BF16)
     check(gpu, lambda: ops.head_norm_rope(x, positions, table, inverse=inverse))
+    check(gpu, lambda: ops.head_norm_rope(x, positions, torch.empty(0, 64), inverse=inverse))
     check(gpu, lambda: ops.head_norm_rope(x, positions.int(), table, weight, inverse=inverse, nope_block_size=64))
     check(gpu, lambda: ops.head_norm_rope_act_quant(x, positions, table, norm=False, inverse=inverse))
     check(
