@@ -249,8 +249,6 @@ inline float max_or_nan(float x, float y) { return std::isnan(x) || std::isnan(y
 
 // -- Those of warp.cuh.
 
-inline uint32_t pack_bf16(float low, float high) { return floats_to_bf16(low, high); }
-inline float reciprocal(float x) { return 1.f / x; }
 inline float round_tf32(float x) { return std::isnan(x) ? x : __uint_as_float((__float_as_uint(x) + 0x1000) & 0xffffe000); }
 inline void mma_tf32(float (&c)[4], const float (&a)[4], float b0, float b1) {
   struct Operands { float a[4][WARP], b[2][WARP]; } all;
