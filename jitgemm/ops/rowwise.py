@@ -48,7 +48,7 @@ _INT8_ROWS = Quantizer("int8", "fp32_inverse", WHOLE_ROW)
 
 def _cached(function: Callable[..., _Result]) -> Callable[..., _Result]:
     """Remember results; but not where torch traces, which warns of it."""
-    remembered = functools.lru_cache(maxsize=256)(function)
+    remembered = functools.lru_cache(maxsize=256, typed=True)(function)  # 64.0 equals 64, and is refused
 
     @functools.wraps(function)
     def call(*arguments: Any, **options: Any) -> _Result:

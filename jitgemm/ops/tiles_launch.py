@@ -6,9 +6,11 @@ import torch
 from torch import Tensor
 
 from jitgemm import settings
+from jitgemm.errors import ProblemError
 from jitgemm.families.rowwise import CHUNK
 from jitgemm.families.tiles import FAMILY, PARAMS, TileProblem
-from jitgemm.ops.rowwise_launch import DTYPES, Plan, in_rows, plans
+from jitgemm.ops.plain import MAX_GRID_Y
+from jitgemm.ops.rowwise_launch import DTYPES, MAX_ROWS, Plan, in_rows, plans
 from jitgemm.plan import current_device, device_facts
 from jitgemm.record import record
 from jitgemm.reference.quantize import ceil_div
@@ -64,6 +66,9 @@ def _launch(op: str, kind: str, group: tuple[int, int], values: Tensor, codes: T
         steps = values.stride(0) * values.element_size() % _ALIGNMENT, codes.stride(0) % CHUNK, columns % CHUNK
         problem = TileProblem(op, kind, *group, DTYPES[values.dtype], not misaligned and not any(steps))
         spec = FAMILY.spec(problem, device_facts(device)[0].arch.name)
+        most = MAX_GRID_Y * FAMILY.tile_columns(spec)
+        if rows > MAX_ROWS or columns > most:
+            raise ProblemError(f"x has {rows} rows of {columns}; accepted are at most {MAX_ROWS} of {most}")
         strides = (values.stride(0), codes.stride(0), *scales.stride())
         grid = (ceil_div(rows, FAMILY.tile_rows(spec)), ceil_div(columns, FAMILY.tile_columns(spec)))
         params = PARAMS.pack(0, 0, 0, *strides, rows, columns)

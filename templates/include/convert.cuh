@@ -40,7 +40,7 @@ __device__ __forceinline__ uint32_t e4m3_to_halves(uint32_t pair) {
 }
 __device__ __forceinline__ float e4m3_to_float(uint32_t code) { return half_to_float(uint16_t(e4m3_to_halves(code))); }
 
-// 2^x and 1 / x but for subnormal results, which are 0.
+// 2^x and 1 / x, this within one unit in the last place. Subnormal numbers are taken and given as 0.
 __device__ __forceinline__ float exp2_fast(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

@@ -2,7 +2,8 @@
 //
 // One order goes through the tiles of all groups, and each block takes one of every gridDim.x. The producer's first warp looks
 // them up: a window of 32 entries, one a lane, with running sums of their tiles. An entry is a group or, where every row
-// carries the index of its group, a stretch of rows. What it finds goes to the math warpgroups through a small queue.
+// carries the index of its group, a stretch of rows. What it finds goes through a small queue to the warp that loads and to the math
+// warpgroups.
 #pragma once
 #include "common.cuh"
 #include "pipeline.cuh"
@@ -156,7 +157,7 @@ class GroupSchedule {
   }
 };
 
-// -- The queue from the producer to the math warpgroups: slots of one tile each, with full and empty barriers.
+// -- The queue from the warp that finds tiles to those that load and multiply them: slots of one tile each, with full and empty barriers.
 
 constexpr int TILE_SLOTS = 4, TILE_BYTES = 16;
 constexpr int TILE_QUEUE_BYTES = TILE_SLOTS * (TILE_BYTES + 2 * 8);

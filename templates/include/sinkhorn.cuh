@@ -14,21 +14,21 @@ __device__ __forceinline__ void sinkhorn(float (&c)[STREAMS][STREAMS], int itera
     float sum = 0;
 #pragma unroll
     for (int k = 0; k < STREAMS; ++k) sum += c[j][k] = expf(c[j][k] - largest);
-    const float inverse = reciprocal(sum);
+    const float inverse = reciprocal_fast(sum);
 #pragma unroll
     for (int k = 0; k < STREAMS; ++k) c[j][k] = fmaf(c[j][k], inverse, eps);
   }
   for (int i = 0;;) {
 #pragma unroll
     for (int k = 0; k < STREAMS; ++k) {
-      const float inverse = reciprocal(((c[0][k] + c[1][k]) + (c[2][k] + c[3][k])) + eps);
+      const float inverse = reciprocal_fast(((c[0][k] + c[1][k]) + (c[2][k] + c[3][k])) + eps);
 #pragma unroll
       for (int j = 0; j < STREAMS; ++j) c[j][k] *= inverse;
     }
     if (++i >= iterations) break;
 #pragma unroll
     for (int j = 0; j < STREAMS; ++j) {
-      const float inverse = reciprocal(((c[j][0] + c[j][1]) + (c[j][2] + c[j][3])) + eps);
+      const float inverse = reciprocal_fast(((c[j][0] + c[j][1]) + (c[j][2] + c[j][3])) + eps);
 #pragma unroll
       for (int k = 0; k < STREAMS; ++k) c[j][k] *= inverse;
     }

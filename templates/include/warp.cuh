@@ -1,6 +1,7 @@
 // What the row-wise kernels share: vectors of 16 bytes, BF16, and the instructions of one warp.
 #pragma once
 #include "common.cuh"
+#include "convert.cuh"
 
 constexpr uint32_t ALL_LANES = 0xffffffff;
 constexpr int BF16_PER_VECTOR = 8;
@@ -8,12 +9,6 @@ constexpr int BF16_PER_VECTOR = 8;
 // A pair of BF16 in a word, the first in the low half.
 __device__ __forceinline__ float low_bf16(uint32_t pair) { return __uint_as_float(pair << 16); }
 __device__ __forceinline__ float high_bf16(uint32_t pair) { return __uint_as_float(pair & 0xffff0000); }
-
-__device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
-  uint32_t pair;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-  return pair;
-}
 
 // sums += weight * vector
 __device__ __forceinline__ void add_scaled(float (&sums)[BF16_PER_VECTOR], float weight, const uint4& vector) {
@@ -40,14 +35,7 @@ __device__ __forceinline__ Floats pack_floats(const float (&v)[BF16_PER_VECTOR])
 }
 
 __device__ __forceinline__ uint4 pack_vector(const float (&values)[BF16_PER_VECTOR]) {
-  return {pack_bf16(values[0], values[1]), pack_bf16(values[2], values[3]), pack_bf16(values[4], values[5]), pack_bf16(values[6], values[7])};
-}
-
-// 1 / x within one unit in the last place, for normal x.
-__device__ __forceinline__ float reciprocal(float x) {
-  float result;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
-  return result;
+  return {floats_to_bf16(values[0], values[1]), floats_to_bf16(values[2], values[3]), floats_to_bf16(values[4], values[5]), floats_to_bf16(values[6], values[7])};
 }
 
 __device__ __forceinline__ float sigmoid(float x) { return 1.f / (1.f + expf(-x)); }

@@ -2,7 +2,8 @@
 //
 // Stands in for common.cuh and convert.cuh, and defines the functions of other headers that are assembly: what a kernel
 // computes is then what its own source says, but for the single instructions below, whose meaning is written out here.
-// Asynchronous copies arrive when they are waited for, not before. Dynamic shared memory is NaN when a block begins.
+// Asynchronous copies arrive when they are waited for, and leave NaN from when they are issued. Dynamic shared memory is NaN when
+// a block begins.
 #pragma once
 #include <ucontext.h>
 
@@ -105,11 +106,17 @@ inline bool run_block(int threads) {
   while (true) {
     const int64_t before = progress;
     int alive = 0;
-    for (int i = 0; i < threads; ++i) {
-      if (fibers[i].done) continue;
-      current = i, threadIdx = {unsigned(i), 0, 0};
-      swapcontext(&scheduler, &fibers[i].context);
-      alive += !fibers[i].done;
+    for (int warp = 0; warp < threads; warp += WARP) {
+      // As far as it comes alone, so that what others have not read yet may be overwritten unless a barrier sees to it.
+      for (int64_t seen = -1; seen != progress;) {
+        seen = progress;
+        for (int i = warp; i < warp + WARP; ++i) {
+          if (fibers[i].done) continue;
+          current = i, threadIdx = {unsigned(i), 0, 0};
+          swapcontext(&scheduler, &fibers[i].context);
+        }
+      }
+      for (int i = warp; i < warp + WARP; ++i) alive += !fibers[i].done;
     }
     if (alive == 0) return true;
     if (progress == before) return false;
@@ -249,8 +256,6 @@ inline float max_or_nan(float x, float y) { return std::isnan(x) || std::isnan(y
 
 // -- Those of warp.cuh.
 
-inline uint32_t pack_bf16(float low, float high) { return floats_to_bf16(low, high); }
-inline float reciprocal(float x) { return 1.f / x; }
 inline float round_tf32(float x) { return std::isnan(x) ? x : __uint_as_float((__float_as_uint(x) + 0x1000) & 0xffffe000); }
 inline void mma_tf32(float (&c)[4], const float (&a)[4], float b0, float b1) {
   struct Operands { float a[4][WARP], b[2][WARP]; } all;
@@ -269,6 +274,7 @@ inline void mma_tf32(float (&c)[4], const float (&a)[4], float b0, float b1) {
 }
 inline void copy_async(void* target, const void* source, bool exists) {
   if (uintptr_t(target) % 16 || uintptr_t(source) % 16) abort();
+  memset(target, 0xff, 16);  // NaN for who reads what was there, or does not wait
   emulation::fibers[emulation::current].copies.back().push_back({target, exists ? source : nullptr});
 }
 inline void copy_async_commit() { emulation::fibers[emulation::current].copies.emplace_back(); }

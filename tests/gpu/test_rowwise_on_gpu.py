@@ -257,6 +257,7 @@ def test_rope(heads: int, every_config: None) -> None:
                 lambda *t, i=inverse: jitgemm.head_norm_rope_act_quant(*t, norm=False, inverse=i), x, positions, table
             )
         check(lambda *t: jitgemm.head_norm_rope(*t, nope_block_size=64), x, positions, table, weight)
+        check(jitgemm.head_norm_rope, x, positions, torch.empty(0, 64))
         check(
             lambda *t: jitgemm.head_norm_rope_act_quant(
                 *t, scale_dtype=torch.int32, scale_layout="mn_major_tma_aligned"

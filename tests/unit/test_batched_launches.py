@@ -565,6 +565,11 @@ def test_strides_of_one_element_do_not_make_c_another(gpu: Gpu) -> None:
 
 def test_cublas_computes_under_modes() -> None:
     a, b = torch.randn(4, 8, 16).bfloat16(), torch.randn(4, 24, 16).bfloat16()
+    d, expected = torch.ones(8, 24), torch.ones(8, 24)
+    jitgemm.einsum("bmk,bnk->mn", a, b, expected, expected, use_cublaslt=True)
+    with Passing():
+        jitgemm.einsum("bmk,bnk->mn", a, b, d, d.view(8, 24), use_cublaslt=True)
+    assert torch.equal(d, expected) and not torch.equal(d, torch.ones(8, 24))
     with FakeTensorMode() as mode:
         d = torch.empty(8, 24)
         fakes = mode.from_tensor(a), mode.from_tensor(b)

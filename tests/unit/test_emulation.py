@@ -74,3 +74,19 @@ def test_what_lanes_tell_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_would_hang_is_noticed(monkeypatch: pytest.MonkeyPatch, body: str) -> None:
     with pytest.raises(AssertionError, match="a barrier that not all threads reach"):
         run(monkeypatch, body)
+
+
+@pytest.mark.parametrize("barrier", ["__syncthreads();", ""])
+def test_a_missing_barrier_shows(monkeypatch: pytest.MonkeyPatch, barrier: str) -> None:
+    """One warp writes again before the other has read."""
+    body = f"""
+      const int warp = threadIdx.x / WARP;
+      if (lane == 0) sums[warp] = 1;
+      __syncthreads();
+      __syncwarp();
+      const int read = sums[1 - warp];
+      {barrier}
+      __syncwarp();
+      if (lane == 0) sums[warp] = 2;
+      p.out[blockIdx.x * 64 + threadIdx.x] = read;"""
+    assert set(run(monkeypatch, body)) == ({1} if barrier else {1, 2})

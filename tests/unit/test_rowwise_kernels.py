@@ -14,6 +14,7 @@ from torch import Tensor
 import jitgemm.ops.rowwise as ops
 from jitgemm import driver, kernel
 from jitgemm.device import H200
+from jitgemm.errors import ProblemError
 from jitgemm.families import KernelSpec, family_of
 from jitgemm.heuristics import rowwise as heuristics
 from jitgemm.kernel import Kernel
@@ -260,6 +261,7 @@ def test_rope(gpu: Callable[[bool], None], inverse: bool) -> None:
     table, positions = ops.rope_cos_sin(50), torch.tensor([0, 49, 50])
     weight = torch.randn(n).to(BF16)
     check(gpu, lambda: ops.head_norm_rope(x, positions, table, inverse=inverse))
+    check(gpu, lambda: ops.head_norm_rope(x, positions, torch.empty(0, 64), inverse=inverse))
     check(gpu, lambda: ops.head_norm_rope(x, positions.int(), table, weight, inverse=inverse, nope_block_size=64))
     check(gpu, lambda: ops.head_norm_rope_act_quant(x, positions, table, norm=False, inverse=inverse))
     check(
@@ -320,6 +322,13 @@ def test_every_bf16_number(gpu: Callable[[bool], None], format: str) -> None:
         filled[: len(usable)] = usable
         x[:, 1:] = filled.view(-1, 31)
         check(gpu, lambda x=x: call(x, 32))
+
+
+def test_tiles_of_more_columns_than_a_grid_has(gpu: Callable[[bool], None]) -> None:
+    gpu(True)
+    for cast, most in ((quantize.per_channel_cast_to_fp8, 65535 * 64), (quantize.per_block_cast_to_fp8, 65535 * 128)):
+        with pytest.raises(ProblemError, match=f"x has 1 rows of {most + 8}; accepted are at most .* of {most}"):
+            cast(torch.empty(1, most + 8, dtype=BF16))
 
 
 @pytest.mark.parametrize("cast", [quantize.per_block_cast_to_fp8, quantize.per_channel_cast_to_fp8])
