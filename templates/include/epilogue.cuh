@@ -6,13 +6,8 @@
 // Transposed (operands swapped), MMA rows are columns of D and MMA columns its rows.
 #pragma once
 #include "common.cuh"
+#include "convert.cuh"
 #include "tma.cuh"
-
-__device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
-  uint32_t packed;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
-  return packed;
-}
 
 struct BFloat16 {
   uint16_t bits;
@@ -68,9 +63,9 @@ __device__ __forceinline__ void stage_tile(uint32_t staging, const float* values
       else
         address = staging + column8 / CHUNKS * (64 * ROW_BYTES) + swizzled<ROW_BYTES>(16 * warp + 8 * half + row_in_matrix, column8 % CHUNKS);
       if (j + 1 < COLUMNS / 8)
-        store_matrix_x4<TRANSPOSED>(address, pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3]), pack_bf16(v[4], v[5]), pack_bf16(v[6], v[7]));
+        store_matrix_x4<TRANSPOSED>(address, floats_to_bf16(v[0], v[1]), floats_to_bf16(v[2], v[3]), floats_to_bf16(v[4], v[5]), floats_to_bf16(v[6], v[7]));
       else
-        store_matrix_x2<TRANSPOSED>(address, pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3]));
+        store_matrix_x2<TRANSPOSED>(address, floats_to_bf16(v[0], v[1]), floats_to_bf16(v[2], v[3]));
     }
   } else {
     const uint32_t row = 16 * warp + lane / 4, pair = lane % 4;

@@ -388,7 +388,7 @@ __device__ __forceinline__ void stage_fragment(uint32_t staging, const float* va
           asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(place(along, across)), "f"(left), "f"(right) : "memory");
         }
       } else {
-        const uint32_t packed = SIZE == 2 ? pack_bf16(left, right) : pack_e4m3(left, right);
+        const uint32_t packed = SIZE == 2 ? floats_to_bf16(left, right) : pack_e4m3(left, right);
         if constexpr (!SWAPPED && SIZE == 2) {
           asm volatile("st.shared.b32 [%0], %1;" ::"r"(place(along, across)), "r"(packed) : "memory");
         } else if constexpr (!SWAPPED) {

@@ -77,7 +77,7 @@ static uint8_t e4m3(float x) {  // nearest even; of normal and subnormal numbers
   return uint8_t(bits) | (std::signbit(x) ? 0x80 : 0);
 }
 struct BFloat16 { uint16_t bits; float value() const { return __uint_as_float(uint32_t(bits) << 16); } };
-static uint32_t pack_bf16(float, float) { abort(); }
+static uint32_t floats_to_bf16(float, float) { abort(); }
 @CODE@
 struct Problem {
   const float* product;  // [rows of B (MMA rows or columns), tokens], as [token, row of B]
