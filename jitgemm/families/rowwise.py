@@ -215,7 +215,6 @@ class Rowwise:
     def render_context(self, spec: KernelSpec) -> dict[str, object]:
         """Values that the template names."""
         constants = dict(spec.constants)
-        whole_rows = spec["norm"] != "none" or spec["scales"] == "fp32_inverse"
         return {
             **constants,
             "kernel_name": self.kernel_name(spec),
@@ -225,7 +224,6 @@ class Rowwise:
             "index_type": INDEX_TYPES[spec["index"]],
             "whole_row": spec["scales"] == "fp32_inverse",
             "stored": spec["op"] == "cast" or spec["round_first"],  # what is quantized has the type of the values
-            "whole_rows": whole_rows,
             "values": spec["values"] or spec["round_trip"] or spec["format"] == "values",
         }
 
