@@ -232,16 +232,9 @@ _shape, _signature = kernel_shape, GemmProblem.without_sizes
 
 _TILE_NS = (16, 24, 32, 40, 48, 56, 64, 72, 80, 88, 96, 104, 112, 120, 128, 136, 144, 160, 176, 192, 208, 224, 240, 256)
 _TOKEN_TILES = (8, 16, 24, 32, 40, 48, 64, 80, 96, 104, 128)
-_WIDE_TOKEN_TILES = (
-    136,
-    152,
-    160,
-    176,
-    200,
-    216,
-    232,
-    256,
-)  # without promotion, whose registers they leave no room for
+_WIDE_TOKEN_TILES = (136, 152, 160, 176, 200, 216, 232, 256)
+"""Without promotion, whose registers they leave no room for."""
+
 _SPLITS = (1, 2, 3, 4, 5, 6, 7, 8)
 _EVEN_SPLITS = (1, 2, 4, 8)  # those that tiles of more than _SMALL_TILE elements are worth trying with
 _SMALL_TILE = 64 * 128

@@ -21,7 +21,7 @@ COLUMNS = THREADS * VECTOR
 
 def _of_fp32(spec: KernelSpec) -> str:
     """What describes the streams."""
-    return " fp32 streams" if spec["fp32"] else ""
+    return "fp32 streams" if spec["fp32"] else ""
 
 
 HC_SINKHORN = PlainFamily(
@@ -62,7 +62,7 @@ HC_MIX = PlainFamily(
         Field("post_mult", "float"),
     ),
     num_threads=THREADS,
-    describe=lambda spec: f"{'head' if spec['head'] else 'pre'}{_of_fp32(spec)}",
+    describe=lambda spec: f"{'head' if spec['head'] else 'pre'} {_of_fp32(spec)}",
 )
 
 HC_POST = PlainFamily(
@@ -76,7 +76,7 @@ HC_POST = PlainFamily(
         Field("vectors", "int32_t", "width / 8"),
     ),
     num_threads=THREADS,
-    describe=lambda spec: _of_fp32(spec),
+    describe=_of_fp32,
 )
 
 # -- The prenorm GEMM.
