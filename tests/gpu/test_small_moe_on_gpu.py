@@ -69,6 +69,20 @@ def test_sinkhorn(tokens: int) -> None:
     assert (found[2].sum(-2) - 1).abs().max() < 3e-6
 
 
+def check_prenorm(a: Tensor, fn: Tensor, splits: int | None, precision: str, bound: float) -> tuple[Tensor, Tensor]:
+    """What the prenorm GEMM gives, after a comparison with float64."""
+    exact, exact_squares = a.double() @ fn.double().T, a.double().square().sum(-1)
+    leading = () if splits is None else (splits,)
+    shapes = (a.shape[0], fn.shape[0]), a.shape[:1]
+    d, squares = (torch.full((*leading, *shape), math.nan, device=DEVICE) for shape in shapes)
+    jitgemm.tf32_hc_prenorm_gemm(a, fn, d, squares, splits, precision=precision)
+    total, sums = (d, squares) if splits is None else (d.double().sum(0), squares.double().sum(0))
+    torch.testing.assert_close(sums.double(), exact_squares, rtol=2e-6, atol=0)
+    error = 1 - 2 * (total.double() * exact).sum() / (total.double().square() + exact.square()).sum()
+    assert error < bound, (splits, float(error))
+    return d, squares
+
+
 @pytest.mark.parametrize("precision", ["tf32", "fp32"])
 @pytest.mark.parametrize(
     ("m", "k"),
@@ -76,16 +90,9 @@ def test_sinkhorn(tokens: int) -> None:
 )
 def test_prenorm(m: int, k: int, precision: str) -> None:
     a, fn = normal(m, k, dtype=torch.bfloat16), normal(24, k, seed=1)
-    exact, exact_squares = a.double() @ fn.double().T, a.double().square().sum(-1)
     best = jitgemm.get_hc_prenorm_num_splits(m, k)
     for splits in (None, best, 16, 5):
-        leading = () if splits is None else (splits,)
-        d, squares = (torch.full((*leading, *shape), math.nan, device=DEVICE) for shape in ((m, 24), (m,)))
-        jitgemm.tf32_hc_prenorm_gemm(a, fn, d, squares, splits, precision=precision)
-        total, sums = (d, squares) if splits is None else (d.double().sum(0), squares.double().sum(0))
-        torch.testing.assert_close(sums.double(), exact_squares, rtol=2e-6, atol=0)
-        error = 1 - 2 * (total.double() * exact).sum() / (total.double().square() + exact.square()).sum()
-        assert error < (1e-7 if precision == "tf32" else 1e-8), (splits, float(error))
+        d, squares = check_prenorm(a, fn, splits, precision, 1e-7 if precision == "tf32" else 1e-8)
         again, again_squares = torch.empty_like(d), torch.empty_like(squares)
         jitgemm.tf32_hc_prenorm_gemm(a, fn, again, again_squares, splits, precision=precision)
         assert torch.equal(d, again)
@@ -128,15 +135,8 @@ def test_pre_post_and_head(width: int) -> None:
 @pytest.mark.parametrize(("m", "k"), [(1, 28672), (13, 16384), (137, 7168), (4096, 7680), (33, 1288), (100, 8)])
 def test_prenorm_of_fp32(m: int, k: int, precision: str) -> None:
     a, fn = normal(m, k), normal(24, k, seed=1)
-    exact, exact_squares = a.double() @ fn.double().T, a.double().square().sum(-1)
     for splits in (None, jitgemm.get_hc_prenorm_num_splits(m, k), 5):
-        leading = () if splits is None else (splits,)
-        d, squares = (torch.full((*leading, *shape), math.nan, device=DEVICE) for shape in ((m, 24), (m,)))
-        jitgemm.tf32_hc_prenorm_gemm(a, fn, d, squares, splits, precision=precision)
-        total, sums = (d, squares) if splits is None else (d.double().sum(0), squares.double().sum(0))
-        torch.testing.assert_close(sums.double(), exact_squares, rtol=2e-6, atol=0)
-        error = 1 - 2 * (total.double() * exact).sum() / (total.double().square() + exact.square()).sum()
-        assert error < (2e-7 if precision == "tf32" else 1e-8), (splits, float(error))
+        check_prenorm(a, fn, splits, precision, 2e-7 if precision == "tf32" else 1e-8)
 
 
 @pytest.mark.parametrize("width", (4096, 7168, 2056))
