@@ -4,10 +4,9 @@ gradients of experts' weights (groups along K).
 
 from __future__ import annotations
 
-import operator
 import os
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -20,7 +19,16 @@ from jitgemm.families.gemm import SCALE_GROUP
 from jitgemm.families.grouped_launch import Stack
 from jitgemm.heuristics.batched import chooser
 from jitgemm.kernel import load
-from jitgemm.ops.checks import Scaled, check_apart, check_elements_apart, check_tensors, extent, pair, span_of
+from jitgemm.ops.checks import (
+    Scaled,
+    check_apart,
+    check_elements_apart,
+    check_tensors,
+    extent,
+    integer_of,
+    pair,
+    span_of,
+)
 from jitgemm.ops.dispatch import needs_dispatch
 from jitgemm.ops.layout import copy_to_mn_major
 from jitgemm.plan import BOUND_LAUNCHES, Table, current_device, device_facts, raw_stream
@@ -153,13 +161,9 @@ def _k_grouped(
 
 
 def _integers(values: object) -> list[int]:
-    """What a list holds, NumPy's integers too; no number where there is anything else."""
-    if not isinstance(values, Sequence) or any(isinstance(value, (bool, Tensor)) for value in values):
-        return []
-    try:
-        return [operator.index(value) for value in values]
-    except TypeError:
-        return []
+    """What a list of integers holds; no number where there is anything else."""
+    numbers = [integer_of(value) for value in values] if isinstance(values, Sequence) else [None]
+    return [] if None in numbers else cast("list[int]", numbers)
 
 
 def _is_same(c: Tensor | None, d: Tensor) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable
 from typing import Any
 
@@ -43,6 +44,16 @@ def extent(tensor: Tensor | None) -> int:
     if tensor is None or 0 in tensor.shape:
         return 0
     return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def integer_of(value: Any) -> int | None:
+    """An integer, NumPy's too; None for anything else, booleans and tensors among it."""
+    if isinstance(value, (bool, Tensor)):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
 
 
 def span_of(tensor: Tensor | None) -> int:

@@ -6,7 +6,6 @@ Launches do not depend on how many rows the groups have: nothing waits for the d
 from __future__ import annotations
 
 import ctypes
-import operator
 import os
 from collections.abc import Callable
 from typing import Any, cast
@@ -22,7 +21,7 @@ from jitgemm.families.grouped_launch import STEPS_OFFSET, GroupedGeometry, Stack
 from jitgemm.heuristics.grouped import chooser
 from jitgemm.kernel import load
 from jitgemm.nvtx import in_range
-from jitgemm.ops.checks import Scaled, check_apart, check_tensors, extent, pair, span_of
+from jitgemm.ops.checks import Scaled, check_apart, check_tensors, extent, integer_of, pair, span_of
 from jitgemm.ops.dispatch import needs_dispatch
 from jitgemm.ops.epilogue import Epilogue, Steps, check_steps, check_steps_apart, pack, steps_of
 from jitgemm.ops.fp4 import PreparedWeights, dequantized, is_fp4, operands, packed_shape, recipe_of
@@ -355,12 +354,9 @@ def _check_recipe(recipe: object, recipe_a: object, recipe_b: object) -> None:
 
 
 def _expected(name: str, expected_m: Any) -> int:
-    """A number of rows, NumPy's integers too."""
-    try:
-        number = -1 if isinstance(expected_m, (bool, Tensor)) else operator.index(expected_m)
-    except TypeError:
-        number = -1
-    if not 0 <= number < 2**31:
+    """A number of rows."""
+    number = integer_of(expected_m)
+    if number is None or not 0 <= number < 2**31:
         raise ProblemError(f"{name} is {expected_m!r}; accepted is an integer from 0 to 2**31 - 1")
     return number
 
