@@ -69,7 +69,7 @@ def enumerate_configs(problem: BatchedProblem, device: Device) -> tuple[GemmConf
 
 
 def enumerate_specs(problem: BatchedProblem, device: Device) -> tuple[KernelSpec, ...]:
-    """Every kernel that calls of the problem can need: of any m, with scales in any layout; also to add up a sum's parts."""
+    """Every kernel that calls of the problem, of any m, can need: also to copy scales or to add up parts of a sum."""
     from jitgemm.families.sum_parts import D_DTYPES, SUM_PARTS
     from jitgemm.families.transpose_scales import FAMILY as TRANSPOSE_SCALES
 
