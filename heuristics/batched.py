@@ -105,7 +105,7 @@ def _problem_of_sum(
         return BatchedProblem(n, k * each, "bf16", -(-batches // each), "batch_sum", m, layout, "fp32")
 
     whole = of_parts(1)
-    configs = candidates(whole, overrides)
+    configs = tuple(config for config in candidates(whole, overrides) if illegal(whole, config, device) is None)
     fitting = {1} | {max(1, min(batches, _slots(whole, config, device) // _tiles(config, m, n))) for config in configs}
     problems = list(dict.fromkeys(of_parts(parts) for parts in sorted(fitting)))
     return min(problems, key=lambda problem: _cost_of_sum(problem, configs, device))
@@ -123,7 +123,7 @@ def _tiles(config: GemmConfig, m: int, n: int) -> int:
 
 
 def _cost_of_sum(problem: BatchedProblem, configs: tuple[GemmConfig, ...], device: Device) -> float:
-    """Predicted us of the parts with the best config, and of adding them up; without end if no config is legal."""
+    """Predicted us of the parts with the best config, and of adding them up; infinite if no config is legal."""
     assert problem.m is not None
     legal = tuple(config for config in configs if illegal(problem, config, device) is None)
     if not legal:
