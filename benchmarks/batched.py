@@ -19,7 +19,7 @@ import jitgemm
 from benchmarks.operands import poisoned, random_matrix
 from jitgemm.device import PRESETS
 from jitgemm.families.batched import EXPECTED_K, BatchedProblem
-from jitgemm.ops.batched import parts_of_sum
+from jitgemm.heuristics.batched import problem_of_sum
 from jitgemm.reference import einsum as reference_einsum
 from jitgemm.reference import grouped as reference_grouped
 
@@ -67,9 +67,7 @@ class Shape:
             layout = "nt" if self.recipe == "fp8" else "tn"
             return BatchedProblem(self.n, EXPECTED_K, self.name, self.groups, self.case, self.m, layout, "fp32")
         if self.sums_batches:
-            parts = parts_of_sum(self.groups, self.m, self.n, PRESETS["h200"].num_sms)
-            k = self.k * -(-self.groups // parts)
-            return BatchedProblem(self.n, k, self.name, parts, "batch_sum", self.m, "nt", "fp32")
+            return problem_of_sum(self.groups, self.m, self.n, self.k, "nt", PRESETS["h200"])
         layout = "nn" if self.expr == "bhd,hdr->bhr" else "nt"
         return BatchedProblem(self.n, self.k, self.name, self.groups, "batched", self.m, layout)
 

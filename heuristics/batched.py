@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 
 from jitgemm import settings
 from jitgemm.device import SM90A, Device
@@ -21,6 +22,10 @@ from jitgemm.settings import Settings
 # Tiles beside those of dense GEMM's menu: with many groups of few rows the chip is full without a split of K, and tiles
 # of all weights of a small head load the tokens once.
 _TOKEN_TILES = ((8, 64), (8, 128), (16, 64), (16, 128), (32, 64), (32, 128), (48, 64), (64, 64), (64, 128), (128, 128))
+
+# The kernel that adds up the parts of a sum: launch and latency, and its reads, which are in L2 (estimated).
+_SUM_OF_PARTS_US = 2.0
+_SUM_OF_PARTS_BYTES_PER_US = 5e6
 
 _MOST_TOKENS = 96  # of FP8, on the MMA's N side
 _SUMS_OF_THREE = 120  # registers a thread that sums may take where three warpgroups promote
@@ -64,13 +69,69 @@ def enumerate_configs(problem: BatchedProblem, device: Device) -> tuple[GemmConf
 
 
 def enumerate_specs(problem: BatchedProblem, device: Device) -> tuple[KernelSpec, ...]:
-    """Every kernel that calls of the problem can need: of any m, with scales in any layout."""
+    """Every kernel that calls of the problem, of any m, can need: also to copy scales or to add up parts of a sum."""
+    from jitgemm.families.sum_parts import D_DTYPES, SUM_PARTS
     from jitgemm.families.transpose_scales import FAMILY as TRANSPOSE_SCALES
 
     specs = [FAMILY.spec(problem, config, device.arch.name) for config in enumerate_configs(problem, device)]
     if problem.dense.traits.is_fp8:
         specs.append(TRANSPOSE_SCALES.spec(device.arch.name))
+    if problem.kind == "batch_sum" and problem.d_dtype == "fp32":
+        specs += [SUM_PARTS.spec(device.arch.name, d_dtype=d_dtype) for d_dtype in D_DTYPES]
     return tuple(specs)
+
+
+def problem_of_sum(
+    batches: int, m: int, n: int, k: int, layout: str, device: Device, in_force: Settings | None = None
+) -> BatchedProblem:
+    """How batches of ``[m, k] @ [k, n]`` are summed up: the FP32 parts, as groups of a ``batch_sum``, with k of a part.
+
+    More parts keep more multiprocessors busy, but have to be written, read and added up: of the numbers that fill the
+    chip with tiles of some config, it is that with the least predicted time of all this. No part is empty.
+    """
+    assert batches > 0
+    in_force = in_force or settings.current()
+    num_sms = min(device.num_sms, in_force.num_sms or device.num_sms)
+    overrides = tuple(in_force.tuning().items())
+    return _problem_of_sum(batches, m, n, k, layout, device.with_num_sms(num_sms), overrides)
+
+
+@functools.lru_cache(maxsize=1024)
+def _problem_of_sum(
+    batches: int, m: int, n: int, k: int, layout: str, device: Device, overrides: Overrides
+) -> BatchedProblem:
+    def of_parts(parts: int) -> BatchedProblem:
+        each = -(-batches // parts)
+        return BatchedProblem(n, k * each, "bf16", -(-batches // each), "batch_sum", m, layout, "fp32")
+
+    whole = of_parts(1)
+    configs = tuple(config for config in candidates(whole, overrides) if illegal(whole, config, device) is None)
+    fitting = {1} | {max(1, min(batches, _slots(whole, config, device) // _tiles(config, m, n))) for config in configs}
+    problems = list(dict.fromkeys(of_parts(parts) for parts in sorted(fitting)))
+    return min(problems, key=lambda problem: _cost_of_sum(problem, configs, device))
+
+
+def _slots(problem: BatchedProblem, config: GemmConfig, device: Device) -> int:
+    """CTAs that are resident at once."""
+    return device.num_sms * kernel_shape(problem.dense.without_sizes(), config).blocks_per_sm
+
+
+def _tiles(config: GemmConfig, m: int, n: int) -> int:
+    """CTAs of one GEMM."""
+    rows, columns = config.tile_m * config.cluster_m, config.tile_n * config.cluster_n
+    return -(-m // rows) * -(-n // columns) * config.cluster_m * config.cluster_n * config.split_k
+
+
+def _cost_of_sum(problem: BatchedProblem, configs: tuple[GemmConfig, ...], device: Device) -> float:
+    """Predicted us of the parts with the best config, and of adding them up; infinite if no config is legal."""
+    assert problem.m is not None
+    legal = tuple(config for config in configs if illegal(problem, config, device) is None)
+    if not legal:
+        return math.inf
+    of_parts = min(_costs(problem, legal, device, (problem.m,))[0])
+    if problem.groups == 1:
+        return of_parts
+    return of_parts + _SUM_OF_PARTS_US + problem.groups * problem.m * problem.n * 4 / _SUM_OF_PARTS_BYTES_PER_US
 
 
 def explain(problem: BatchedProblem, device: Device) -> Explanation:

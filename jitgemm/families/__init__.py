@@ -23,6 +23,7 @@ FAMILY_MODULES = {
     "pack_fp4": "jitgemm.families.fp4:PACK_FP4",
     "pack_ue8m0": "jitgemm.families.pack_scales:PACK_UE8M0",
     "rowwise": "jitgemm.families.rowwise",
+    "sum_parts": "jitgemm.families.sum_parts:SUM_PARTS",
     "tiles": "jitgemm.families.tiles",
     "transpose_scales": "jitgemm.families.transpose_scales",
     "unpack_scales": "jitgemm.families.fp4:UNPACK_SCALES",

@@ -17,7 +17,9 @@ from jitgemm.families.batched import EXPECTED_K, FAMILY, MAX_GROUPS, MOST_GROUPS
 from jitgemm.families.batched_launch import BatchedGeometry, Heads, PartOfK
 from jitgemm.families.gemm import SCALE_GROUP
 from jitgemm.families.grouped_launch import Stack
-from jitgemm.heuristics.batched import chooser
+from jitgemm.families.plain import PlainLaunch
+from jitgemm.families.sum_parts import QUAD, SUM_PARTS, THREADS, ways_of
+from jitgemm.heuristics.batched import chooser, problem_of_sum
 from jitgemm.kernel import load
 from jitgemm.ops.checks import (
     Scaled,
@@ -31,6 +33,7 @@ from jitgemm.ops.checks import (
 )
 from jitgemm.ops.dispatch import needs_dispatch
 from jitgemm.ops.layout import copy_to_mn_major
+from jitgemm.ops.plain import Gpu
 from jitgemm.plan import BOUND_LAUNCHES, Table, current_device, device_facts, raw_stream
 from jitgemm.record import record
 from jitgemm.reference import einsum as reference_einsum
@@ -46,7 +49,6 @@ _GPU = "cuda"  # the type of the devices that kernels run on
 _ROW_RECIPE = "fp8_1x128_1x128"
 _BLOCK_RECIPE = "fp8_1x128_128x128"
 _PEER_RECIPES = {(1, 128, 128): _BLOCK_RECIPE, (1, 1, 128): _ROW_RECIPE}
-_SUM_TILE = 128  # rows and columns of D for which the batches of a sum are divided among the multiprocessors
 
 
 # -- Along K.
@@ -181,8 +183,9 @@ def einsum(expr: str, a: Tensor, b: Tensor, d: Tensor, c: Tensor | None = None, 
     """``d = einsum(expr, a, b) (+ c)`` for bf16 operands, which are read in place where they have stride 1 in a
     dimension that is multiplied or summed over.
 
-    K is summed up in one chain, unless an override of ``split_k`` is in force. ``bmk,bnk->mn`` alone sums parts of the
-    batches first, as many as the device's multiprocessors ask for, and then these, always in the same order.
+    K is summed up in one chain, unless an override of ``split_k`` is in force. ``bmk,bnk->mn`` alone sums up parts of
+    the batches first, as many as are fastest on the device, and then these: in FP32, always in the same order, c last,
+    rounded once.
 
     Args:
         expr: ``bhr,hdr->bhd``, ``bhd,hdr->bhr``, ``bhd,bhr->hdr`` or ``bmk,bnk->mn``.
@@ -359,13 +362,6 @@ def _launch_again(expr: str, recipe: str, tensors: _Tensors) -> bool:
     if plan is not None:
         plan(tensors)
     return plan is not None
-
-
-def parts_of_sum(batches: int, m: int, n: int, num_sms: int) -> int:
-    """In how many parts batches are summed up at once: as many as fill the multiprocessors, none of them empty."""
-    tiles = -(-m // _SUM_TILE) * -(-n // _SUM_TILE)
-    parts = max(1, min(batches, num_sms // max(1, tiles)))
-    return -(-batches // -(-batches // parts)) if batches else 1
 
 
 def _by_cublas(expr: str, a: Tensor, b: Tensor, d: Tensor, c: Tensor | None) -> None:
@@ -589,13 +585,14 @@ def _plan_of_batches(
         raise ProblemError(f"d has {groups} groups; accepted are at most {MAX_GROUPS}")
     ordinal = _ordinal(d)
     device, num_sms = device_facts(ordinal)
-    if kind == "batch_sum" and groups == 1 and (parts := parts_of_sum(all_batches, m, n, num_sms)) > 1:
-        into_sums = tensors._replace(d=d.new_empty((parts, m, n), dtype=torch.float32), c=None)
-        of_parts = _plan_of_batches(into_sums, recipe, kind, None, False, in_force)
-        return _PlanOfSum(spans, of_parts, (parts, m, n), accumulate)
-    batches = -(-all_batches // groups) if kind == "batch_sum" else 1
     a_stack, a_major = _operand_stack("a", a)
     b_stack, b_major = _operand_stack("b", b)
+    layout = ("n" if a_major == "k" else "t") + ("t" if b_major == "k" else "n")
+    if kind == "batch_sum" and groups == 1:
+        of_parts = problem_of_sum(all_batches, m, n, k, layout, device.with_num_sms(num_sms), in_force)
+        if of_parts.groups > 1:
+            return _plan_of_sum(tensors, spans, of_parts, accumulate, in_force)
+    batches = -(-all_batches // groups) if kind == "batch_sum" else 1
     problem = BatchedProblem(
         n=n,
         k=k * batches,
@@ -603,7 +600,7 @@ def _plan_of_batches(
         groups=groups,
         kind=kind,
         m=m,
-        layout=("n" if a_major == "k" else "t") + ("t" if b_major == "k" else "n"),
+        layout=layout,
         d_dtype=_D_DTYPES[d.dtype],
     )
     if in_force.record is not None:
@@ -628,6 +625,38 @@ def _plan_of_batches(
         pdl=in_force.pdl,
     )
     return _Plan(spans, [geometry], copied, accumulate, ordinal)
+
+
+def _plan_of_sum(
+    tensors: _Tensors, spans: Sequence[_Span], problem: BatchedProblem, accumulate: bool, in_force: Settings
+) -> _PlanOfSum:
+    d, c, (_, m, n) = tensors.d, tensors.c, tensors.d.shape
+    shape = problem.groups, m, -(-n // QUAD) * QUAD
+    into_parts = tensors._replace(d=d.new_empty(shape, dtype=torch.float32)[..., :n], c=None)
+    of_parts = _plan_of_batches(into_parts, problem.recipe, problem.kind, None, False, in_force)
+    launch = launch_of_sum(Gpu(d, problem), problem.groups, d[0], None if c is None else c[0])
+    return _PlanOfSum(spans, of_parts, shape, launch, accumulate, _ordinal(d))
+
+
+def launch_of_sum(gpu: Gpu, num_parts: int, d: Tensor, c: Tensor | None) -> PlainLaunch:
+    """The launch that adds up FP32 parts, in rows of whole quads of columns, and c.
+
+    It takes the addresses of the parts, of c (or 0) and of d, which are ``[m, n]`` with any strides of rows.
+    """
+    m, n = d.shape
+    row_quads, ways = -(-n // QUAD), ways_of(num_parts)
+    return gpu.launch(
+        SUM_PARTS,
+        SUM_PARTS.spec(gpu.arch, d_dtype=_D_DTYPES[d.dtype]),
+        (-(-m * row_quads // (THREADS // ways)),),
+        c_row_stride=0 if c is None else c.stride(0),
+        d_row_stride=d.stride(0),
+        num_parts=num_parts,
+        n=n,
+        row_quads=row_quads,
+        quads=m * row_quads,
+        ways=ways,
+    )
 
 
 def _operand_stack(name: str, tensor: Tensor) -> tuple[Stack, str]:
@@ -753,26 +782,37 @@ class _Plan:
 
 
 class _PlanOfSum:
-    """A sum over batches: FP32 sums of parts of them, in one launch, and then these, always in the same order."""
+    """A sum over batches: FP32 sums of parts of them in one launch, and of these in another, in a fixed order.
 
-    def __init__(self, spans: Sequence[_Span], of_parts: _Plan, shape: tuple[int, int, int], accumulate: bool) -> None:
-        self._spans, self._of_parts, self._shape, self._accumulate = spans, of_parts, shape, accumulate
+    Parts are in memory of torch's allocator for as long as a call takes; the stream keeps later users behind it.
+    """
+
+    def __init__(
+        self,
+        spans: Sequence[_Span],
+        of_parts: _Plan,
+        shape: tuple[int, int, int],
+        launch: PlainLaunch,
+        accumulate: bool,
+        device: int,
+    ) -> None:
+        self._spans, self._of_parts, self._shape, self._launch = spans, of_parts, shape, launch
+        self._accumulate, self._device = accumulate, device
         self._apart: Table[tuple[int, ...], bool] = Table(BOUND_LAUNCHES)
 
-    @torch.no_grad()
     def __call__(self, tensors: _Tensors) -> None:
+        if current_device() != self._device:
+            with torch.cuda.device(self._device):
+                return self(tensors)
         addresses = tensors.addresses()
         if not self._apart.get(addresses):
             _check_addresses(self._spans, tensors, self._accumulate, on_gpu=False)  # TMA's: the launch of parts does
             self._apart.put(addresses, True)
-        d, c = tensors.d, tensors.c
-        sums = d.new_empty(self._shape, dtype=torch.float32)
-        self._of_parts(tensors._replace(d=sums, c=None))
-        total = sums.sum(0)
-        if c is None:
-            d.copy_(total)
-        else:
-            torch.add(total, c, out=d)  # rounded once
+        parts = tensors.d.new_empty(self._shape, dtype=torch.float32)
+        self._of_parts(tensors._replace(d=parts, c=None))
+        *_, d, c = addresses
+        self._launch(raw_stream(self._device), parts.data_ptr(), c, d)
+        return None
 
 
 class _ReferenceOfBatches:

@@ -1,4 +1,4 @@
-"""The kernels around hyper-connections, experts and scales through NVRTC: no spills, no advisories, few registers."""
+"""Kernels around hyper-connections, experts, scales and sums through NVRTC: no spills, no advisories, few registers."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from jitgemm.families.hyper_connections import HC_PRENORM
 from jitgemm.families.moe import MAX_EXPERTS
 from jitgemm.families.plain import PlainFamily
 from jitgemm.families.small_problem import LAYOUTS, PRECISIONS, SCORES, STREAM_DTYPES, SmallProblem
+from jitgemm.families.sum_parts import D_DTYPES, SUM_PARTS
 from jitgemm.render import render
 
 PROBLEMS = [
@@ -37,7 +38,10 @@ PROBLEMS = [
     *(SmallProblem.make("moe_combine", topk=topk) for topk in (1, 6, 16)),
     *(SmallProblem.make("pack_ue8m0", grouped=grouped) for grouped in (False, True)),
 ]
-SPECS = list(dict.fromkeys(spec for problem in PROBLEMS for spec in problem.specs(SM90A.name)))
+SPECS = [
+    *dict.fromkeys(spec for problem in PROBLEMS for spec in problem.specs(SM90A.name)),
+    *(SUM_PARTS.spec(SM90A.name, d_dtype=d_dtype) for d_dtype in D_DTYPES),
+]
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: family_of(spec).describe(spec))
@@ -56,4 +60,6 @@ def test_kernel(spec: KernelSpec) -> None:
     # 512 threads of a multiprocessor have enough loads in flight; the prenorm GEMM's share of registers is its own.
     blocks = spec["blocks_per_sm"] if family is HC_PRENORM else 512 // threads
     assert metadata.registers * threads * blocks <= SM90A.registers_per_sm
+    if family is SUM_PARTS:  # 8 loads of 16 bytes are in flight at once
+        assert metadata.registers > 32
     assert blocks * (smem + SM90A.smem_reserved) <= SM90A.smem_per_sm

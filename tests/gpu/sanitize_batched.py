@@ -88,11 +88,11 @@ def heads(
         compare(lambda a, b, d, **c: call(expr, a, b, d, **c), arguments, output, recipe, adds)
 
 
-def sums(config: dict[str, Any]) -> None:
-    """Batches that are summed up."""
+def sums(config: dict[str, Any], d_dtype: torch.dtype = torch.float32, adds: bool = False, n: int = 136) -> None:
+    """Batches that are summed up, in several parts."""
     with settings.override(**config):
-        arguments = bf16(50, 72, 40), bf16(50, 136, 40, seed=1)
-        compare(lambda a, b, d: jitgemm.einsum("bmk,bnk->mn", a, b, d), arguments, torch.zeros(72, 136), "bf16")
+        arguments, d = (bf16(50, 72, 40), bf16(50, n, 40, seed=1)), torch.ones(72, n, dtype=d_dtype)
+        compare(lambda a, b, d, **c: jitgemm.einsum("bmk,bnk->mn", a, b, d, **c), arguments, d, "bf16", adds)
 
 
 def holes(splits: tuple[int, int, int], config: dict[str, Any]) -> None:
@@ -152,6 +152,8 @@ CASES: dict[str, Callable[[], None]] = {
     "weights along r, cluster": lambda: heads("bhd,hdr->bhr", "bf16", tile(128, 64, cluster=(2, 1))),
     "both along rows": lambda: heads("bhd,bhr->hdr", "bf16", tile(128, 128), torch.float32),
     "sums": lambda: sums(tile(64, 128)),
+    "sums, added to": lambda: sums(tile(64, 128), adds=True, n=133),
+    "sums in bf16": lambda: sums(tile(64, 128), torch.bfloat16, adds=True, n=134),
     "sums, swapped": lambda: sums(tile(64, 64, swap_ab=True)),
     "holes": lambda: holes((128, 64, 128), tile(64, 128)),
     "holes, swapped": lambda: holes((128, 64, 128), tile(32, 64, swap_ab=True)),

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from sums import in_order, some_parts, within
 from torch import Tensor
 
 import jitgemm
@@ -19,6 +20,8 @@ from jitgemm.errors import ProblemError
 from jitgemm.families.batched import FAMILY, BatchedProblem
 from jitgemm.families.gemm import GemmConfig, kernel_shape
 from jitgemm.heuristics.batched import candidates, illegal
+from jitgemm.ops.batched import launch_of_sum
+from jitgemm.ops.plain import Gpu
 from jitgemm.plan import device_facts
 from jitgemm.reference import einsum as reference_einsum
 from jitgemm.reference import grouped as reference_grouped
@@ -212,12 +215,56 @@ def test_real_heads() -> None:
 
 @pytest.mark.parametrize("d_dtype", ["bf16", "fp32"])
 def test_sums_of_batches(d_dtype: str) -> None:
-    for b, m, n, k in ((1, 8, 8, 8), (7, 136, 72, 40), (129, 128, 384, 128), (300, 264, 200, 72)):
+    for b, m, n, k in ((1, 8, 8, 8), (7, 136, 72, 40), (129, 128, 384, 128), (300, 264, 201, 72), (1000, 1, 7, 64)):
         for accumulate in (False, True):
             case = Einsum("bmk,bnk->mn", d_dtype=d_dtype, accumulate=accumulate, b=b, m=m, n=n, k=k)
             first = case.call()
             case.check(first)
-            assert same_bits(case.call(), first)
+            for columns, start in ((n + 5, 3), (n + -n % 8 + 8, 8)):  # rows that start anywhere, or at 16 bytes
+                d, around = within(case.output(), columns, start)
+                assert same_bits(case.call(d), first)
+                if case.c is not None:  # in place; and C in another tensor of other strides
+                    d.copy_(case.c)
+                    assert same_bits(case.call(d, d), first)
+                    assert same_bits(case.call(d, within(case.c, n + 3, 1)[0]), first)
+                d.fill_(torch.nan)
+                assert bool(around.isnan().all())
+
+
+@pytest.mark.parametrize("d_dtype", ["bf16", "fp32"])
+def test_parts_are_added_up_in_order(d_dtype: str) -> None:
+    problem = BatchedProblem(8, 64, "bf16", 2, "batch_sum", d_dtype="fp32")
+    shapes = ((44, 128, 384), (43, 257, 130), (2, 1024, 1024), (11, 130, 777), (132, 64, 64), (264, 16, 17), (33, 1, 1))
+    for seed, (num_parts, m, n) in enumerate(shapes):
+        padded, parts = some_parts(num_parts, m, n, torch.Generator(DEVICE).manual_seed(seed))
+        c = normal((m, n), seed + 1).to(DTYPES[d_dtype])
+        for columns, start in ((n + -n % 8, 0), (n + 5, 3)):
+            for added in (None, c, within(c, n + 3, 1)[0]):
+                d, _ = within(torch.full_like(c, torch.nan), columns, start)
+                launch = launch_of_sum(Gpu(d, problem), num_parts, d, added)
+                c_address = 0 if added is None else added.data_ptr()
+                launch(torch.cuda.current_stream().cuda_stream, padded.data_ptr(), c_address, d.data_ptr())
+                assert same_bits(d.contiguous(), in_order(parts, added, d.dtype))
+
+
+def test_parts_of_calls_in_a_row_do_not_mix() -> None:
+    sizes = ((129, 128, 384, 128), (300, 264, 201, 72), (1000, 1, 7, 64))
+    cases = [
+        Einsum("bmk,bnk->mn", d_dtype="fp32", seed=9 * i, b=b, m=m, n=n, k=k) for i, (b, m, n, k) in enumerate(sizes)
+    ]
+    expected = []
+    for case in cases:
+        expected.append(case.call())
+        torch.cuda.synchronize()
+        case.check(expected[-1])
+    found = [[case.output() for case in cases] for _ in range(20)]
+    torch.cuda.synchronize()
+    for outputs in found:
+        for case, d in zip(cases, outputs, strict=True):
+            case.call(d)
+    for outputs in found:
+        for d, first in zip(outputs, expected, strict=True):
+            assert same_bits(d, first)
 
 
 @pytest.mark.parametrize("d_dtype", ["bf16", "fp32"])
@@ -248,16 +295,19 @@ def test_adding_to_another_view_of_d(expr: str) -> None:
     assert same_bits(torch.compile(step, fullgraph=True)(case.c), expected)
 
 
-def test_sums_of_batches_are_captured_and_launched_again() -> None:
-    case = Einsum("bmk,bnk->mn", d_dtype="fp32", accumulate=True, b=129, m=128, n=384, k=128)
-    assert case.c is not None
-    expected, d = case.call(), case.c.clone()
-    case.call(d, d)
+@pytest.mark.parametrize("d_dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("accumulate", [False, True])
+def test_sums_of_batches_are_captured_and_launched_again(accumulate: bool, d_dtype: str) -> None:
+    case = Einsum("bmk,bnk->mn", d_dtype=d_dtype, accumulate=accumulate, b=129, m=128, n=384, k=128)
+    expected, start = case.call(), case.output() if case.c is None else case.c
+    d = start.clone()
+    c = d if accumulate else None
+    case.call(d, c)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        case.call(d, d)
+        case.call(d, c)
     for _ in range(3):
-        d.copy_(case.c)
+        d.copy_(start)
         graph.replay()
         assert same_bits(d, expected)
     with settings.override(num_sms=20):

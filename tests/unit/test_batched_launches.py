@@ -32,10 +32,12 @@ from jitgemm.families.batched_launch import (
     maps_of_groups,
     params_bytes,
 )
-from jitgemm.families.gemm import GemmConfig
+from jitgemm.families.gemm import GemmConfig, kernel_shape
+from jitgemm.families.sum_parts import SUM_PARTS, THREADS, ways_of
+from jitgemm.heuristics.batched import choose_config, problem_of_sum
 from jitgemm.kernel import Kernel
-from jitgemm.ops import batched
-from jitgemm.ops.batched import parts_of_k, parts_of_sum
+from jitgemm.ops import batched, plain
+from jitgemm.ops.batched import parts_of_k
 from jitgemm.reference.layout import get_mn_major_tma_aligned_tensor
 
 Map = tuple[int, ...]
@@ -95,6 +97,12 @@ class Launched:
         return numbers, self.map(at), self.map(at + 128 * MOST_GROUPS_OF_K)
 
     @property
+    def sum(self) -> dict[str, int]:
+        """Parameters of the kernel that adds up parts."""
+        names = (field.name for field in SUM_PARTS.fields)
+        return dict(zip(names, SUM_PARTS.params.unpack_from(self.params), strict=True))
+
+    @property
     def config(self) -> GemmConfig:
         return family_of(self.kernel).shape(self.kernel).config  # type: ignore[attr-defined,no-any-return]
 
@@ -115,7 +123,8 @@ class Gpu:
         address = ctypes.c_uint64.from_address(ctypes.cast(arguments, ctypes.c_void_p).value or 0).value
         assert address % 128 == 0
         spec = self.kernels[kernel.value - 1]
-        params = ctypes.string_at(address, params_bytes(str(spec["kind"])))
+        size = SUM_PARTS.params_bytes if spec.family == SUM_PARTS.name else params_bytes(str(spec["kind"]))
+        params = ctypes.string_at(address, size)
         self.launched.append(Launched(config._obj.grid[0], spec, params))
         return 0
 
@@ -137,6 +146,13 @@ class Gpu:
         self.launched.clear()
         return launched
 
+    def last_sum(self) -> tuple[Launched, Launched]:
+        """The launches since the last look: of parts, and of their sum."""
+        of_parts, of_sum = self.launched
+        self.launched.clear()
+        assert of_sum.kernel.family == SUM_PARTS.name
+        return of_parts, of_sum
+
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
@@ -144,8 +160,9 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
     monkeypatch.setattr(batched, "_GPU", "cpu")
     monkeypatch.setattr(batched, "_plans", plan.Table(4096))
     monkeypatch.setattr(batched, "_of_expressions", plan.Table(4096))
-    monkeypatch.setattr(batched, "load", fake.load)
-    monkeypatch.setattr(batched, "device_facts", lambda _: (H200, 132))
+    for module in (batched, plain):
+        monkeypatch.setattr(module, "load", fake.load)
+        monkeypatch.setattr(module, "device_facts", lambda _: (H200, 132))
     monkeypatch.setattr(batched, "current_device", lambda: -1)
     monkeypatch.setattr(batched, "raw_stream", lambda _: 7)
     monkeypatch.setattr(driver, "_launch_function", lambda: fake.launch)
@@ -248,9 +265,10 @@ def test_batches_are_summed_in_parts(gpu: Gpu) -> None:
     s, m, n, k = 300, 128, 384, 72
     a, b, d = empty(s, m, k), empty(s, n, k), empty(m, n, dtype=torch.float32)
     jitgemm.einsum("bmk,bnk->mn", a, b, d)
-    launched = gpu.last()
-    parts = parts_of_sum(s, m, n, 132)
-    batches = -(-s // parts)
+    launched, of_sum = gpu.last_sum()
+    problem = problem_of_sum(s, m, n, k, "nt", H200)
+    parts, batches = problem.groups, problem.k // k
+    assert parts > 1
     assert launched.kernel["kind"] == "batch_sum"
     assert launched.kernel["d_dtype"] == "fp32"
     assert "bmn_bnk_mn_gemm_impl" in family_of(launched.kernel).kernel_name(launched.kernel)
@@ -259,6 +277,24 @@ def test_batches_are_summed_in_parts(gpu: Gpu) -> None:
     assert launched.batches[:2] == (2 * batches, batches)
     assert launched.batches[4] == 2
     assert launched.operand_map("d")[3] == parts
+    assert of_sum.kernel["d_dtype"] == "fp32"
+    expected = {"parts": launched.common["d"], "c": 0, "d": d.data_ptr(), "c_row_stride": 0, "d_row_stride": n}
+    quads = {"row_quads": n // 4, "quads": m * n // 4, "ways": ways_of(parts)}
+    assert of_sum.sum == expected | {"num_parts": parts, "n": n} | quads
+    assert of_sum.grid == m * n // 4 * ways_of(parts) // THREADS
+
+
+def test_rows_of_parts_are_whole_quads(gpu: Gpu) -> None:
+    s, m, n, k = 300, 128, 382, 72
+    a, b, around = empty(s, m, k), empty(s, n, k), empty(m, 400)
+    d, c = around[:, 3 : 3 + n], empty(1, n).expand(m, n)
+    jitgemm.einsum("bmk,bnk->mn", a, b, d, c)
+    of_parts, of_sum = gpu.last_sum()
+    assert (of_parts.common["d_row_stride"], of_parts.common["d_group_stride"]) == (384, m * 384)
+    found = of_sum.sum
+    assert (found["c"], found["d"]) == (c.data_ptr(), d.data_ptr())
+    assert (found["c_row_stride"], found["d_row_stride"]) == (0, 400)
+    assert (found["n"], found["row_quads"], found["quads"]) == (n, 96, m * 96)
 
 
 @pytest.mark.parametrize("d_dtype", [torch.bfloat16, torch.float32])
@@ -272,9 +308,11 @@ def test_a_sum_has_one_plan(gpu: Gpu, monkeypatch: pytest.MonkeyPatch, d_dtype: 
         made.clear()
         for _ in range(3):
             d = empty(m, n, dtype=d_dtype)
-            jitgemm.einsum("bmk,bnk->mn", a, b, d, c_of(d))
-            launched = gpu.last()
+            c = c_of(d)
+            jitgemm.einsum("bmk,bnk->mn", a, b, d, c)
+            launched, of_sum = gpu.last_sum()
             assert (launched.common["c"], launched.common["adds"], launched.kernel["d_dtype"]) == (0, 0, "fp32")
+            assert (of_sum.sum["c"], of_sum.sum["d"]) == (0 if c is None else c.data_ptr(), d.data_ptr())
         assert len(made) <= 2, "one for the sum, one for its parts"
         for name, overlapping in (("a", a), ("b", b)):
             d = overlapping.view(-1)[8:].view(d_dtype)[: m * n].view(m, n)
@@ -295,10 +333,28 @@ def test_a_sum_has_one_plan(gpu: Gpu, monkeypatch: pytest.MonkeyPatch, d_dtype: 
 @pytest.mark.parametrize("batches", [1, 5, 44, 45, 129, 4096, 10**6])
 def test_parts_of_a_sum(batches: int) -> None:
     for m, n in ((1, 1), (128, 384), (1000, 4000)):
-        parts = parts_of_sum(batches, m, n, 132)
-        each = -(-batches // parts)
-        assert 1 <= parts <= 132
-        assert (parts - 1) * each < batches <= parts * each
+        for num_sms in (0, 20):
+            with settings.override(num_sms=num_sms):
+                problem = problem_of_sum(batches, m, n, 64, "nt", H200)
+            each = problem.k // 64
+            assert 1 <= problem.groups <= 2 * (num_sms or 132)
+            assert (problem.groups - 1) * each < batches <= problem.groups * each
+
+
+def test_parts_of_a_sum_fill_the_chip_with_tiles_once() -> None:
+    for m, n, k in ((128, 384, 128), (256, 256, 256), (384, 128, 384), (264, 200, 72)):
+        for batches in (129, 4096):
+            problem = problem_of_sum(batches, m, n, k, "nt", H200)
+            config = choose_config(problem, H200)
+            tiles = -(-m // config.tile_m) * -(-n // config.tile_n) * problem.groups
+            slots = 132 * kernel_shape(problem.dense.without_sizes(), config).blocks_per_sm
+            assert 0.9 < tiles / slots <= 1, (problem, config)
+    with settings.override(config="128x128x64 s6"):
+        assert problem_of_sum(129, 128, 384, 128, "nt", H200).groups == 43
+
+
+def test_threads_that_share_parts() -> None:
+    assert [ways_of(parts) for parts in (2, 7, 8, 15, 16, 44, 64, 264)] == [1, 1, 2, 2, 4, 8, 16, 16]
 
 
 def test_holes_of_heads(gpu: Gpu) -> None:
@@ -627,10 +683,13 @@ def test_recorded_problems_name_the_kernels_of_calls(gpu: Gpu, monkeypatch: pyte
         jitgemm.einsum("bhr,hdr->bhd", empty(20, 3, 512), empty(3, 200, 512), empty(20, 3, 200))
         a, b, d, ks, counts = k_grouped((128, 256))
         jitgemm.k_grouped_fp8_gemm_nt_contiguous(a, b, d, ks, counts)
+        for d_dtype in (torch.bfloat16, torch.float32):
+            jitgemm.einsum("bmk,bnk->mn", empty(129, 128, 64), empty(129, 384, 64), empty(128, 384, dtype=d_dtype))
     problems = from_shapes_file(path)
     known = {spec for named in problems for spec in enumerate_specs(named.problem, H200)}
-    assert len(problems) == 2
+    assert len(problems) == 3
     assert {launched.kernel for launched in gpu.launched} <= known
+    assert sum(launched.kernel.family == SUM_PARTS.name for launched in gpu.launched) == 2
 
 
 def test_calls_are_repeated_with_other_tensors_and_under_other_settings(gpu: Gpu) -> None:
