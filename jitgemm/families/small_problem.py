@@ -17,6 +17,7 @@ from jitgemm.families.hyper_connections import (
     HC_PRENORM,
     HC_SINKHORN,
     MAX_N,
+    MIX_TOKENS,
     MIX_WIDTH,
     PRENORM_CONFIGS,
     STREAMS,
@@ -46,7 +47,8 @@ def _prenorms(arch: str, n: int, precision: str, dtype: str = "bf16") -> list[Ke
 
 def _mixing(arch: str, head: bool, precision: str, dtype: str = "bf16") -> list[KernelSpec]:
     prenorms = _prenorms(arch, STREAMS if head else MIX_WIDTH, precision, dtype)
-    return [*prenorms, HC_MIX.spec(arch, head=head, fp32=dtype == "fp32")]
+    mixes = [HC_MIX.of(arch, head, dtype == "fp32", tokens) for tokens in MIX_TOKENS]
+    return [*prenorms, *dict.fromkeys(mixes)]
 
 
 def _maps(arch: str, layout: str, index_dtype: str) -> list[KernelSpec]:
