@@ -48,14 +48,28 @@ def gate_spec(arch: str, experts: int, scores: str, hashed: bool, long_indices: 
 
 
 MAP_THREADS = 512
-MAP_ROUNDS = 8  # items of a lane
-MAP_ITEMS = MAP_THREADS * MAP_ROUNDS
+_MAP_ROUNDS = 8  # items of a lane
+MAP_ITEMS = MAP_THREADS * _MAP_ROUNDS
 """Choices of experts that one block ranks."""
+MAP_PHASES = "one round", "single", "count", "assign"
 
 
 class _MapFamily(PlainFamily):
+    def of(self, arch: str, layout: str, phase: str, long_indices: bool) -> KernelSpec:
+        """The spec of the kernel of one of ``MAP_PHASES``."""
+        # Few items have a lane each: a third of the code, of which all is fetched first.
+        rounds = 1 if phase == "one round" else _MAP_ROUNDS
+        name = "single" if phase == "one round" else phase
+        return self.spec(arch, layout=layout, phase=name, rounds=rounds, long_indices=long_indices)
+
+    def phases(self, items: int) -> tuple[str, ...]:
+        """The kernels, in turn, for so many choices of experts."""
+        if items > MAP_ITEMS:
+            return "count", "assign"
+        return ("one round",) if items <= MAP_THREADS else ("single",)
+
     def render_context(self, spec: KernelSpec) -> dict[str, object]:
-        return {**super().render_context(spec), "rounds": MAP_ROUNDS, "max_experts": MAX_EXPERTS}
+        return {**super().render_context(spec), "max_experts": MAX_EXPERTS}
 
 
 MOE_MAP = _MapFamily(
@@ -77,7 +91,10 @@ MOE_MAP = _MapFamily(
         Field("max_m", "int32_t", "rows of an expert in the masked layout"),
     ),
     num_threads=MAP_THREADS,
-    describe=lambda spec: f"{spec['layout']} {spec['phase']} {'int64' if spec['long_indices'] else 'int32'}",
+    describe=lambda spec: (
+        f"{spec['layout']} {spec['phase']} of {MAP_THREADS * spec['rounds']}"
+        f" {'int64' if spec['long_indices'] else 'int32'}"
+    ),
 )
 
 EXPAND_THREADS = 256
@@ -110,7 +127,15 @@ MOE_PERMUTE = PlainFamily(
 
 COMBINE_THREADS = 256
 
-MOE_COMBINE = PlainFamily(
+
+class _CombineFamily(PlainFamily):
+    def of(self, arch: str, topk: int) -> KernelSpec:
+        """The spec of the kernel for so many rows of a token."""
+        # Registers for all rows at once: left to itself the compiler takes few, and loads them in turn.
+        return self.spec(arch, topk=topk, blocks_per_sm=4 if topk <= 8 else 2)
+
+
+MOE_COMBINE = _CombineFamily(
     "moe_combine",
     (
         Field("rows", "const uint4*", "BF16 [rows, width]"),

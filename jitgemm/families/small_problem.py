@@ -23,6 +23,7 @@ from jitgemm.families.hyper_connections import (
     STREAMS,
 )
 from jitgemm.families.moe import (
+    MAP_PHASES,
     MAX_COMBINED,
     MAX_EXPERTS,
     MOE_COMBINE,
@@ -52,10 +53,7 @@ def _mixing(arch: str, head: bool, precision: str, dtype: str = "bf16") -> list[
 
 
 def _maps(arch: str, layout: str, index_dtype: str) -> list[KernelSpec]:
-    return [
-        MOE_MAP.spec(arch, layout=layout, phase=phase, long_indices=index_dtype == "int64")
-        for phase in ("single", "count", "assign")
-    ]
+    return [MOE_MAP.of(arch, layout, phase, index_dtype == "int64") for phase in MAP_PHASES]
 
 
 _Accepted = tuple[Scalar, ...] | range
@@ -94,7 +92,7 @@ _KINDS: dict[str, tuple[dict[str, _Accepted], Callable[..., list[KernelSpec]]]] 
     ),
     "moe_combine": (
         {"topk": range(1, MAX_COMBINED + 1)},
-        lambda arch, topk: [MOE_COMBINE.spec(arch, topk=topk)],
+        lambda arch, topk: [MOE_COMBINE.of(arch, topk)],
     ),
     "pack_ue8m0": ({"grouped": (False, True)}, lambda arch, grouped: [PACK_UE8M0.spec(arch, grouped=grouped)]),
 }

@@ -484,7 +484,7 @@ def _permutation(
         def launch_of(phase: str) -> PlainLaunch:
             return where.launch(
                 MOE_MAP,
-                MOE_MAP.spec(where.arch, layout=layout, phase=phase, long_indices=indices.dtype == torch.int64),
+                MOE_MAP.of(where.arch, layout, phase, indices.dtype == torch.int64),
                 (clearing,),
                 items=items,
                 rows=rows,
@@ -495,7 +495,7 @@ def _permutation(
                 max_m=max_m,
             )
 
-        launches = [launch_of(phase) for phase in (("single",) if blocks == 1 else ("count", "assign"))]
+        launches = [launch_of(phase) for phase in MOE_MAP.phases(items)]
 
         def call(indices: Tensor, weights: Tensor | None) -> _Permutation:
             outputs = _empty_permutation(indices, weights, experts, layout, alignment, max_m)
@@ -688,7 +688,7 @@ def _combine(y: Tensor, to_pos: Tensor, weights: Tensor | None, shared: Tensor |
         per_vector = ALIGNMENT // y.element_size()
         launch = where.launch(
             MOE_COMBINE,
-            MOE_COMBINE.spec(where.arch, topk=topk),
+            MOE_COMBINE.of(where.arch, topk),
             (tokens, -(-vectors // COMBINE_THREADS)),
             rows_stride=row_stride(y) // per_vector,
             shared_stride=0 if shared is None else row_stride(shared) // per_vector,
