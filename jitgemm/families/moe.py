@@ -47,6 +47,75 @@ def gate_spec(arch: str, experts: int, scores: str, hashed: bool, long_indices: 
     return TOPK_GATE.spec(arch, per_lane=per_lane, scores=scores, hashed=hashed, long_indices=long_indices)
 
 
+MMA_EXPERTS = 8  # columns of an MMA
+CLUSTER_THREADS = 512
+CLUSTER_CTAS = 16
+"""CTAs that have all experts of some tokens: enough to read the weights at half the memory's bandwidth, and to be
+done before a second kernel would have begun."""
+CLUSTER_TOKENS = 8, 16
+MAX_CLUSTER_TOKENS = 64
+"""Tokens whose gate is one kernel; more keep the tensor cores of a GEMM busy."""
+MAX_CLUSTER_EXPERTS = 512
+_BATCH_REGISTERS = 80  # of a thread, for vectors that are on their way
+
+
+class _GateFamily(PlainFamily):
+    def of(
+        self, arch: str, experts: int, tokens: int, scores: str, hashed: bool, long_indices: bool
+    ) -> KernelSpec:
+        """The spec of the kernel for clusters of so many tokens."""
+        ctas = CLUSTER_CTAS
+        tiles = -(-experts // (MMA_EXPERTS * ctas))
+        return self.spec(
+            arch,
+            tokens=tokens,
+            ctas=ctas,
+            tiles=tiles,
+            per_lane=-(-experts // WARP),
+            batch=max(1, _BATCH_REGISTERS // (4 * (tiles + tokens // 8))),
+            scores=scores,
+            hashed=hashed,
+            long_indices=long_indices,
+        )
+
+    def render_context(self, spec: KernelSpec) -> dict[str, object]:
+        return {**super().render_context(spec), "warps": CLUSTER_THREADS // WARP}
+
+    def cluster_ctas(self, spec: KernelSpec) -> int:
+        """CTAs of a cluster."""
+        return int(spec["ctas"])
+
+
+MOE_GATE = _GateFamily(
+    "moe_gate",
+    (
+        Field("x", "const uint4*", "BF16 [tokens, width]"),
+        Field("weight", "const uint4*", "BF16 [experts, width]"),
+        *TOPK_GATE.fields[1:7],
+        Field("x_row_stride", "int64_t", "vectors"),
+        Field("weight_row_stride", "int64_t", "vectors"),
+        Field("vocabulary", "int64_t"),
+        Field("vectors", "int32_t", "width / 8"),
+        *TOPK_GATE.fields[9:],
+    ),
+    num_threads=CLUSTER_THREADS,
+    describe=lambda spec: (
+        f"{spec['scores']} {'hashed ' if spec['hashed'] else ''}experts<={MMA_EXPERTS * spec['ctas'] * spec['tiles']}"
+        f" tokens {spec['tokens']} {'int64' if spec['long_indices'] else 'int32'}"
+    ),
+)
+
+
+def one_kernel_gates(tokens: int, experts: int) -> bool:
+    """Whether the gate of so many tokens is one kernel."""
+    return tokens <= MAX_CLUSTER_TOKENS and experts <= MAX_CLUSTER_EXPERTS
+
+
+def choose_cluster_tokens(tokens: int) -> int:
+    """Tokens of a cluster of the gate's one kernel."""
+    return CLUSTER_TOKENS[tokens > CLUSTER_TOKENS[0]]
+
+
 MAP_THREADS = 512
 _MAP_ROUNDS = 8  # items of a lane
 MAP_ITEMS = MAP_THREADS * _MAP_ROUNDS

@@ -23,13 +23,16 @@ from jitgemm.families.hyper_connections import (
     STREAMS,
 )
 from jitgemm.families.moe import (
+    CLUSTER_TOKENS,
     MAP_PHASES,
     MAX_COMBINED,
     MAX_EXPERTS,
     MOE_COMBINE,
+    MOE_GATE,
     MOE_MAP,
     MOE_PERMUTE,
     gate_spec,
+    one_kernel_gates,
 )
 from jitgemm.families.pack_scales import PACK_UE8M0
 
@@ -56,7 +59,24 @@ def _maps(arch: str, layout: str, index_dtype: str) -> list[KernelSpec]:
     return [MOE_MAP.of(arch, layout, phase, index_dtype == "int64") for phase in MAP_PHASES]
 
 
+def _gates(arch: str, experts: int, scores: str, hashed: bool, index_dtype: str) -> list[KernelSpec]:
+    """Those of few tokens and of many."""
+    long_indices = index_dtype == "int64"
+    one = [
+        MOE_GATE.of(arch, experts, tokens, scores, hashed, long_indices)
+        for tokens in CLUSTER_TOKENS
+        if one_kernel_gates(tokens, experts)
+    ]
+    return [*one, gate_spec(arch, experts, scores, hashed, long_indices)]
+
+
 _Accepted = tuple[Scalar, ...] | range
+_GATE_FIELDS: dict[str, _Accepted] = {
+    "experts": range(1, MAX_EXPERTS + 1),
+    "scores": SCORES,
+    "hashed": (False, True),
+    "index_dtype": INDEX_DTYPES,
+}
 _KINDS: dict[str, tuple[dict[str, _Accepted], Callable[..., list[KernelSpec]]]] = {
     "hc_split_sinkhorn": ({}, lambda arch: [HC_SINKHORN.spec(arch)]),
     "hc_prenorm_gemm": ({"n": range(1, MAX_N + 1), "precision": PRECISIONS, "dtype": STREAM_DTYPES}, _prenorms),
@@ -75,16 +95,12 @@ _KINDS: dict[str, tuple[dict[str, _Accepted], Callable[..., list[KernelSpec]]]] 
     ),
     "unpack_ue8m0": ({}, lambda arch: [UNPACK_SCALES.spec(arch)]),
     "topk_gate": (
-        {
-            "experts": range(1, MAX_EXPERTS + 1),
-            "scores": SCORES,
-            "hashed": (False, True),
-            "index_dtype": INDEX_DTYPES,
-        },
+        _GATE_FIELDS,
         lambda arch, experts, scores, hashed, index_dtype: [
             gate_spec(arch, experts, scores, hashed, index_dtype == "int64")
         ],
     ),
+    "moe_gate": (_GATE_FIELDS, _gates),
     "moe_permutation": ({"layout": LAYOUTS, "index_dtype": INDEX_DTYPES}, _maps),
     "moe_permute": (
         {"zero_padding": (False, True)},
