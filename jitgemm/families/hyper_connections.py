@@ -81,9 +81,7 @@ HC_MIX = _MixFamily(
         Field("post_mult", "float"),
     ),
     num_threads=THREADS,
-    describe=lambda spec: (
-        f"{'head' if spec['head'] else 'pre by ' + str(spec['tokens_per_block'])}{_of_fp32(spec)}"
-    ),
+    describe=lambda spec: f"{'head' if spec['head'] else 'pre by ' + str(spec['tokens_per_block'])}{_of_fp32(spec)}",
 )
 
 HC_POST = PlainFamily(

@@ -60,9 +60,7 @@ _BATCH_REGISTERS = 80  # of a thread, for vectors that are on their way
 
 
 class _GateFamily(PlainFamily):
-    def of(
-        self, arch: str, experts: int, tokens: int, scores: str, hashed: bool, long_indices: bool
-    ) -> KernelSpec:
+    def of(self, arch: str, experts: int, tokens: int, scores: str, hashed: bool, long_indices: bool) -> KernelSpec:
         """The spec of the kernel for clusters of so many tokens."""
         ctas = CLUSTER_CTAS
         tiles = -(-experts // (MMA_EXPERTS * ctas))

@@ -92,6 +92,9 @@ def moe_gate(
 ) -> tuple[Tensor, Tensor]:
     """``topk_gate`` of the logits ``x @ weight.T``, which are FP32 sums of exact products.
 
+    One kernel for up to 64 tokens and 512 experts, else a GEMM and ``topk_gate``; always these with the setting
+    ``batch_invariant``.
+
     Args:
         x: bf16 [tokens, width], as ``bf16_gemm_nt`` takes it.
         weight: bf16 [experts, width], likewise.

@@ -181,9 +181,7 @@ def test_gate_in_one_kernel(emulated: Any, kind: str, tokens: int, experts: int,
     for keywords in ({"bias": bias, "mask": mask, "index_dtype": dtype}, {"tid2eid": table, "input_ids": ids}):
         found = jitgemm.moe_gate(x, weight, topk=topk, scores=kind, route_scale=1.5, **keywords)
         optional = [keywords.get(name) for name in ("tid2eid", "input_ids", "mask")]
-        expected = reference.topk_gate(
-            logits, keywords.get("bias"), topk, kind, 1.5, *optional, found[0].dtype
-        )
+        expected = reference.topk_gate(logits, keywords.get("bias"), topk, kind, 1.5, *optional, found[0].dtype)
         same_choice(found, expected, logits, keywords.get("bias"), kind)
         assert found[0].dtype == keywords.get("index_dtype", torch.int32)
     assert {spec.family for spec in emulated} == {"moe_gate"}
@@ -207,7 +205,10 @@ def test_which_gates_are_one_kernel(emulated: Any, monkeypatch: pytest.MonkeyPat
         out.copy_(x.float() @ weight.float().T)
 
     monkeypatch.setattr("jitgemm.ops.moe.bf16_gemm_nt", gemm)
-    x, weight = torch.randn(65, 24, generator=generator()).bfloat16(), torch.randn(9, 24, generator=generator()).bfloat16()
+    x, weight = (
+        torch.randn(65, 24, generator=generator()).bfloat16(),
+        torch.randn(9, 24, generator=generator()).bfloat16(),
+    )
     jitgemm.moe_gate(x, weight)
     assert launched == [65]
     with settings.override(batch_invariant=True):  # a result may not depend on how many others there are
