@@ -452,11 +452,17 @@ def _moe_gate(
         one_kernel = one_kernel_gates(tokens, experts) and not settings.current().batch_invariant
         if not (gpu and one_kernel and tokens and width and _rows_of_vectors(x, weight)):
 
-            def in_turn(x: Tensor, weight: Tensor, *optional: Tensor | None) -> tuple[Tensor, Tensor]:
+            def in_turn(
+                x: Tensor,
+                weight: Tensor,
+                bias: Tensor | None,
+                tid2eid: Tensor | None,
+                input_ids: Tensor | None,
+                mask: Tensor | None,
+            ) -> tuple[Tensor, Tensor]:
                 logits = x.new_empty((tokens, experts), dtype=torch.float32)
                 bf16_gemm_nt(x, weight, logits)
-                bias, *of_ids = optional
-                return _gate(logits, bias, topk, scores, route_scale, *of_ids, index_dtype)
+                return _gate(logits, bias, topk, scores, route_scale, tid2eid, input_ids, mask, index_dtype)
 
             return in_turn
         record_if_asked(problem)
