@@ -10,10 +10,38 @@ MAX_EXPERTS = 1024
 MAX_TOPK = 32
 MAX_COMBINED = 16  # rows of a token that are added up: all are loaded at once
 
-GATE_THREADS = 128
-GATE_TOKENS = GATE_THREADS // WARP  # of a block
+_GATE_THREADS = 128  # of a block of many tokens
+_FEW_GATES = 512  # tokens, each a block of few instructions at work at once
+_MAX_BLOCK_EXPERTS = 512  # whose threads have registers enough
 
-TOPK_GATE = PlainFamily(
+
+class _TopkFamily(PlainFamily):
+    def of(self, arch: str, experts: int, scores: str, hashed: bool, long_indices: bool, by_block: bool) -> KernelSpec:
+        """The spec of the kernel with a block for each token, and a thread for each expert, or with a warp a token."""
+        # A lane's experts are in registers: a multiple of 4, or 32 where there are many.
+        per_lane = -(-experts // WARP)
+        per_lane = -(-per_lane // 4) * 4 if per_lane <= 16 else 32
+        return self.spec(
+            arch, per_lane=per_lane, scores=scores, hashed=hashed, long_indices=long_indices, by_block=by_block
+        )
+
+    def num_threads(self, spec: KernelSpec) -> int:
+        return WARP * int(spec["per_lane"]) if spec["by_block"] else _GATE_THREADS
+
+    def blocks(self, spec: KernelSpec, tokens: int) -> int:
+        """Of so many tokens."""
+        return tokens if spec["by_block"] else -(-tokens // (_GATE_THREADS // WARP))
+
+    def render_context(self, spec: KernelSpec) -> dict[str, object]:
+        return {**super().render_context(spec), "threads": self.num_threads(spec)}
+
+
+def gates_by_block(tokens: int, experts: int, hashed: bool) -> bool:
+    """Whether each of so many tokens has a block; an id's few experts take no more than a warp."""
+    return tokens <= _FEW_GATES and experts <= _MAX_BLOCK_EXPERTS and not hashed
+
+
+TOPK_GATE = _TopkFamily(
     "topk_gate",
     (
         Field("logits", "const float*", "[tokens, experts]"),
@@ -31,20 +59,12 @@ TOPK_GATE = PlainFamily(
         Field("ids_are_long", "int32_t", "whether input_ids are int64, not int32"),
         Field("route_scale", "float"),
     ),
-    num_threads=GATE_THREADS,
+    num_threads=_GATE_THREADS,
     describe=lambda spec: (
         f"{spec['scores']} {'hashed' if spec['hashed'] else 'experts<=' + str(WARP * spec['per_lane'])}"
-        f" {'int64' if spec['long_indices'] else 'int32'}"
+        f" {'int64' if spec['long_indices'] else 'int32'}{' block a token' if spec['by_block'] else ''}"
     ),
 )
-
-
-def gate_spec(arch: str, experts: int, scores: str, hashed: bool, long_indices: bool) -> KernelSpec:
-    """The spec of the gate's kernel."""
-    # A lane's experts are in registers: a multiple of 4, or 32 where there are many.
-    per_lane = -(-experts // WARP)
-    per_lane = -(-per_lane // 4) * 4 if per_lane <= 16 else 32
-    return TOPK_GATE.spec(arch, per_lane=per_lane, scores=scores, hashed=hashed, long_indices=long_indices)
 
 
 MMA_EXPERTS = 8  # columns of an MMA

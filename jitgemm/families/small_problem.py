@@ -31,7 +31,8 @@ from jitgemm.families.moe import (
     MOE_GATE,
     MOE_MAP,
     MOE_PERMUTE,
-    gate_spec,
+    TOPK_GATE,
+    gates_by_block,
     one_kernel_gates,
 )
 from jitgemm.families.pack_scales import PACK_UE8M0
@@ -67,7 +68,14 @@ def _gates(arch: str, experts: int, scores: str, hashed: bool, index_dtype: str)
         for tokens in CLUSTER_TOKENS
         if one_kernel_gates(tokens, experts)
     ]
-    return [*one, gate_spec(arch, experts, scores, hashed, long_indices)]
+    return [*one, *_topk_gates(arch, experts, scores, hashed, index_dtype)]
+
+
+def _topk_gates(arch: str, experts: int, scores: str, hashed: bool, index_dtype: str) -> list[KernelSpec]:
+    return [
+        TOPK_GATE.of(arch, experts, scores, hashed, index_dtype == "int64", by_block)
+        for by_block in ((True, False) if gates_by_block(1, experts, hashed) else (False,))
+    ]
 
 
 _Accepted = tuple[Scalar, ...] | range
@@ -96,9 +104,7 @@ _KINDS: dict[str, tuple[dict[str, _Accepted], Callable[..., list[KernelSpec]]]] 
     "unpack_ue8m0": ({}, lambda arch: [UNPACK_SCALES.spec(arch)]),
     "topk_gate": (
         _GATE_FIELDS,
-        lambda arch, experts, scores, hashed, index_dtype: [
-            gate_spec(arch, experts, scores, hashed, index_dtype == "int64")
-        ],
+        _topk_gates,
     ),
     "moe_gate": (_GATE_FIELDS, _gates),
     "moe_permutation": ({"layout": LAYOUTS, "index_dtype": INDEX_DTYPES}, _maps),

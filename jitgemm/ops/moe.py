@@ -16,7 +16,6 @@ from jitgemm.errors import ProblemError
 from jitgemm.families.moe import (
     COMBINE_THREADS,
     EXPAND_THREADS,
-    GATE_TOKENS,
     MAP_ITEMS,
     MAX_COMBINED,
     MAX_EXPERTS,
@@ -27,7 +26,7 @@ from jitgemm.families.moe import (
     MOE_PERMUTE,
     TOPK_GATE,
     choose_cluster_tokens,
-    gate_spec,
+    gates_by_block,
     one_kernel_gates,
 )
 from jitgemm.families.plain import PlainLaunch
@@ -361,10 +360,12 @@ def _gate(
         if tokens == 0:
             return lambda logits, *_: _empty_gate(logits, topk, index_dtype)
         where = Gpu(logits, problem)
+        by_block = gates_by_block(tokens, experts, hashed)
+        spec = TOPK_GATE.of(where.arch, experts, scores, hashed, index_dtype == torch.int64, by_block)
         launch = where.launch(
             TOPK_GATE,
-            gate_spec(where.arch, experts, scores, hashed, index_dtype == torch.int64),
-            (-(-tokens // GATE_TOKENS),),
+            spec,
+            (TOPK_GATE.blocks(spec, tokens),),
             logits_row_stride=row_stride(logits),
             **_gate_numbers(tokens, experts, topk, tid2eid, input_ids, route_scale),
         )

@@ -131,7 +131,7 @@ inline bool run_block(int threads) {
     if (alive == 0) return true;
     if (progress != before) last = Clock::now();
     else if (CLUSTER == 1 || Clock::now() - last > std::chrono::seconds(10)) return false;
-    else std::this_thread::yield();
+    else std::this_thread::sleep_for(std::chrono::milliseconds(1));
   }
 }
 

@@ -86,6 +86,11 @@ def same_choice(
     torch.testing.assert_close(found[1][same], expected[1][same], rtol=2e-5, atol=1e-7)
 
 
+def as_many_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the gate's kernel for many tokens take few."""
+    monkeypatch.setattr("jitgemm.ops.moe.gates_by_block", lambda *_: False)
+
+
 @pytest.mark.parametrize(
     ("kind", "tokens", "experts", "topk"),
     [
@@ -97,7 +102,18 @@ def same_choice(
         ("softmax", 6, 193, 1),
     ],
 )
-def test_gate_kernel(emulated: Any, kind: str, tokens: int, experts: int, topk: int) -> None:  # noqa: F811
+@pytest.mark.parametrize("many", [False, True])
+def test_gate_kernel(
+    emulated: Any,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    tokens: int,
+    experts: int,
+    topk: int,
+    many: bool,
+) -> None:
+    if many:
+        as_many_tokens(monkeypatch)
     # A slice of wider rows, with what must not be read behind it.
     logits = torch.full((tokens, experts + 3), math.inf)[:, :experts]
     logits.copy_(some_logits(tokens, experts))
@@ -111,9 +127,13 @@ def test_gate_kernel(emulated: Any, kind: str, tokens: int, experts: int, topk: 
         )
         assert found[0].dtype == keywords.get("index_dtype", torch.int32)
         same_choice(found, expected, logits, keywords.get("bias"), kind)
+    assert {spec["by_block"] for spec in emulated} == {not many and experts <= 512}
 
 
-def test_ties_and_extremes_of_the_gate(emulated: Any) -> None:  # noqa: F811
+@pytest.mark.parametrize("many", [False, True])
+def test_ties_and_extremes_of_the_gate(emulated: Any, monkeypatch: pytest.MonkeyPatch, many: bool) -> None:  # noqa: F811
+    if many:
+        as_many_tokens(monkeypatch)
     logits = torch.zeros(7, 96)
     logits[1, 40:80] = 2
     logits[2] = -200  # scores of 0
@@ -160,7 +180,7 @@ def test_moe_gate_is_the_gate_of_the_product() -> None:
 @pytest.mark.parametrize(
     ("kind", "tokens", "experts", "width", "topk"),
     [
-        ("sqrtsoftplus", 1, 256, 4120, 6),
+        ("sqrtsoftplus", 1, 256, 3128, 6),
         ("sqrtsoftplus", 18, 384, 264, 6),
         ("sigmoid", 8, 33, 8, 8),
         ("softmax", 9, 512, 40, 32),
