@@ -16,6 +16,7 @@ FAMILY_MODULES = {
     "hc_prenorm": "jitgemm.families.hyper_connections:HC_PRENORM",
     "hc_sinkhorn": "jitgemm.families.hyper_connections:HC_SINKHORN",
     "moe_combine": "jitgemm.families.moe:MOE_COMBINE",
+    "moe_gate": "jitgemm.families.moe:MOE_GATE",
     "moe_map": "jitgemm.families.moe:MOE_MAP",
     "moe_permute": "jitgemm.families.moe:MOE_PERMUTE",
     "topk_gate": "jitgemm.families.moe:TOPK_GATE",

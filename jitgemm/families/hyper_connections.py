@@ -41,7 +41,26 @@ HC_SINKHORN = PlainFamily(
     num_threads=32,  # of one token each; small, so that few tokens spread over many multiprocessors
 )
 
-HC_MIX = PlainFamily(
+MIX_TOKENS = 1, 16
+"""Tokens of a block of hc_mix that makes weights: for few tokens, and for many."""
+_FEW_TOKENS = 512  # blocks that are at work beside those of the sums
+
+
+class _MixFamily(PlainFamily):
+    def of(self, arch: str, head: bool, fp32: bool, tokens_per_block: int) -> KernelSpec:
+        """The spec of the kernel for BF16 or FP32 streams."""
+        # A thread's registers hold a vector of each stream: more blocks where these take half as many.
+        blocks = 4 if fp32 else 6
+        made = {} if head else {"tokens_per_block": tokens_per_block}
+        return self.spec(arch, head=head, fp32=fp32, blocks_per_sm=blocks, **made)
+
+
+def choose_mix_tokens(tokens: int) -> int:
+    """Tokens of a block of hc_mix that makes weights, where there are so many."""
+    return MIX_TOKENS[tokens > _FEW_TOKENS]
+
+
+HC_MIX = _MixFamily(
     "hc_mix",
     (
         Field("products", "const float*", "[splits, tokens, mixes]"),
@@ -62,7 +81,7 @@ HC_MIX = PlainFamily(
         Field("post_mult", "float"),
     ),
     num_threads=THREADS,
-    describe=lambda spec: f"{'head' if spec['head'] else 'pre'} {_of_fp32(spec)}",
+    describe=lambda spec: f"{'head' if spec['head'] else 'pre by ' + str(spec['tokens_per_block'])} {_of_fp32(spec)}",
 )
 
 HC_POST = PlainFamily(

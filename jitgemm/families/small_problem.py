@@ -17,17 +17,23 @@ from jitgemm.families.hyper_connections import (
     HC_PRENORM,
     HC_SINKHORN,
     MAX_N,
+    MIX_TOKENS,
     MIX_WIDTH,
     PRENORM_CONFIGS,
     STREAMS,
 )
 from jitgemm.families.moe import (
+    CLUSTER_TOKENS,
+    MAP_PHASES,
     MAX_COMBINED,
     MAX_EXPERTS,
     MOE_COMBINE,
+    MOE_GATE,
     MOE_MAP,
     MOE_PERMUTE,
-    gate_spec,
+    TOPK_GATE,
+    gates_by_block,
+    one_kernel_gates,
 )
 from jitgemm.families.pack_scales import PACK_UE8M0
 
@@ -46,17 +52,39 @@ def _prenorms(arch: str, n: int, precision: str, dtype: str = "bf16") -> list[Ke
 
 def _mixing(arch: str, head: bool, precision: str, dtype: str = "bf16") -> list[KernelSpec]:
     prenorms = _prenorms(arch, STREAMS if head else MIX_WIDTH, precision, dtype)
-    return [*prenorms, HC_MIX.spec(arch, head=head, fp32=dtype == "fp32")]
+    mixes = [HC_MIX.of(arch, head, dtype == "fp32", tokens) for tokens in MIX_TOKENS]
+    return [*prenorms, *dict.fromkeys(mixes)]
 
 
 def _maps(arch: str, layout: str, index_dtype: str) -> list[KernelSpec]:
+    return [MOE_MAP.of(arch, layout, phase, index_dtype == "int64") for phase in MAP_PHASES]
+
+
+def _gates(arch: str, experts: int, scores: str, hashed: bool, index_dtype: str) -> list[KernelSpec]:
+    """Those of few tokens and of many."""
+    long_indices = index_dtype == "int64"
+    one = [
+        MOE_GATE.of(arch, experts, tokens, scores, hashed, long_indices)
+        for tokens in CLUSTER_TOKENS
+        if one_kernel_gates(tokens, experts)
+    ]
+    return [*one, *_topk_gates(arch, experts, scores, hashed, index_dtype)]
+
+
+def _topk_gates(arch: str, experts: int, scores: str, hashed: bool, index_dtype: str) -> list[KernelSpec]:
     return [
-        MOE_MAP.spec(arch, layout=layout, phase=phase, long_indices=index_dtype == "int64")
-        for phase in ("single", "count", "assign")
+        TOPK_GATE.of(arch, experts, scores, hashed, index_dtype == "int64", by_block)
+        for by_block in ((True, False) if gates_by_block(1, experts, hashed) else (False,))
     ]
 
 
 _Accepted = tuple[Scalar, ...] | range
+_GATE_FIELDS: dict[str, _Accepted] = {
+    "experts": range(1, MAX_EXPERTS + 1),
+    "scores": SCORES,
+    "hashed": (False, True),
+    "index_dtype": INDEX_DTYPES,
+}
 _KINDS: dict[str, tuple[dict[str, _Accepted], Callable[..., list[KernelSpec]]]] = {
     "hc_split_sinkhorn": ({}, lambda arch: [HC_SINKHORN.spec(arch)]),
     "hc_prenorm_gemm": ({"n": range(1, MAX_N + 1), "precision": PRECISIONS, "dtype": STREAM_DTYPES}, _prenorms),
@@ -75,16 +103,10 @@ _KINDS: dict[str, tuple[dict[str, _Accepted], Callable[..., list[KernelSpec]]]] 
     ),
     "unpack_ue8m0": ({}, lambda arch: [UNPACK_SCALES.spec(arch)]),
     "topk_gate": (
-        {
-            "experts": range(1, MAX_EXPERTS + 1),
-            "scores": SCORES,
-            "hashed": (False, True),
-            "index_dtype": INDEX_DTYPES,
-        },
-        lambda arch, experts, scores, hashed, index_dtype: [
-            gate_spec(arch, experts, scores, hashed, index_dtype == "int64")
-        ],
+        _GATE_FIELDS,
+        _topk_gates,
     ),
+    "moe_gate": (_GATE_FIELDS, _gates),
     "moe_permutation": ({"layout": LAYOUTS, "index_dtype": INDEX_DTYPES}, _maps),
     "moe_permute": (
         {"zero_padding": (False, True)},
@@ -92,7 +114,7 @@ _KINDS: dict[str, tuple[dict[str, _Accepted], Callable[..., list[KernelSpec]]]] 
     ),
     "moe_combine": (
         {"topk": range(1, MAX_COMBINED + 1)},
-        lambda arch, topk: [MOE_COMBINE.spec(arch, topk=topk)],
+        lambda arch, topk: [MOE_COMBINE.of(arch, topk)],
     ),
     "pack_ue8m0": ({"grouped": (False, True)}, lambda arch, grouped: [PACK_UE8M0.spec(arch, grouped=grouped)]),
 }

@@ -21,6 +21,7 @@ from jitgemm.families.hyper_connections import (
     SPLIT_BLOCK,
     STREAMS,
     VECTOR,
+    choose_mix_tokens,
     choose_num_splits,
     choose_prenorm,
 )
@@ -541,10 +542,11 @@ def _mixing_plan(
     fp32 = x.dtype == torch.float32
     splits = choose_num_splits(tokens, k, gpu.num_sms)
     prenorm = _prenorm_launch(gpu, x.dtype, k, fn, tokens, splits, precision)
+    per_block = choose_mix_tokens(tokens)
     mix = gpu.launch(
         HC_MIX,
-        HC_MIX.spec(gpu.arch, head=head, fp32=fp32),
-        (tokens, -(-width // COLUMNS)),
+        HC_MIX.of(gpu.arch, head, fp32, per_block),
+        (tokens + (0 if head else -(-tokens // per_block)), -(-width // COLUMNS)),
         tokens=tokens,
         vectors=width // VECTOR,
         splits=splits,

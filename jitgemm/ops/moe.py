@@ -16,16 +16,18 @@ from jitgemm.errors import ProblemError
 from jitgemm.families.moe import (
     COMBINE_THREADS,
     EXPAND_THREADS,
-    GATE_TOKENS,
     MAP_ITEMS,
     MAX_COMBINED,
     MAX_EXPERTS,
     MAX_TOPK,
     MOE_COMBINE,
+    MOE_GATE,
     MOE_MAP,
     MOE_PERMUTE,
     TOPK_GATE,
-    gate_spec,
+    choose_cluster_tokens,
+    gates_by_block,
+    one_kernel_gates,
 )
 from jitgemm.families.plain import PlainLaunch
 from jitgemm.families.small_problem import LAYOUTS, SCORES, SmallProblem
@@ -89,6 +91,9 @@ def moe_gate(
 ) -> tuple[Tensor, Tensor]:
     """``topk_gate`` of the logits ``x @ weight.T``, which are FP32 sums of exact products.
 
+    One kernel for up to 64 tokens and 512 experts, else a GEMM and ``topk_gate``; always these with the setting
+    ``batch_invariant``.
+
     Args:
         x: bf16 [tokens, width], as ``bf16_gemm_nt`` takes it.
         weight: bf16 [experts, width], likewise.
@@ -108,23 +113,12 @@ def moe_gate(
         ProblemError: an argument is not of these; nothing has been launched.
         CacheMissError: a kernel is not cached, and compiling is forbidden or a CUDA graph is being captured.
     """
-    check_tensor("x", x, torch.bfloat16, ("tokens", "width"))
-    check_tensor("weight", weight, torch.bfloat16, ("experts", x.shape[1]), x)
-    logits = x.new_empty((x.shape[0], weight.shape[0]), dtype=torch.float32)
-    arguments = (topk, scores, route_scale, tid2eid, input_ids, mask, index_dtype)
-    _check_gate(logits, bias, *arguments)
-    bf16_gemm_nt(x, weight, logits)
-    return topk_gate(
-        logits,
-        bias,
-        topk,
-        scores=scores,
-        route_scale=route_scale,
-        tid2eid=tid2eid,
-        input_ids=input_ids,
-        mask=mask,
-        index_dtype=index_dtype,
-    )
+    arguments = (x, weight, bias, topk, scores, route_scale, tid2eid, input_ids, mask, index_dtype)
+    if needs_dispatch(x, weight, bias, tid2eid, input_ids, mask):
+        _check_moe_gate(*arguments)
+        indices, weights = torch.ops.jitgemm.moe_gate(*arguments)
+        return indices, weights
+    return _moe_gate(*arguments)
 
 
 def topk_gate(
@@ -366,17 +360,14 @@ def _gate(
         if tokens == 0:
             return lambda logits, *_: _empty_gate(logits, topk, index_dtype)
         where = Gpu(logits, problem)
+        by_block = gates_by_block(tokens, experts, hashed)
+        spec = TOPK_GATE.of(where.arch, experts, scores, hashed, index_dtype == torch.int64, by_block)
         launch = where.launch(
             TOPK_GATE,
-            gate_spec(where.arch, experts, scores, hashed, index_dtype == torch.int64),
-            (-(-tokens // GATE_TOKENS),),
+            spec,
+            (TOPK_GATE.blocks(spec, tokens),),
             logits_row_stride=row_stride(logits),
-            vocabulary=0 if tid2eid is None else tid2eid.shape[0],
-            tokens=tokens,
-            experts=experts,
-            topk=topk,
-            ids_are_long=int(input_ids is not None and input_ids.dtype == torch.int64),
-            route_scale=route_scale,
+            **_gate_numbers(tokens, experts, topk, tid2eid, input_ids, route_scale),
         )
 
         def call(logits: Tensor, *optional: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -391,6 +382,133 @@ def _gate(
     tensors, numbers = (logits, bias, tid2eid, input_ids, mask), (topk, scores, route_scale, index_dtype)
     indices, weights = plan_of("topk_gate", tensors, numbers, make)(*tensors)
     return indices, weights
+
+
+def _check_moe_gate(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    topk: int,
+    scores: str,
+    route_scale: float,
+    tid2eid: Tensor | None,
+    input_ids: Tensor | None,
+    mask: Tensor | None,
+    index_dtype: torch.dtype,
+) -> None:
+    check_tensor("x", x, torch.bfloat16, ("tokens", "width"))
+    check_tensor("weight", weight, torch.bfloat16, ("experts", x.shape[1]), x)
+    logits = x.new_empty((x.shape[0], weight.shape[0]), dtype=torch.float32)
+    _check_gate(logits, bias, topk, scores, route_scale, tid2eid, input_ids, mask, index_dtype)
+
+
+def _fake_moe_gate(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    topk: int,
+    scores: str,
+    route_scale: float,
+    tid2eid: Tensor | None,
+    input_ids: Tensor | None,
+    mask: Tensor | None,
+    index_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    _check_moe_gate(x, weight, bias, topk, scores, route_scale, tid2eid, input_ids, mask, index_dtype)
+    shape = x.shape[0], topk
+    return x.new_empty(shape, dtype=index_dtype), x.new_empty(shape, dtype=torch.float32)
+
+
+def _rows_of_vectors(*matrices: Tensor) -> bool:
+    """Whether matrices have rows that kernels can read 16 bytes at a time."""
+    try:
+        for matrix in matrices:
+            check_rows("", matrix)
+    except ProblemError:
+        return False
+    return True
+
+
+def _moe_gate(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    topk: int,
+    scores: str,
+    route_scale: float,
+    tid2eid: Tensor | None,
+    input_ids: Tensor | None,
+    mask: Tensor | None,
+    index_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    def make() -> Call:
+        _check_moe_gate(x, weight, bias, topk, scores, route_scale, tid2eid, input_ids, mask, index_dtype)
+        (tokens, width), experts = x.shape, weight.shape[0]
+        hashed = tid2eid is not None
+        gpu = on_gpu(x)
+        problem = SmallProblem.make(
+            "moe_gate", experts=experts, scores=scores, hashed=hashed, index_dtype=_dtype_name(index_dtype)
+        )
+        # The sums of a batch-invariant GEMM do not depend on how many tokens there are; one kernel's would.
+        one_kernel = one_kernel_gates(tokens, experts) and not settings.current().batch_invariant
+        if not (gpu and one_kernel and tokens and width and _rows_of_vectors(x, weight)):
+
+            def in_turn(
+                x: Tensor,
+                weight: Tensor,
+                bias: Tensor | None,
+                tid2eid: Tensor | None,
+                input_ids: Tensor | None,
+                mask: Tensor | None,
+            ) -> tuple[Tensor, Tensor]:
+                logits = x.new_empty((tokens, experts), dtype=torch.float32)
+                bf16_gemm_nt(x, weight, logits)
+                return _gate(logits, bias, topk, scores, route_scale, tid2eid, input_ids, mask, index_dtype)
+
+            return in_turn
+        record_if_asked(problem)
+        where = Gpu(x, problem)
+        per_cluster = choose_cluster_tokens(tokens)
+        spec = MOE_GATE.of(where.arch, experts, per_cluster, scores, hashed, index_dtype == torch.int64)
+        launch = where.launch(
+            MOE_GATE,
+            spec,
+            (-(-tokens // per_cluster) * MOE_GATE.cluster_ctas(spec),),
+            x_row_stride=row_stride(x) * x.element_size() // ALIGNMENT,
+            weight_row_stride=row_stride(weight) * weight.element_size() // ALIGNMENT,
+            vectors=width * x.element_size() // ALIGNMENT,
+            **_gate_numbers(tokens, experts, topk, tid2eid, input_ids, route_scale),
+        )
+
+        def call(x: Tensor, weight: Tensor, *optional: Tensor | None) -> tuple[Tensor, Tensor]:
+            indices = x.new_empty((tokens, topk), dtype=index_dtype)
+            weights = x.new_empty((tokens, topk), dtype=torch.float32)
+            operands = x.data_ptr(), weight.data_ptr()
+            check_aligned(("x", "weight"), operands)
+            addresses = (0 if tensor is None else tensor.data_ptr() for tensor in optional)
+            launch(raw_stream(where.ordinal), *operands, *addresses, indices.data_ptr(), weights.data_ptr())
+            return indices, weights
+
+        return where.here(call)
+
+    tensors = (x, weight, bias, tid2eid, input_ids, mask)
+    numbers = (topk, scores, route_scale, index_dtype)
+    indices, weights = plan_of("moe_gate", tensors, numbers, make)(*tensors)
+    return indices, weights
+
+
+def _gate_numbers(
+    tokens: int, experts: int, topk: int, tid2eid: Tensor | None, input_ids: Tensor | None, route_scale: float
+) -> dict[str, int | float]:
+    """What both gates' kernels take."""
+    return {
+        "vocabulary": 0 if tid2eid is None else tid2eid.shape[0],
+        "tokens": tokens,
+        "experts": experts,
+        "topk": topk,
+        "ids_are_long": int(input_ids is not None and input_ids.dtype == torch.int64),
+        "route_scale": route_scale,
+    }
 
 
 def _dtype_name(dtype: torch.dtype) -> str:
@@ -484,7 +602,7 @@ def _permutation(
         def launch_of(phase: str) -> PlainLaunch:
             return where.launch(
                 MOE_MAP,
-                MOE_MAP.spec(where.arch, layout=layout, phase=phase, long_indices=indices.dtype == torch.int64),
+                MOE_MAP.of(where.arch, layout, phase, indices.dtype == torch.int64),
                 (clearing,),
                 items=items,
                 rows=rows,
@@ -495,7 +613,7 @@ def _permutation(
                 max_m=max_m,
             )
 
-        launches = [launch_of(phase) for phase in (("single",) if blocks == 1 else ("count", "assign"))]
+        launches = [launch_of(phase) for phase in MOE_MAP.phases(items)]
 
         def call(indices: Tensor, weights: Tensor | None) -> _Permutation:
             outputs = _empty_permutation(indices, weights, experts, layout, alignment, max_m)
@@ -688,7 +806,7 @@ def _combine(y: Tensor, to_pos: Tensor, weights: Tensor | None, shared: Tensor |
         per_vector = ALIGNMENT // y.element_size()
         launch = where.launch(
             MOE_COMBINE,
-            MOE_COMBINE.spec(where.arch, topk=topk),
+            MOE_COMBINE.of(where.arch, topk),
             (tokens, -(-vectors // COMBINE_THREADS)),
             rows_stride=row_stride(y) // per_vector,
             shared_stride=0 if shared is None else row_stride(shared) // per_vector,
@@ -715,6 +833,12 @@ define(
     " Tensor? input_ids, Tensor? mask, ScalarType index_dtype) -> (Tensor, Tensor)",
     _gate,
     _fake_gate,
+)
+define(
+    "moe_gate(Tensor x, Tensor weight, Tensor? bias, int topk, str scores, float route_scale, Tensor? tid2eid,"
+    " Tensor? input_ids, Tensor? mask, ScalarType index_dtype) -> (Tensor, Tensor)",
+    _moe_gate,
+    _fake_moe_gate,
 )
 define(
     "moe_permutation(Tensor topk_indices, Tensor? topk_weights, int num_experts, str layout, int? alignment, int max_m,"

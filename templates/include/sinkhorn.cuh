@@ -35,11 +35,8 @@ __device__ __forceinline__ void sinkhorn(float (&c)[STREAMS][STREAMS], int itera
   }
 }
 
-// Reads the 16 mixes among the streams, and writes the matrix that they make.
-__device__ __forceinline__ void mix_streams(const float* mixes, const float* base, float scale, float4* comb, int iterations, float eps) {
-  float c[STREAMS][STREAMS];
-#pragma unroll
-  for (int i = 0; i < STREAMS * STREAMS; ++i) c[i / STREAMS][i % STREAMS] = fmaf(mixes[i], scale, base[i]);
+// From the logits of the matrix among the streams to the matrix.
+__device__ __forceinline__ void make_doubly_stochastic(float (&c)[STREAMS][STREAMS], int iterations, float eps, float4* comb) {
   sinkhorn(c, iterations, eps);
 #pragma unroll
   for (int j = 0; j < STREAMS; ++j) comb[j] = {c[j][0], c[j][1], c[j][2], c[j][3]};

@@ -56,6 +56,13 @@ __device__ __forceinline__ void mma_tf32(float (&c)[4], const float (&a)[4], flo
                  "r"(__float_as_uint(b0)), "r"(__float_as_uint(b1)));
 }
 
+// The same with BF16 pairs, for k of 16: a lane has a[g, k pair q], [g + 8, q], [g, q + 4], [g + 8, q + 4]; b[q, column g], [q + 4, g].
+__device__ __forceinline__ void mma_bf16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
 // 16 bytes from global to shared memory, or zeros; for the copying thread there once it has waited for the group.
 __device__ __forceinline__ void copy_async(void* target, const void* source, bool exists) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(smem_address(target)), "l"(source), "r"(exists ? 16 : 0) : "memory");

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from jitgemm.families import KernelSpec, family_of
+from jitgemm.families.plain import PlainFamily
 from jitgemm.render import render
 
 COMPILER = shutil.which("g++")
@@ -59,7 +60,11 @@ def emulate(spec: KernelSpec) -> Run:
     kernel = source.text.replace("extern __shared__ float4 shared[];", "float4* shared = emulation::dynamic_shared;")
     (folder / "kernel.cpp").write_text(kernel + _MAIN % source.name)
     # No fused multiply-add that the source does not ask for; numbers as they are.
-    options = ["-std=c++20", "-O0", "-w", "-ffp-contract=off", "-shared", "-fPIC", "-o", "kernel.so", "kernel.cpp"]
+    family = family_of(spec)
+    cluster = family.cluster_ctas(spec) if isinstance(family, PlainFamily) else 1
+    options = ["-std=c++20", "-O0", "-w", "-ffp-contract=off", f"-DCLUSTER={cluster}", "-pthread"]
+    # Nothing is shared between kernels, not even by name.
+    options += ["-fno-gnu-unique", "-shared", "-fPIC", "-o", "kernel.so", "kernel.cpp"]
     done = subprocess.run([COMPILER, *options], cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[:4000]
     library = ctypes.CDLL(str(folder / "kernel.so"))

@@ -55,8 +55,10 @@ def experts(x: Tensor, logits: Tensor, layout: str) -> tuple[Tensor, ...]:
 
 STREAMS, FN = normal(5, 4, 72), normal(24, 288, dtype=torch.float32) / 17
 NUMBERS = torch.tensor([0.5, 1.0, 1.0]), torch.zeros(24)
+GATE = normal(5, 264), normal(40, 264), normal(40, dtype=torch.float32)
 TABLE, POSITIONS = jitgemm.rope_cos_sin(50), torch.tensor([0, 49, 7])
 CASES: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
+    "moe_gate": (jitgemm.moe_gate, GATE),
     "act_quant": (jitgemm.act_quant, (normal(7, 384), 128, "ue8m0")),
     "act_quant packed": (
         lambda x: jitgemm.act_quant(x, 32, "ue8m0", torch.int32, scale_layout="mn_major_tma_aligned"),

@@ -201,6 +201,43 @@ def test_hashed_gate_and_the_whole_gate() -> None:
     assert all(len(set(row)) == 6 for row in indices.tolist())
 
 
+@pytest.mark.parametrize(("experts", "width", "topk"), [(256, 4096, 6), (384, 7168, 6), (33, 72, 8), (512, 1032, 32)])
+def test_gate_in_one_kernel(experts: int, width: int, topk: int) -> None:
+    wide = torch.full((experts, width + 8), math.nan, device=DEVICE, dtype=torch.bfloat16)
+    weight = wide[:, :width]
+    weight.copy_(normal(experts, width, seed=1) * 2 / math.sqrt(width))
+    weight[experts - 1] = weight[0]  # keys that tie
+    bias = normal(experts, seed=2)
+    bias[experts - 1] = bias[0] = 9
+    table = torch.randint(-1, experts + 1, (50, topk), device=DEVICE, dtype=torch.int32)
+    for tokens in (1, 2, 8, 9, 16, 17, 63, 64):
+        x = torch.full((tokens, width + 8), math.nan, device=DEVICE, dtype=torch.bfloat16)[:, :width]
+        x.copy_(normal(tokens, width, seed=tokens))
+        logits = (x.double() @ weight.double().T).float()
+        mask = torch.arange(tokens, device=DEVICE) % 5 != 2
+        ids = torch.arange(tokens, device=DEVICE) - 1
+        for scores in moe.SCORES:
+            for keywords in ({"bias": bias, "mask": mask}, {"tid2eid": table, "input_ids": ids}):
+                found = twice(
+                    lambda: jitgemm.moe_gate(x, weight, topk=topk, scores=scores, route_scale=2.5, **keywords)  # noqa: B023
+                )
+                optional = [keywords.get(name) for name in ("tid2eid", "input_ids", "mask")]
+                of_bias = keywords.get("bias")
+                expected = moe.topk_gate(logits, of_bias, topk, scores, 2.5, *optional, torch.int32)
+                assert torch.equal(found[0] < 0, expected[0] < 0)
+                # Tensor cores cut the FP32 sums of logits off.
+                keys = moe.scores_of(logits.double(), scores) + (0 if of_bias is None else of_bias.double())
+                mine, other = (keys.gather(1, indices.long().clamp(min=0)) for indices in (found[0], expected[0]))
+                same = found[0] == expected[0]
+                assert (same | ((mine - other).abs() <= 2e-5)).all()
+                alike = same.all(1)
+                torch.testing.assert_close(found[1][alike], expected[1][alike], rtol=2e-4, atol=1e-7)
+                if of_bias is not None:
+                    routed = found[0][mask]
+                    assert (routed[:, 0] == 0).all()
+                    assert (routed[:, 1] == experts - 1).all()
+
+
 def choices(tokens: int, experts: int, kind: str) -> Tensor:
     if kind == "one":
         return torch.full((tokens, 6), experts - 1, device=DEVICE)

@@ -16,8 +16,8 @@ import jitgemm
 from jitgemm import settings
 from jitgemm.errors import ProblemError
 from jitgemm.families import hyper_connections as families
-from jitgemm.families.hyper_connections import choose_num_splits, choose_prenorm
-from jitgemm.ops import plain
+from jitgemm.families.hyper_connections import MIX_TOKENS, choose_num_splits, choose_prenorm
+from jitgemm.ops import hyper_connections, plain
 from jitgemm.reference import hyper_connections as reference
 
 # Weights that a trained layer has: pre and post far from 1/2, comb near the identity.
@@ -192,6 +192,19 @@ def test_pre_and_head_kernels(emulated: Any, tokens: int, width: int, make: Any)
     arguments = (x, fn[:4].contiguous(), TRAINED_SCALE[:1], TRAINED_BASE[:4])
     assert within_one_step(jitgemm.hc_head(*arguments, precision="fp32"), reference.hc_head(*arguments, 1e-6, 1e-6))
     assert [spec.family for spec in emulated] == ["hc_prenorm", "hc_mix"] * 2
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 37])
+def test_weights_of_many_tokens_a_block(emulated: Any, monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:  # noqa: F811
+    arguments = (streams(tokens, 24), weights(24, 24), TRAINED_SCALE, TRAINED_BASE)
+    found = []
+    for per_block in MIX_TOKENS:
+        monkeypatch.setattr(hyper_connections, "choose_mix_tokens", lambda _, per_block=per_block: per_block)
+        plain.forget_plans()
+        found.append(jitgemm.hc_pre(*arguments))
+        assert emulated[-1]["tokens_per_block"] == per_block
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)  # sums in the same order
 
 
 def test_tokens_of_zeros(emulated: Any) -> None:  # noqa: F811

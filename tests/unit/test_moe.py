@@ -86,6 +86,11 @@ def same_choice(
     torch.testing.assert_close(found[1][same], expected[1][same], rtol=2e-5, atol=1e-7)
 
 
+def as_many_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the gate's kernel for many tokens take few."""
+    monkeypatch.setattr("jitgemm.ops.moe.gates_by_block", lambda *_: False)
+
+
 @pytest.mark.parametrize(
     ("kind", "tokens", "experts", "topk"),
     [
@@ -97,7 +102,18 @@ def same_choice(
         ("softmax", 6, 193, 1),
     ],
 )
-def test_gate_kernel(emulated: Any, kind: str, tokens: int, experts: int, topk: int) -> None:  # noqa: F811
+@pytest.mark.parametrize("many", [False, True])
+def test_gate_kernel(
+    emulated: Any,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    tokens: int,
+    experts: int,
+    topk: int,
+    many: bool,
+) -> None:
+    if many:
+        as_many_tokens(monkeypatch)
     # A slice of wider rows, with what must not be read behind it.
     logits = torch.full((tokens, experts + 3), math.inf)[:, :experts]
     logits.copy_(some_logits(tokens, experts))
@@ -111,9 +127,13 @@ def test_gate_kernel(emulated: Any, kind: str, tokens: int, experts: int, topk: 
         )
         assert found[0].dtype == keywords.get("index_dtype", torch.int32)
         same_choice(found, expected, logits, keywords.get("bias"), kind)
+    assert {spec["by_block"] for spec in emulated} == {not many and experts <= 512}
 
 
-def test_ties_and_extremes_of_the_gate(emulated: Any) -> None:  # noqa: F811
+@pytest.mark.parametrize("many", [False, True])
+def test_ties_and_extremes_of_the_gate(emulated: Any, monkeypatch: pytest.MonkeyPatch, many: bool) -> None:  # noqa: F811
+    if many:
+        as_many_tokens(monkeypatch)
     logits = torch.zeros(7, 96)
     logits[1, 40:80] = 2
     logits[2] = -200  # scores of 0
@@ -155,6 +175,67 @@ def test_moe_gate_is_the_gate_of_the_product() -> None:
     bias = torch.randn(16, generator=generator(2))
     found = jitgemm.moe_gate(x, weight, bias, 4, route_scale=2.5)
     same_choice(found, jitgemm.topk_gate(logits, bias, 4, route_scale=2.5), logits, bias, "sqrtsoftplus")
+
+
+@pytest.mark.parametrize(
+    ("kind", "tokens", "experts", "width", "topk"),
+    [
+        ("sqrtsoftplus", 1, 256, 3128, 6),
+        ("sqrtsoftplus", 18, 384, 264, 6),
+        ("sigmoid", 8, 33, 8, 8),
+        ("softmax", 9, 512, 40, 32),
+    ],
+)
+def test_gate_in_one_kernel(emulated: Any, kind: str, tokens: int, experts: int, width: int, topk: int) -> None:  # noqa: F811
+    # Slices of wider rows, with what must not be read behind them.
+    x, weight = (torch.full((rows, width + 8), math.nan, dtype=torch.bfloat16)[:, :width] for rows in (tokens, experts))
+    x.copy_(torch.randn(tokens, width, generator=generator()))
+    weight.copy_(torch.randn(experts, width, generator=generator(1)) * 4 / math.sqrt(width))
+    weight[experts // 2] = weight[0]  # keys that tie
+    logits = (x.double() @ weight.double().T).float()
+    bias, mask = torch.randn(experts, generator=generator(2)), torch.arange(tokens) % 3 != 2
+    bias[experts // 2] = bias[0]
+    dtype = torch.int64 if experts == 384 else torch.int32
+    table = torch.randint(-1, experts + 1, (50, topk), generator=generator(3), dtype=torch.int32)
+    ids = torch.randint(-1, 51, (tokens,), generator=generator(4), dtype=dtype)
+    for keywords in ({"bias": bias, "mask": mask, "index_dtype": dtype}, {"tid2eid": table, "input_ids": ids}):
+        found = jitgemm.moe_gate(x, weight, topk=topk, scores=kind, route_scale=1.5, **keywords)
+        optional = [keywords.get(name) for name in ("tid2eid", "input_ids", "mask")]
+        expected = reference.topk_gate(logits, keywords.get("bias"), topk, kind, 1.5, *optional, found[0].dtype)
+        same_choice(found, expected, logits, keywords.get("bias"), kind)
+        assert found[0].dtype == keywords.get("index_dtype", torch.int32)
+    assert {spec.family for spec in emulated} == {"moe_gate"}
+
+
+def test_equal_keys_in_one_kernel(emulated: Any) -> None:  # noqa: F811
+    x, weight = torch.ones(3, 16).bfloat16(), torch.ones(40, 16).bfloat16()
+    weight[13] = math.nan
+    weight[20], weight[37] = 2, 2
+    x[2] = -30  # scores of 0
+    indices, weights = jitgemm.moe_gate(x, weight)
+    assert indices.tolist() == [[13, 20, 37, 0, 1, 2], [13, 20, 37, 0, 1, 2], [13, 0, 1, 2, 3, 4]]
+    assert weights.isnan().all()
+
+
+def test_which_gates_are_one_kernel(emulated: Any, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    launched = []
+
+    def gemm(x: Tensor, weight: Tensor, out: Tensor) -> None:
+        launched.append(x.shape[0])
+        out.copy_(x.float() @ weight.float().T)
+
+    monkeypatch.setattr("jitgemm.ops.moe.bf16_gemm_nt", gemm)
+    x, weight = (
+        torch.randn(65, 24, generator=generator()).bfloat16(),
+        torch.randn(9, 24, generator=generator()).bfloat16(),
+    )
+    jitgemm.moe_gate(x, weight)
+    assert launched == [65]
+    with settings.override(batch_invariant=True):  # a result may not depend on how many others there are
+        jitgemm.moe_gate(x[:3], weight)
+    assert launched == [65, 3]
+    jitgemm.moe_gate(x[:3], weight)
+    assert [spec.family for spec in emulated] == ["topk_gate", "topk_gate", "moe_gate"]
 
 
 # -- Permutation
@@ -218,7 +299,7 @@ def test_the_reference_of_the_permutation(case: tuple[Any, ...], layout: str) ->
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_permutation_kernel(emulated: Any, case: tuple[Any, ...], layout: str) -> None:  # noqa: F811
     check_permutation(case, layout, torch.int64 if case[0] == 7 else torch.int32)
-    assert {spec["phase"] for spec in emulated} == {"single"}
+    assert {(spec["phase"], spec["rounds"]) for spec in emulated} == {("single", 1 if case[0] * case[1] <= 512 else 8)}
 
 
 @pytest.mark.parametrize("layout", reference.LAYOUTS)
