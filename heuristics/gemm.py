@@ -167,17 +167,23 @@ def _menu(problem: GemmProblem) -> tuple[GemmConfig, ...]:
     return tuple(corrections(problem))
 
 
+def _menu_text(problem: GemmProblem) -> str:
+    if problem.recipe in sm90a.FP4_MANY_ROWS_MENUS:
+        return sm90a.FP4_MANY_ROWS_MENUS[problem.recipe]
+    return sm90a.FP4_MENU if problem.traits.fp4_b else sm90a.FP8_MENU if problem.promotes else sm90a.BF16_MENU
+
+
 @functools.lru_cache(maxsize=256)
 def corrections(problem: GemmProblem, text: str | None = None) -> dict[GemmConfig, float]:
     """The menu, or another, and what predictions for its configs are multiplied by."""
     if text is None:
-        text = sm90a.FP4_MENU if problem.traits.fp4_b else sm90a.FP8_MENU if problem.promotes else sm90a.BF16_MENU
+        text = _menu_text(problem)
     tile_k = STAGE_ROW_BYTES // problem.traits.operand_bytes
     menu: dict[GemmConfig, float] = {}
     for entry in text.split(","):
         config, _, correction = entry.partition("*")
         menu.setdefault(_fitting(problem, _for_epilogue(problem, _parse(config, tile_k))), float(correction or 1))
-    if problem.gated > 1 or problem.quantizes:
+    if (problem.gated > 1 or problem.quantizes) and problem.recipe not in sm90a.FP4_MANY_ROWS_MENUS:
         for entry in sm90a.EPILOGUE_MENU.split(","):
             menu.setdefault(_fitting(problem, _for_epilogue(problem, _parse(entry, tile_k))), 1.0)
     return menu
@@ -336,6 +342,8 @@ def illegal_epilogue(shape: KernelShape) -> str | None:
 def illegal_tile(problem: GemmProblem, config: GemmConfig, arch: Architecture) -> str | None:
     """Why a tile can't be computed, whatever its epilogue, or None."""
     shape = _shape(problem, config)
+    if problem.traits.b_format == "e5m2" and config.swap_ab:
+        return "swap_ab must be off: expanded FP4 weights take the MMA's N side"
     if problem.traits.fp4_b:
         if not config.swap_ab:
             return "swap_ab must be on: FP4 weights take the MMA's M side"

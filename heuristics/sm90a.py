@@ -90,6 +90,13 @@ FP4_MENU = """
     64x64 s12 swap, 64x64 s12 k2 swap, 64x128 s12 swap, 64x128 s12 k2 swap, 64x128 s12 k4 swap, 80x128 s10 swap,
     96x128 s9 swap, 128x128 s8 swap
 """
+# Of many rows: weights that have been expanded, and those that can't be (docs/fp4.md).
+FP4_MANY_ROWS_MENUS = {
+    "fp8_1x128_e5m2_row": """
+        64x128 s8, 128x64 s8, 128x128 s6, 192x64 s6, 192x128 s5, 256x128 s4
+    """,
+    "fp8_1x128_far_fp4_1x32": "128x128 s8 swap",
+}
 BF16_MENU = """
     8x64 s12 swap *1.03, 8x64 s12 k3 swap *1.04, 8x64 s12 k5 swap *1.03, 16x64 s12 swap *1.02,
     16x64 s12 k2 swap *1.04, 16x64 s12 k5 swap, 24x64 s9 swap, 24x64 s12 k8 swap *1.01, 40x64 s12 swap *1.02,

@@ -16,6 +16,7 @@ from jitgemm.families.plain import PlainFamily, PlainLaunch
 from jitgemm.families.small_problem import SmallProblem
 from jitgemm.kernel import load
 from jitgemm.plan import Table, current_device, device_facts, matcher
+from jitgemm.problem import Problem
 from jitgemm.record import record
 
 ALIGNMENT = 16  # bytes: of a load
@@ -205,7 +206,7 @@ class Gpu:
         problem: that kernels are needed for, as messages name it.
     """
 
-    def __init__(self, tensor: Tensor, problem: SmallProblem) -> None:
+    def __init__(self, tensor: Tensor, problem: Problem) -> None:
         self.ordinal, self._problem = tensor.get_device(), problem
         device, num_sms = device_facts(self.ordinal)
         self.arch = device.arch.name

@@ -247,6 +247,13 @@ inline uint32_t larger_halves(uint32_t x, uint32_t y) { return max(x & 0xffff, y
 inline float min_or_nan(float x, float y) { return std::isnan(x) || std::isnan(y) ? NAN : std::fmin(x, y); }
 inline float max_or_nan(float x, float y) { return std::isnan(x) || std::isnan(y) ? NAN : std::fmax(x, y); }
 
+// -- Those of fp4.cuh; no kernel that runs here has packed tiles in shared memory.
+
+inline uint32_t permute_bytes(uint32_t low, uint32_t high, uint32_t nibbles) { return __byte_perm(low, high, nibbles); }
+template <int N>
+inline void load_shared_words(uint32_t, uint32_t (&)[N]) { abort(); }
+inline uint32_t load_shared_byte(uint32_t) { abort(); }
+
 // -- Those of warp.cuh.
 
 inline uint32_t pack_bf16(float low, float high) { return floats_to_bf16(low, high); }
