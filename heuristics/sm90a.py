@@ -18,6 +18,8 @@ RELAUNCH_US = 2.0  # of a tile after the first where blocks don't persist, as wi
 MMAS_PER_STAGE = 4
 MMA_OPERAND_CYCLES = (16, 4)
 RS_MMA_CYCLES = 13  # at least, of an MMA whose A is in registers (measured)
+FP4_MANY_ROWS = 1.34  # what kernels with FP4 weights take of their predictions from 128 rows on (measured)
+EXPANSION_LAUNCHES_US = 4.0  # of two kernels more in a stream, where weights are expanded in memory (estimated)
 EXPANSION_CYCLES = 115.0  # of one warpgroup: 64 x 128 FP4 weights to registers (counted: 112 of the ALU)
 MMA_LATENCY_CYCLES = 58  # from the last MMA of a wave to its result
 PROMOTION_CYCLES = 0.5393  # per promoted register (fitted) ...
@@ -93,7 +95,7 @@ FP4_MENU = """
 # Of many rows: weights that have been expanded, and those that can't be (docs/fp4.md).
 FP4_MANY_ROWS_MENUS = {
     "fp8_1x128_e5m2_row": """
-        64x128 s8, 128x64 s8, 128x128 s6, 192x64 s6, 192x128 s5, 256x128 s4
+        64x128 s8, 128x64 s8, 128x128 s6, 128x192 s4, 192x64 s6, 192x96 s5, 192x128 s5, 256x64 s5, 256x128 s4
     """,
     "fp8_1x128_far_fp4_1x32": "128x128 s8 swap",
 }
