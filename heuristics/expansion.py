@@ -71,9 +71,10 @@ def expansion(problem: GemmProblem, device: Device, in_force: Settings | None = 
     m = problem.m
     assert m is not None
     served = gemm.chooser(problem, device, in_force).serving(m)
-    measured = served.correction != 1
     packed_us = gemm.predict(problem, served.config, device)["total"]
-    packed_us *= served.correction if measured else sm90a.FP4_MANY_ROWS
+    slower_mmas = sm90a.NOMINAL_FP8_FLOPS / device.mma_fp8_flops_per_clock_per_sm
+    is_measured = served.correction != 1
+    packed_us *= served.correction if is_measured else 1 + sm90a.FP4_MANY_ROWS_EXPOSED / slower_mmas
     product, rest = (gemm.chooser(of(problem), device, in_force)(m) for of in (expanded, far))
     rows, columns = workspace_shape(problem.n, problem.k)
     moved = rows * columns * (1 + packed_bytes(MXFP4_GROUP) / (MMA_M * SCALE_GROUP))

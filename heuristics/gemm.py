@@ -595,7 +595,7 @@ def _terms(
     k_blocks = -(-k // tile_k)
     stages = -(-k_blocks // split_k)
 
-    nominal = 8192 // size  # FLOP per clock and SM that the MMA cycles stand for
+    nominal = sm90a.NOMINAL_FP8_FLOPS // size
     rate = (device.mma_fp8_flops_per_clock_per_sm if size == 1 else device.mma_bf16_flops_per_clock_per_sm) / nominal
     mma, exposed, reads = kernel.tensor / rate, kernel.exposed, kernel.reads
     serial = most(kernel.wave / rate, kernel.promotion) + kernel.waiting

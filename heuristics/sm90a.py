@@ -16,9 +16,12 @@ RELAUNCH_US = 2.0  # of a tile after the first where blocks don't persist, as wi
 
 # -- One stage, 128 bytes of K. MMAs of 64 x N take max(N / 2, 16 + N / 4) cycles (measured to the cycle).
 MMAS_PER_STAGE = 4
+NOMINAL_FP8_FLOPS = 8192  # per clock and SM, that these cycles stand for; half as many of BF16
 MMA_OPERAND_CYCLES = (16, 4)
 RS_MMA_CYCLES = 13  # at least, of an MMA whose A is in registers (measured)
-FP4_MANY_ROWS = 1.34  # what kernels with FP4 weights take of their predictions from 128 rows on (measured)
+# What kernels with FP4 weights take beyond their predictions from 128 rows on, as part of these (measured), beside MMAs
+# of the nominal rate.
+FP4_MANY_ROWS_EXPOSED = 0.34
 EXPANSION_LAUNCHES_US = 4.0  # of two kernels more in a stream, where weights are expanded in memory (estimated)
 EXPANSION_CYCLES = 115.0  # of one warpgroup: 64 x 128 FP4 weights to registers (counted: 112 of the ALU)
 MMA_LATENCY_CYCLES = 58  # from the last MMA of a wave to its result

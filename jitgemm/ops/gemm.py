@@ -753,8 +753,8 @@ class _FusedPlan:
 class _ExpandedPlan:
     """A checked problem with many rows and without C, whose MXFP4 weights become e5m2 in memory first.
 
-    Where scales of weights lie too far apart for that, which only the device knows, the product is wrong: the last launch
-    then computes all anew, from packed weights; else it ends at once.
+    Where scales of weights lie too far apart for that, which only the device knows, the product is wrong: then the last
+    launch computes all anew, from packed weights. Else it ends at once.
 
     Args:
         operation: what is computed.
