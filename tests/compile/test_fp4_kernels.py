@@ -89,13 +89,14 @@ def test_kernels_that_sum_parts_fit(cache: None, recipe: str, at_once: set[int],
 
 
 @pytest.mark.parametrize(
-    ("epilogue", "d_dtype"), [(None, "bf16"), (None, "fp32"), ("linear", "fp32"), ("swiglu", "bf16"), ("swiglu", "e4m3")]
+    ("epilogue", "d_dtype"),
+    [(None, "bf16"), (None, "fp32"), ("linear", "fp32"), ("swiglu", "bf16"), ("swiglu", "e4m3")],
 )
 def test_kernels_for_many_rows_fit(cache: None, epilogue: str | None, d_dtype: str) -> None:
     """All: there are few."""
     asked = GemmProblem(4096, 7168, FP4, None, "nt", d_dtype, epilogue=epilogue)
     found = []
-    for problem, fewest in ((expansion.expanded(asked), 3), (expansion.far(asked), 1)):
+    for problem, fewest in ((expansion.expanded(asked), 2), (expansion.far(asked), 1)):
         legal = [c for c in gemm.candidates(problem, ()) if gemm.illegal(problem, c, H200) is None]
         assert len(legal) >= fewest
         for config in legal:
