@@ -301,8 +301,9 @@ def needed(shape: Shape, preset: str) -> list[Any]:
             for one in (problem, fp8_groups)
         ]
     fp8 = GemmProblem(shape.n, shape.k, "fp8_1x128_128x128", shape.m)
-    more = expansion.expansion_specs(problem, device) if expansion.expansion(problem, device) else []
-    return more + [gemm.FAMILY.spec(one, gemm.choose_config(one, device), device.arch.name) for one in (problem, fp8)]
+    ours, of_fp8 = (gemm.FAMILY.spec(one, gemm.choose_config(one, device), device.arch.name) for one in (problem, fp8))
+    many_rows = expansion.expansion(problem, device)
+    return [of_fp8, *([ours] if many_rows is None else many_rows.specs(problem, device.arch.name))]
 
 
 def contenders() -> list[str]:

@@ -38,6 +38,11 @@ class Expansion(NamedTuple):
     """Of the kernel that would multiply packed weights."""
     workspace_bytes: int
 
+    def specs(self, problem: GemmProblem, arch: str) -> list[KernelSpec]:
+        """The kernels, in the order of their launches."""
+        products = (expanded(problem), self.product), (far(problem), self.far)
+        return [EXPAND_FP4.spec(arch), *(FAMILY.spec(of, config, arch) for of, config in products)]
+
 
 def expanded(problem: GemmProblem) -> GemmProblem:
     """The product of expanded weights."""

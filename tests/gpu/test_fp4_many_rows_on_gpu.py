@@ -1,4 +1,4 @@
-"""FP4 weights that calls expand in memory first, on a GPU: bit for bit where sums have one term, else against float64."""
+"""FP4 weights that calls expand in memory first, on a GPU: bit for bit where sums have one term, or against float64."""
 
 from __future__ import annotations
 
