@@ -205,6 +205,9 @@ def fp8_fp4_gemm_nt(
 ) -> None:
     """``d = a @ b.T (+ c)`` with e4m3 A and FP4 B, which stays 4 bit in memory; or with FP8 B, as ``fp8_gemm_nt``.
 
+    For many rows, and without c, MXFP4 B may be expanded to FP8 first, in n * k bytes of torch's allocator
+    (``JITGEMM_EXPAND_FP4``).
+
     Args:
         a: e4m3 ``[m, k]``, K contiguous, and scales of 128 or of 32 of a row: fp32 ``[m, ceil(k/128)]`` or
             ``[m, ceil(k/32)]``, as ``fp8_gemm_nt`` takes them; or UE8M0, four to an int32, the first in the low byte,
