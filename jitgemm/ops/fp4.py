@@ -12,13 +12,21 @@ from torch import Tensor
 
 from jitgemm.errors import ProblemError
 from jitgemm.families.fp4 import EXPAND_FP4, EXPAND_THREADS, FORMATS, PACK_FP4, UNPACK_SCALES, UNPACK_THREADS
-from jitgemm.families.gemm import FP4, FP4_RECIPES, MMA_M, NVFP4_GROUP, SCALE_GROUP, WARPGROUP, packed_bytes
+from jitgemm.families.gemm import (
+    FP4,
+    FP4_RECIPES,
+    MMA_M,
+    NVFP4_GROUP,
+    SCALE_GROUP,
+    WARPGROUP,
+    GemmProblem,
+    packed_bytes,
+)
 from jitgemm.families.small_problem import SmallProblem
 from jitgemm.ops.checks import pair
 from jitgemm.ops.dispatch import needs_dispatch
 from jitgemm.ops.plain import ALIGNMENT, Call, Gpu, on_gpu, plan_of, record_if_asked
 from jitgemm.plan import raw_stream
-from jitgemm.problem import Problem
 from jitgemm.reference import fp4 as reference
 from jitgemm.reference.layout import empty_mn_major, get_tma_aligned_size, unpack_ue8m0_to_mn_major
 from jitgemm.reference.quantize import ceil_div, packed_exponents
@@ -184,20 +192,19 @@ def _each_group(pack: Callable[..., tuple[Tensor, Tensor]], *tensors: Tensor) ->
     return torch.stack([data for data, _ in parts]), torch.stack([units for _, units in parts])
 
 
-def expander(data: Tensor, problem: Problem) -> Callable[[Tensor], Tensor]:
+def expander(problem: GemmProblem, on: Tensor) -> Callable[[Tensor], Tensor]:
     """A function that expands MXFP4 weights as the kernels that multiply them do.
 
-    It takes what is like ``data``, of one matrix, ``[tiles, ...]``, and returns e5m2 ``[64 * tiles, 128 * k_blocks]``,
-    new: codes times 2^(exponent - 114), which multiplied by ``units`` are the weights, but for rows whose units are
-    negative. Behind the weights' rows and columns are zeros.
+    It takes ``data`` of ``PreparedWeights``, of one matrix, and returns new e5m2 ``[64 * tiles, 128 * k_blocks]``:
+    codes times 2^(exponent - 114), which multiplied by ``units`` are the weights, but for rows whose units are negative.
+    Behind the weights' rows and columns are zeros.
 
     Args:
-        data: of ``PreparedWeights``, on a GPU.
-        problem: that it is needed for, as messages name it.
+        problem: whose weights they are.
+        on: a tensor on the GPU.
     """
-    tiles, k_blocks = data.shape[0], data.shape[1] // reference.PACKED_BYTES
-    where = Gpu(data, problem)
-    blocks = tiles * k_blocks
+    tiles, k_blocks = ceil_div(problem.n, MMA_M), ceil_div(problem.k, SCALE_GROUP)
+    where, blocks = Gpu(on, problem), tiles * k_blocks
     grid = (ceil_div(blocks, EXPAND_THREADS // WARPGROUP),)
     launch = where.launch(EXPAND_FP4, EXPAND_FP4.spec(where.arch), grid, k_blocks=k_blocks, blocks=blocks)
     shape = tiles * MMA_M, k_blocks * SCALE_GROUP

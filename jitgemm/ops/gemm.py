@@ -1232,8 +1232,11 @@ def _make_plan(
         kernel = FAMILY.describe(FAMILY.spec(problem, config, device.arch.name))
         return f"jitgemm {kernel} m={m} n={problem.n} k={problem.k}"
 
+    # Plans outlive the tensors of the call that they are made for, and hold none.
+    may_expand, on_device = problem.traits.fp4_b and c is None, d.new_empty(0)
+
     def expansion_at(m: int) -> Expansion | None:
-        return expansion(problem.with_m(m), device, in_force) if problem.traits.fp4_b and c is None else None
+        return expansion(problem.with_m(m), device, in_force) if may_expand else None
 
     def expanded_plan(m: int, chosen: Expansion, a_scales: ScaleStrides, extents: _Extents) -> _ExpandedPlan:
         product = geometry_of(chosen.product, expanded(problem)).with_m(m, a_scales)
@@ -1242,7 +1245,7 @@ def _make_plan(
         if in_force.nvtx:
             name = f"jitgemm {problem.recipe}, expanded, m={m} n={problem.n} k={problem.k}"
         return _ExpandedPlan(
-            operation, in_force, extents, expander(b, problem), product, remainder, transposes[0], ordinal, name
+            operation, in_force, extents, expander(problem, on_device), product, remainder, transposes[0], ordinal, name
         )
 
     def plan_of(m: int, a_scales: ScaleStrides, extents: _Extents) -> _AnyPlan:
@@ -1258,11 +1261,11 @@ def _make_plan(
     plan: _AnyPlan
     if many is not None:
         plan = expanded_plan(problem.m, many, strides[0], operands.extents)
-    elif steps is not None:
-        return _FusedPlan(operands.extents, geometry_of(config), copied, ordinal, range_name(problem.m, config))
     else:
-        name = range_name(problem.m, config)
-        plan = _GemmPlan(operation, in_force, operands.extents, geometry_of(config), copied, ordinal, name)
+        geometry, name = geometry_of(config), range_name(problem.m, config)
+        if steps is not None:
+            return _FusedPlan(operands.extents, geometry, copied, ordinal, name)
+        plan = _GemmPlan(operation, in_force, operands.extents, geometry, copied, ordinal, name)
     if steps is not None:
         return plan
     tensors = [tensor for tensor in (a, a_scales, b, b_scales, d, c) if tensor is not None]

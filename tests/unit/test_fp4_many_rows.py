@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import json
+import weakref
 from typing import Any
 
 import pytest
@@ -44,7 +46,7 @@ def expanded_bytes(packed: Tensor, relative: Tensor) -> Tensor:
 
 def expand(prepared: ops.PreparedWeights) -> Tensor:
     n, k = prepared.units.shape[0], prepared.k
-    return ops.expander(prepared.data, GemmProblem(n, k, FP4))(prepared.data)
+    return ops.expander(GemmProblem(n, k, FP4), prepared.data)(prepared.data)
 
 
 @pytest.mark.parametrize("base", [0, 100, 228])
@@ -159,8 +161,8 @@ class Calls:
         self.b = test_fp4_ops.prepared_for_launch(200, 416)
         self.workspace = test_launches.aligned(torch.zeros((256, 512), dtype=torch.uint8)).view(torch.float8_e5m2)
 
-        def expander(data: Tensor, problem: GemmProblem) -> Any:
-            assert problem.recipe == FP4
+        def expander(problem: GemmProblem, on: Tensor) -> Any:
+            assert (problem.recipe, problem.n, problem.k, on.numel()) == (FP4, 200, 416, 0)
 
             def expand(given: Tensor) -> Tensor:
                 assert given is self.b.data
@@ -244,6 +246,19 @@ def test_epilogues_and_programmatic_launches(calls: Calls) -> None:
         for _ in range(2):
             launched = calls(40, epilogue=jitgemm.Epilogue(alpha=2.0))
             assert [one.pdl for one in launched] == [True, True]
+
+
+def test_plans_hold_no_tensors(calls: Calls) -> None:
+    (a, d), c = calls.tensors(40), test_launches.aligned(torch.zeros(40, 200, dtype=torch.bfloat16))
+    with settings.override(expand_fp4=True):
+        jitgemm.fp8_fp4_gemm_nt(a, calls.b, d)
+        jitgemm.fp8_fp4_gemm_nt(a, calls.b, d, c)
+        jitgemm.fp8_fp4_gemm_nt(a, calls.b, d, epilogue=jitgemm.Epilogue(alpha=2.0))
+    held = [weakref.ref(tensor) for tensor in (*a, d, c, calls.b.data, calls.b.units)]
+    calls.b = test_fp4_ops.prepared_for_launch(64, 128)
+    del a, d, c
+    gc.collect()
+    assert [tensor() for tensor in held] == [None] * 6
 
 
 def test_an_output_in_the_weights_is_refused_before_anything_is_launched(calls: Calls) -> None:
