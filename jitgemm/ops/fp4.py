@@ -196,7 +196,7 @@ def expander(problem: GemmProblem, on: Tensor) -> Callable[[Tensor], Tensor]:
     """A function that expands MXFP4 weights as the kernels that multiply them do.
 
     It takes ``data`` of ``PreparedWeights``, of one matrix, and returns new e5m2 ``[64 * tiles, 128 * k_blocks]``:
-    codes times 2^(exponent - 114), which multiplied by ``units`` are the weights, but for rows whose units are negative.
+    codes times 2^(exponent - 114). Multiplied by ``units`` they are the weights, but for rows with negative units.
     Behind the weights' rows and columns are zeros.
 
     Args:
