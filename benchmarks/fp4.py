@@ -31,7 +31,7 @@ from benchmarks.operands import poisoned, random_matrix
 from jitgemm.device import PRESETS
 from jitgemm.families.gemm import FP4, GemmProblem
 from jitgemm.families.grouped import GroupedProblem
-from jitgemm.heuristics import gemm, grouped
+from jitgemm.heuristics import expansion, gemm, grouped
 from jitgemm.reference.fp4 import dequantize_fp4, ue8m0_to_exponents
 from jitgemm.reference.gemm import Errors, error_measures, tolerance
 from jitgemm.reference.gemm import gemm as reference
@@ -216,7 +216,8 @@ def config_of(shape: Shape, preset: str) -> str:
     problem, device = shape.problem, PRESETS[preset]
     if isinstance(problem, GroupedProblem):
         return str(grouped.choose_config(problem, device))
-    return str(gemm.choose_config(problem, device))
+    many_rows = expansion.expansion(problem, device)
+    return str(gemm.choose_config(problem, device)) if many_rows is None else f"expanded {many_rows.product}"
 
 
 def make_row(
@@ -300,7 +301,9 @@ def needed(shape: Shape, preset: str) -> list[Any]:
             for one in (problem, fp8_groups)
         ]
     fp8 = GemmProblem(shape.n, shape.k, "fp8_1x128_128x128", shape.m)
-    return [gemm.FAMILY.spec(one, gemm.choose_config(one, device), device.arch.name) for one in (problem, fp8)]
+    ours, of_fp8 = (gemm.FAMILY.spec(one, gemm.choose_config(one, device), device.arch.name) for one in (problem, fp8))
+    many_rows = expansion.expansion(problem, device)
+    return [of_fp8, *([ours] if many_rows is None else many_rows.specs(problem, device.arch.name))]
 
 
 def contenders() -> list[str]:

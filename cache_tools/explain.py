@@ -24,13 +24,20 @@ def explain(problem: GemmProblem | GroupedProblem | BatchedProblem, device: Devi
     explanation = heuristics.explain(problem, device)
     legal = _by_cost(explanation)
     illegal = _by_reason(explanation)
-    entry = explanation.entry
+    entry, expansion = explanation.entry, explanation.expansion
     if as_json:
         print_json(
             problem=problem.to_dict(),
             device=device.name,
             winner=explanation.winner.to_dict(),
             tuned=None if entry is None else {**entry_to_dict(entry), "table": str(explanation.table)},
+            expansion=None
+            if expansion is None
+            else {
+                **expansion._asdict(),
+                "product": expansion.product.to_dict(),
+                "far": expansion.far.to_dict(),
+            },
             candidates=[_to_dict(candidate) for candidate in legal],
             illegal=[
                 {"reason": reason, "configs": [candidate.config.to_dict() for candidate in candidates]}
@@ -48,6 +55,12 @@ def explain(problem: GemmProblem | GroupedProblem | BatchedProblem, device: Devi
             f"tuned: at m = {entry.m} it took {entry.us:.2f} us, the model's choice {entry.model_config}"
             f" {entry.model_us:.2f} ({entry.margin:.3f}x); {printable(entry.run.gpu)}, {printable(entry.run.date)},"
             f" {printable(explanation.table)}\n"
+        )
+    if expansion is not None:
+        print(
+            f"without C calls expand the weights to FP8 in memory first, {expansion.workspace_bytes / 2**20:.1f} MiB:"
+            f" {expansion.product} multiplies them, and {expansion.far} if scales lie too far apart for that; predicted"
+            f" {expansion.us:.2f} us, and {expansion.packed_us:.2f} with packed weights\n"
         )
     shown = [c for place, c in enumerate(legal) if place < top or c.config == explanation.winner]
     terms = [name for name in dict.fromkeys(name for c in legal for name in c.terms or {}) if name != "total"]

@@ -18,7 +18,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy
 
@@ -45,6 +45,9 @@ from jitgemm.heuristics import sm90a, tuned
 from jitgemm.heuristics.pruning import assign
 from jitgemm.heuristics.serving import ANCHORS, RAGGED, Serving, anchors_around
 from jitgemm.settings import Settings
+
+if TYPE_CHECKING:
+    from jitgemm.heuristics.expansion import Expansion
 
 MAX_KERNELS = 12
 """Different winners that a problem may have, all m together; what each buys is in docs/performance.md."""
@@ -95,12 +98,13 @@ def enumerate_specs(problem: GemmProblem, device: Device) -> tuple[KernelSpec, .
     """Every kernel that calls of the problem can need: of any m, with scales in any layout, with or without C."""
     from jitgemm.families.fp4 import helper_specs
     from jitgemm.families.transpose_scales import FAMILY as TRANSPOSE_SCALES
+    from jitgemm.heuristics.expansion import expansion_specs
 
     specs = [FAMILY.spec(problem, config, device.arch.name) for config in enumerate_configs(problem, device)]
     if "row_k" in (problem.traits.a_scales, problem.traits.b_scales):
         specs.append(TRANSPOSE_SCALES.spec(device.arch.name))
     if problem.traits.fp4_b:
-        specs += helper_specs(problem.traits.fp4_group, device.arch.name)
+        specs += helper_specs(problem.traits.fp4_group, device.arch.name) + expansion_specs(problem, device)
     return tuple(specs)
 
 
@@ -126,6 +130,7 @@ class Explanation:
     winner: GemmConfig
     entry: tuned.Entry | None = None  # why it is the winner, if that was measured ...
     table: Path | None = None  # ... and where that stands
+    expansion: Expansion | None = None  # what a call gets instead
 
 
 def explain(problem: GemmProblem, device: Device) -> Explanation:
@@ -134,6 +139,8 @@ def explain(problem: GemmProblem, device: Device) -> Explanation:
     Raises:
         ConfigError: no legal config meets the overrides in force.
     """
+    from jitgemm.heuristics.expansion import expansion
+
     assert problem.m is not None
     rules = _rules(device, settings.current())
     served = chooser(problem, device).serving(problem.m)
@@ -141,7 +148,8 @@ def explain(problem: GemmProblem, device: Device) -> Explanation:
     offered = [assess(problem, config, device) for config in dict.fromkeys((*menu, served.config))]
     others = [assess(problem, config, device) for config in generate(problem, rules.overrides)]
     illegal_only = [other for other in others if other.reason is not None and other.config not in menu]
-    return Explanation([*offered, *illegal_only], served.config, served.entry, served.table)
+    instead = expansion(problem, device)
+    return Explanation([*offered, *illegal_only], served.config, served.entry, served.table, instead)
 
 
 def assess(problem: GemmProblem, config: GemmConfig, device: Device) -> Candidate:
@@ -167,17 +175,23 @@ def _menu(problem: GemmProblem) -> tuple[GemmConfig, ...]:
     return tuple(corrections(problem))
 
 
+def _menu_text(problem: GemmProblem) -> str:
+    if problem.recipe in sm90a.FP4_MANY_ROWS_MENUS:
+        return sm90a.FP4_MANY_ROWS_MENUS[problem.recipe]
+    return sm90a.FP4_MENU if problem.traits.fp4_b else sm90a.FP8_MENU if problem.promotes else sm90a.BF16_MENU
+
+
 @functools.lru_cache(maxsize=256)
 def corrections(problem: GemmProblem, text: str | None = None) -> dict[GemmConfig, float]:
     """The menu, or another, and what predictions for its configs are multiplied by."""
     if text is None:
-        text = sm90a.FP4_MENU if problem.traits.fp4_b else sm90a.FP8_MENU if problem.promotes else sm90a.BF16_MENU
+        text = _menu_text(problem)
     tile_k = STAGE_ROW_BYTES // problem.traits.operand_bytes
     menu: dict[GemmConfig, float] = {}
     for entry in text.split(","):
         config, _, correction = entry.partition("*")
         menu.setdefault(_fitting(problem, _for_epilogue(problem, _parse(config, tile_k))), float(correction or 1))
-    if problem.gated > 1 or problem.quantizes:
+    if (problem.gated > 1 or problem.quantizes) and problem.recipe not in sm90a.FP4_MANY_ROWS_MENUS:
         for entry in sm90a.EPILOGUE_MENU.split(","):
             menu.setdefault(_fitting(problem, _for_epilogue(problem, _parse(entry, tile_k))), 1.0)
     return menu
@@ -329,6 +343,8 @@ def illegal_epilogue(shape: KernelShape) -> str | None:
 def illegal_tile(problem: GemmProblem, config: GemmConfig, arch: Architecture) -> str | None:
     """Why a tile can't be computed, whatever its epilogue, or None."""
     shape = _shape(problem, config)
+    if problem.traits.b_format == "e5m2" and config.swap_ab:
+        return "swap_ab must be off: expanded FP4 weights take the MMA's N side"
     if problem.traits.fp4_b:
         if not config.swap_ab:
             return "swap_ab must be on: FP4 weights take the MMA's M side"
@@ -572,7 +588,7 @@ def _terms(
     k_blocks = -(-k // tile_k)
     stages = -(-k_blocks // split_k)
 
-    nominal = 8192 // size  # FLOP per clock and SM that the MMA cycles stand for
+    nominal = sm90a.NOMINAL_FP8_FLOPS // size
     rate = (device.mma_fp8_flops_per_clock_per_sm if size == 1 else device.mma_bf16_flops_per_clock_per_sm) / nominal
     mma, exposed, reads = kernel.tensor / rate, kernel.exposed, kernel.reads
     serial = most(kernel.wave / rate, kernel.promotion) + kernel.waiting

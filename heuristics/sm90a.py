@@ -16,8 +16,13 @@ RELAUNCH_US = 2.0  # of a tile after the first where blocks don't persist, as wi
 
 # -- One stage, 128 bytes of K. MMAs of 64 x N take max(N / 2, 16 + N / 4) cycles (measured to the cycle).
 MMAS_PER_STAGE = 4
+NOMINAL_FP8_FLOPS = 8192  # per clock and SM, that these cycles stand for; half as many of BF16
 MMA_OPERAND_CYCLES = (16, 4)
 RS_MMA_CYCLES = 13  # at least, of an MMA whose A is in registers (measured)
+# What kernels with FP4 weights take beyond their predictions from 128 rows on, as part of these (measured), beside MMAs
+# of the nominal rate.
+FP4_MANY_ROWS_EXPOSED = 0.34
+EXPANSION_LAUNCHES_US = 4.0  # of two kernels more in a stream, where weights are expanded in memory (estimated)
 EXPANSION_CYCLES = 115.0  # of one warpgroup: 64 x 128 FP4 weights to registers (counted: 112 of the ALU)
 MMA_LATENCY_CYCLES = 58  # from the last MMA of a wave to its result
 PROMOTION_CYCLES = 0.5393  # per promoted register (fitted) ...
@@ -90,6 +95,13 @@ FP4_MENU = """
     64x64 s12 swap, 64x64 s12 k2 swap, 64x128 s12 swap, 64x128 s12 k2 swap, 64x128 s12 k4 swap, 80x128 s10 swap,
     96x128 s9 swap, 128x128 s8 swap
 """
+# Of many rows: weights that have been expanded, and those that can't be (docs/fp4.md).
+FP4_MANY_ROWS_MENUS = {
+    "fp8_1x128_e5m2_row": """
+        64x128 s8, 128x64 s8, 128x128 s6, 128x192 s4, 192x64 s6, 192x96 s5, 192x128 s5, 256x64 s5, 256x128 s4
+    """,
+    "fp8_1x128_far_fp4_1x32": "128x128 s8 swap",
+}
 BF16_MENU = """
     8x64 s12 swap *1.03, 8x64 s12 k3 swap *1.04, 8x64 s12 k5 swap *1.03, 16x64 s12 swap *1.02,
     16x64 s12 k2 swap *1.04, 16x64 s12 k5 swap, 24x64 s9 swap, 24x64 s12 k8 swap *1.01, 40x64 s12 swap *1.02,

@@ -251,6 +251,11 @@ VARIABLES: tuple[Variable, ...] = (
         "All of a configuration at once.",
     ),
     _variable(
+        "expand_fp4",
+        (_boolean, "0 or 1"),
+        "Whether dense GEMMs expand MXFP4 weights to FP8 in memory first, a byte each that the call allocates.",
+    ),
+    _variable(
         "tuned",
         (_boolean, "0 or 1"),
         "Whether tuned tables win over the cost model.",
@@ -297,7 +302,7 @@ _BY_FIELD = {variable.field: variable for variable in VARIABLES}
 TUNING_FIELDS = ("tile_m", "tile_n", "tile_k", "stages", "cluster", "split_k", "swap_ab", "config")
 """The settings that narrow the heuristics' candidates."""
 
-_CHOOSING_FIELDS = (*TUNING_FIELDS, "tuned", "batch_invariant")
+_CHOOSING_FIELDS = (*TUNING_FIELDS, "expand_fp4", "tuned", "batch_invariant")
 
 
 @dataclass(frozen=True)
@@ -325,6 +330,7 @@ class Settings:
     split_k: int | None = None
     swap_ab: bool | None = None
     config: str | None = None
+    expand_fp4: bool | None = None
     tuned: bool = True
     autotune: bool = False
     batch_invariant: bool = False

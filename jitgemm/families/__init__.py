@@ -10,6 +10,7 @@ __all__ = ["FAMILY_MODULES", "Family", "KernelSpec", "family_of"]
 
 FAMILY_MODULES = {
     "batched_gemm": "jitgemm.families.batched",
+    "expand_fp4": "jitgemm.families.fp4:EXPAND_FP4",
     "gemm": "jitgemm.families.gemm",
     "hc_mix": "jitgemm.families.hyper_connections:HC_MIX",
     "hc_post": "jitgemm.families.hyper_connections:HC_POST",

@@ -1,4 +1,6 @@
-"""The kernels beside GEMMs with FP4 weights: weights to packed tiles, packed scales of activations to fp32."""
+"""The kernels beside GEMMs with FP4 weights: weights to packed tiles and these to e5m2, packed scales of activations to
+fp32.
+"""
 
 from __future__ import annotations
 
@@ -43,6 +45,20 @@ PACK_FP4 = _PackFamily(
     num_threads=PACK_THREADS,
     describe=lambda spec: str(spec["format"]),
 )
+
+EXPAND_THREADS = 256
+
+EXPAND_FP4 = _Helper(
+    "expand_fp4",
+    (
+        Field("data", "const uint8_t*", "[tiles of 64 rows, k_blocks, bytes of a tile]"),
+        Field("output", "uint8_t*", "[tiles * 64, k_blocks * 128], e5m2"),
+        Field("k_blocks", "int32_t", "of 128 of K"),
+        Field("blocks", "int32_t", "of all tiles"),
+    ),
+    num_threads=EXPAND_THREADS,
+)
+"""MXFP4 only: no FP8 format holds the products of NVFP4's codes and scales."""
 
 UNPACK_THREADS = 128
 

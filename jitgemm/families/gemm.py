@@ -52,7 +52,9 @@ class Recipe:
 
     ``a_scales`` and ``b_scales`` say what one scale covers: ``none``, ``row_k`` (one row x 128 of K, of A ``a_group``),
     ``block_k`` (128 rows x 128 of K), ``row`` or ``tensor``. ``fp4_group``: B is packed E2M1 with a scale for so many
-    of K, which are packed with it but for one number a row (``jitgemm.reference.fp4``); 0: it is not.
+    of K, which are packed with it but for one number a row (``jitgemm.reference.fp4``); 0: it is not. ``far_only``: D
+    is written only if B has rows whose scales lie too far apart for its expansion. ``b_format``: B's elements, as the
+    tensor cores know them.
     """
 
     name: str
@@ -61,6 +63,8 @@ class Recipe:
     b_scales: str
     a_group: int = SCALE_GROUP
     fp4_group: int = 0
+    far_only: bool = False
+    b_format: str = "e4m3"
 
     @property
     def fp4_b(self) -> bool:
@@ -96,11 +100,17 @@ FP4_RECIPES: dict[str, Recipe] = {
 }
 """Those whose B is not a plain matrix: MXFP4 with scales of A of 1 x 128 or 1 x 32, and NVFP4."""
 
-_ALL_RECIPES = {**RECIPES, **FP4_RECIPES}
+EXPANDED = Recipe("fp8_1x128_e5m2_row", 1, "row_k", "row", b_format="e5m2")
+"""MXFP4 weights that a kernel has expanded: the second of three launches that many rows take (docs/fp4.md) ..."""
+
+FAR_FP4 = Recipe("fp8_1x128_far_fp4_1x32", 1, "row_k", "row", fp4_group=MXFP4_GROUP, far_only=True)
+"""... and the third, for weights that can't be expanded so."""
+
+_ALL_RECIPES = {**RECIPES, **FP4_RECIPES, EXPANDED.name: EXPANDED, FAR_FP4.name: FAR_FP4}
 
 
 def recipe_traits(name: str) -> Recipe:
-    """The facts of a recipe in ``RECIPES`` or ``FP4_RECIPES``."""
+    """The facts of a recipe in ``RECIPES`` or ``FP4_RECIPES``, ``EXPANDED`` or ``FAR_FP4``."""
     return _ALL_RECIPES[name]
 
 
@@ -149,7 +159,7 @@ class GemmProblem:
 
     def __post_init__(self) -> None:
         if not isinstance(self.recipe, str) or self.recipe not in _ALL_RECIPES:
-            raise ProblemError(f"recipe is {self.recipe!r}; accepted are {', '.join(_ALL_RECIPES)}")
+            raise ProblemError(f"recipe is {self.recipe!r}; accepted are {', '.join((*RECIPES, *FP4_RECIPES))}")
         for name, low in (("n", 1), ("k", 1), ("m", 0)):
             value = getattr(self, name)
             if name == "m" and value is None:
@@ -574,7 +584,7 @@ class KernelShape:
         fits = self.waves == 1 and self.math_warpgroups < 3 and self.parts == 1 and registers <= limit
         if not self.problem.promotes or not fits:
             return 1
-        long = self.fp4 or self.problem.traits.b_scales in ("block_k", "row_k")
+        long = self.fp4 or self.problem.traits.a_scales == "row_k"
         return 8 if self.math_warpgroups == 2 and long else 4
 
     @functools.cached_property
@@ -715,6 +725,8 @@ class Gemm:
             "stack": "",
             "few_boundaries_step": FEW_BOUNDARIES_STEP,
             "fp8": shape.problem.traits.is_fp8,
+            "b_format": shape.problem.traits.b_format,
+            "far_only": shape.problem.traits.far_only,
             "promotes": shape.problem.promotes,
             "epilogue": shape.problem.epilogue is not None,
             "cluster": config.cluster_m * config.cluster_n * config.split_k,

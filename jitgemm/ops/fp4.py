@@ -11,8 +11,17 @@ import torch
 from torch import Tensor
 
 from jitgemm.errors import ProblemError
-from jitgemm.families.fp4 import FORMATS, PACK_FP4, UNPACK_SCALES, UNPACK_THREADS
-from jitgemm.families.gemm import FP4, FP4_RECIPES, MMA_M, NVFP4_GROUP, SCALE_GROUP, packed_bytes
+from jitgemm.families.fp4 import EXPAND_FP4, EXPAND_THREADS, FORMATS, PACK_FP4, UNPACK_SCALES, UNPACK_THREADS
+from jitgemm.families.gemm import (
+    FP4,
+    FP4_RECIPES,
+    MMA_M,
+    NVFP4_GROUP,
+    SCALE_GROUP,
+    WARPGROUP,
+    GemmProblem,
+    packed_bytes,
+)
 from jitgemm.families.small_problem import SmallProblem
 from jitgemm.ops.checks import pair
 from jitgemm.ops.dispatch import needs_dispatch
@@ -181,6 +190,31 @@ def _each_group(pack: Callable[..., tuple[Tensor, Tensor]], *tensors: Tensor) ->
         return pack(*tensors)
     parts = [pack(*group) for group in zip(*tensors, strict=True)]
     return torch.stack([data for data, _ in parts]), torch.stack([units for _, units in parts])
+
+
+def expander(problem: GemmProblem, on: Tensor) -> Callable[[Tensor], Tensor]:
+    """A function that expands MXFP4 weights as the kernels that multiply them do.
+
+    It takes ``data`` of ``PreparedWeights``, of one matrix, and returns new e5m2 ``[64 * tiles, 128 * k_blocks]``:
+    codes times 2^(exponent - 114). Multiplied by ``units`` they are the weights, but for rows with negative units.
+    Behind the weights' rows and columns are zeros.
+
+    Args:
+        problem: whose weights they are.
+        on: a tensor on the GPU.
+    """
+    tiles, k_blocks = ceil_div(problem.n, MMA_M), ceil_div(problem.k, SCALE_GROUP)
+    where, blocks = Gpu(on, problem), tiles * k_blocks
+    grid = (ceil_div(blocks, EXPAND_THREADS // WARPGROUP),)
+    launch = where.launch(EXPAND_FP4, EXPAND_FP4.spec(where.arch), grid, k_blocks=k_blocks, blocks=blocks)
+    shape = tiles * MMA_M, k_blocks * SCALE_GROUP
+
+    def expand(data: Tensor) -> Tensor:
+        output = data.new_empty(shape, dtype=torch.float8_e5m2)
+        launch(raw_stream(where.ordinal), data.data_ptr(), output.data_ptr())
+        return output
+
+    return expand
 
 
 def unpack_ue8m0(sf: Tensor, k_blocks: int) -> Tensor:

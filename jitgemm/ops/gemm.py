@@ -17,6 +17,7 @@ from jitgemm import settings
 from jitgemm.device import SM90A, Device
 from jitgemm.errors import ProblemError
 from jitgemm.families.gemm import (
+    EXPANDED,
     FAMILY,
     FP4_RECIPES,
     GATE_UP_RUN,
@@ -31,12 +32,13 @@ from jitgemm.families.gemm import (
 from jitgemm.families.gemm_launch import STEPS_OFFSET, GemmGeometry, Matrix, ScaleStrides
 from jitgemm.families.transpose_scales import FAMILY as TRANSPOSE_SCALES
 from jitgemm.heuristics import chooser, prepare
+from jitgemm.heuristics.expansion import Expansion, expanded, expansion, far, workspace_shape
 from jitgemm.kernel import load
 from jitgemm.nvtx import in_range
 from jitgemm.ops.checks import Scaled, check_apart, check_tensors, extent, pair
 from jitgemm.ops.dispatch import are_plain, dispatch_modes, function_modes, needs_dispatch
 from jitgemm.ops.epilogue import Epilogue, Steps, check_steps, check_steps_apart, pack, steps_of
-from jitgemm.ops.fp4 import PreparedWeights, dequantized, is_fp4, operands, packed_shape
+from jitgemm.ops.fp4 import PreparedWeights, dequantized, expander, is_fp4, operands, packed_shape
 from jitgemm.ops.layout import copy_to_mn_major, fp4_note
 from jitgemm.plan import BOUND_LAUNCHES, Sizes, Table, current_device, device_facts, matcher, raw_stream
 from jitgemm.record import record
@@ -203,6 +205,9 @@ def fp8_fp4_gemm_nt(
 ) -> None:
     """``d = a @ b.T (+ c)`` with e4m3 A and FP4 B, which stays 4 bit in memory; or with FP8 B, as ``fp8_gemm_nt``.
 
+    For many rows, and without c, MXFP4 B may be expanded to FP8 first, in n * k bytes of torch's allocator
+    (``JITGEMM_EXPAND_FP4``).
+
     Args:
         a: e4m3 ``[m, k]``, K contiguous, and scales of 128 or of 32 of a row: fp32 ``[m, ceil(k/128)]`` or
             ``[m, ceil(k/32)]``, as ``fp8_gemm_nt`` takes them; or UE8M0, four to an int32, the first in the low byte,
@@ -360,7 +365,7 @@ def _recipe_name(recipe: object, recipe_a: object, recipe_b: object) -> str:
     raise ProblemError(f"recipe is {recipe!r}; accepted are {names}, (1, 128, 128) and (1, 1, 128)")
 
 
-_Recent = tuple[Operation, Settings, int, Callable[..., bool], tuple[int, ...], Callable[[], int], "_GemmPlan"]
+_Recent = tuple[Operation, Settings, int, Callable[..., bool], tuple[int, ...], Callable[[], int], Any]
 """A call that may be repeated: what it asked for, the settings, the device, a function that says whether tensors are
 like its own, the stream and addresses, the launch of these, and the plan. A plain tuple is the fastest to take apart.
 """
@@ -619,10 +624,10 @@ class _PlansOfAnyM:
     """
 
     def __init__(
-        self, plan_of: Callable[[int, ScaleStrides, _Extents], _GemmPlan], operands: _Operands, tensors: list[Tensor]
+        self, plan_of: Callable[[int, ScaleStrides, _Extents], _AnyPlan], operands: _Operands, tensors: list[Tensor]
     ) -> None:
         self._plan_of, self._operands = plan_of, operands
-        self._plans: Table[tuple[int, int], _GemmPlan] = Table(4096)
+        self._plans: Table[tuple[int, int], _AnyPlan] = Table(4096)
         self._granularity = granularity = operands.problem.traits.a_scales
         sizes: Sizes = [list(tensor.shape) for tensor in tensors]
         strides: Sizes = [list(tensor.stride()) for tensor in tensors]
@@ -635,7 +640,7 @@ class _PlansOfAnyM:
 
     def find(
         self, a: Tensor, a_scales: Tensor | None, b: Tensor, b_scales: Tensor | None, d: Tensor, c: Tensor | None
-    ) -> _GemmPlan | None:
+    ) -> _AnyPlan | None:
         """The plan for these tensors, or None where they differ in more than m."""
         try:
             if c is None:
@@ -746,6 +751,90 @@ class _FusedPlan:
         if status:
             self._geometry.launch.retry(run, status)
         return None
+
+
+class _ExpandedPlan:
+    """A checked problem with many rows and without C, whose MXFP4 weights become e5m2 in memory first.
+
+    Where scales of weights lie too far apart for that, which only the device knows, the product is wrong: then the last
+    launch computes all anew, from packed weights. Else it ends at once.
+
+    Args:
+        operation: what is computed.
+        in_force: the settings that it was made under.
+        extents: of the tensors, for the checks of their addresses.
+        expand: the first launch: from packed weights to expanded ones.
+        product: of these.
+        remainder: of packed weights that can't be expanded.
+        transposes: whether a's scales are copied first.
+        device: ordinal.
+        range_name: of the NVTX range around launches; None: there is none.
+    """
+
+    def __init__(
+        self,
+        operation: Operation,
+        in_force: Settings,
+        extents: _Extents,
+        expand: Callable[[Tensor], Tensor],
+        product: GemmGeometry,
+        remainder: GemmGeometry,
+        transposes: bool,
+        device: int,
+        range_name: str | None,
+    ) -> None:
+        self._operation, self._settings, self._device = operation, in_force, device
+        self._extents, self._expand, self._geometries = extents, expand, (product, remainder)
+        self._transposes, self._range = transposes, range_name
+        self._bound: Table[tuple[Any, ...], Callable[[], int]] = Table(BOUND_LAUNCHES)
+        self.of_any_m: _PlansOfAnyM | None = None
+
+    def __call__(
+        self,
+        a: Tensor,
+        a_scales: Tensor,
+        b: Tensor,
+        b_scales: Tensor,
+        d: Tensor,
+        c: None,
+        steps: Steps | None = None,
+    ) -> None:
+        if current_device() != self._device:
+            with torch.cuda.device(self._device):
+                return self(a, a_scales, b, b_scales, d, c, steps)
+        self._extents.check(*_addresses(a, a_scales, b, b_scales, d, c))
+        if steps is not None:
+            check_steps_apart(steps, d, {"a": a, "a_scales": a_scales, "b": b, "b_scales": b_scales})
+        packed = b"" if steps is None else pack(steps)
+        stream = raw_stream(self._device)
+        if self._transposes:
+            a_scales = copy_to_mn_major(a_scales)
+        for index, weights in enumerate((self._expand(b), b)):
+            geometry = self._geometries[index]
+            key = (index, packed, stream, *_addresses(a, a_scales, weights, b_scales, d, c))
+            run = self._bound.get(key)
+            if run is None:
+                arguments = geometry.bind(*key[3:])
+                ctypes.memmove(arguments.address + STEPS_OFFSET, packed, len(packed))
+                run = geometry.launch.prepare(arguments, stream)
+                self._bound.put(key, run if self._range is None else in_range(self._range, run))
+            status = run()
+            if status:
+                geometry.launch.retry(run, status)
+        if self.of_any_m is not None:  # for calls with other m; none is like this one, whose workspace may move
+            _recent.put(id(b), (self._operation, self._settings, self._device, _like_none, (), _no_launch, self))
+        return None
+
+
+def _like_none(*_: object) -> bool:
+    return False
+
+
+def _no_launch() -> int:
+    raise AssertionError("a call that is like none is repeated")
+
+
+_AnyPlan = _GemmPlan | _ExpandedPlan
 
 
 class _FusedReferencePlan:
@@ -1122,13 +1211,13 @@ def _make_plan(
         return (chosen or chooser(problem, device, in_force))(m)
 
     @functools.cache
-    def geometry_of(config: GemmConfig) -> GemmGeometry:
+    def geometry_of(config: GemmConfig, problem: GemmProblem = problem) -> GemmGeometry:
         return GemmGeometry(
             problem,
             config,
-            load(FAMILY.spec(problem, config, device.arch.name), ordinal, problem),
+            load(FAMILY.spec(problem, config, device.arch.name), ordinal, operands.problem),
             a=operands.a.matrix(),
-            b=operands.b.matrix(),
+            b=_expanded_matrix(problem) if problem.traits is EXPANDED else operands.b.matrix(),
             d=Matrix(operands.a.mn, operands.d_columns, operands.d_row_stride),
             c_row_stride=operands.c_row_stride,
             a_scales=strides[0],
@@ -1143,24 +1232,52 @@ def _make_plan(
         kernel = FAMILY.describe(FAMILY.spec(problem, config, device.arch.name))
         return f"jitgemm {kernel} m={m} n={problem.n} k={problem.k}"
 
-    def plan_of(m: int, a_scales: ScaleStrides, extents: _Extents) -> _GemmPlan:
-        config = choose(m)
+    # Plans outlive the tensors of the call that they are made for, and hold none.
+    may_expand, on_device = problem.traits.fp4_b and c is None, d.new_empty(0)
+
+    def expansion_at(m: int) -> Expansion | None:
+        return expansion(problem.with_m(m), device, in_force) if may_expand else None
+
+    def expanded_plan(m: int, chosen: Expansion, a_scales: ScaleStrides, extents: _Extents) -> _ExpandedPlan:
+        product = geometry_of(chosen.product, expanded(problem)).with_m(m, a_scales)
+        remainder = geometry_of(chosen.far, far(problem)).with_m(m, a_scales)
+        name = None
+        if in_force.nvtx:
+            name = f"jitgemm {problem.recipe}, expanded, m={m} n={problem.n} k={problem.k}"
+        return _ExpandedPlan(
+            operation, in_force, extents, expander(problem, on_device), product, remainder, transposes[0], ordinal, name
+        )
+
+    def plan_of(m: int, a_scales: ScaleStrides, extents: _Extents) -> _AnyPlan:
+        config, many = choose(m), expansion_at(m)
+        if many is not None:
+            return expanded_plan(m, many, a_scales, extents)
         geometry = geometry_of(config).with_m(m, a_scales)
         return _GemmPlan(operation, in_force, extents, geometry, (False, False), ordinal, range_name(m, config))
 
     if any(transposes):  # here, where it is known what for
         load(TRANSPOSE_SCALES.spec(device.arch.name), ordinal, problem)
-    config = choose(problem.m)
-    geometry, copied = geometry_of(config), (transposes[0], transposes[1])
-    name = range_name(problem.m, config)
+    config, copied, many = choose(problem.m), (transposes[0], transposes[1]), expansion_at(problem.m)
+    plan: _AnyPlan
+    if many is not None:
+        plan = expanded_plan(problem.m, many, strides[0], operands.extents)
+    else:
+        geometry, name = geometry_of(config), range_name(problem.m, config)
+        if steps is not None:
+            return _FusedPlan(operands.extents, geometry, copied, ordinal, name)
+        plan = _GemmPlan(operation, in_force, operands.extents, geometry, copied, ordinal, name)
     if steps is not None:
-        return _FusedPlan(operands.extents, geometry, copied, ordinal, name)
-    plan = _GemmPlan(operation, in_force, operands.extents, geometry, copied, ordinal, name)
+        return plan
     tensors = [tensor for tensor in (a, a_scales, b, b_scales, d, c) if tensor is not None]
     rows_of_k = operation.layout[0] == "n" and problem.a_major == "k"
     if problem.m > 1 and rows_of_k and not any(transposes) and are_plain(*tensors):
         plan.of_any_m = _PlansOfAnyM(plan_of, operands, tensors)
     return plan
+
+
+def _expanded_matrix(problem: GemmProblem) -> Matrix:
+    _, columns = workspace_shape(problem.n, problem.k)
+    return Matrix(problem.n, columns, columns)
 
 
 def _autotune(problem: GemmProblem, device: Device, ordinal: int) -> None:

@@ -82,6 +82,18 @@ __device__ __forceinline__ void multiply_by_outer_scales(float* values, const Sc
   }
 }
 
+// Multiplies a fragment of COLUMNS columns by what each column's sums are multiplied by.
+template <int COLUMNS>
+__device__ __forceinline__ void multiply_by_column_units(float* values, const ScaleMatrix& units, int column0, int lane, int columns_end) {
+#pragma unroll
+  for (int j = 0; j < COLUMNS / 8; ++j) {
+    const int column = column0 + 8 * j + lane % 4 * 2;
+    const float left = outer_scale(units, column, columns_end), right = outer_scale(units, column + 1, columns_end);
+    float* v = values + 4 * j;
+    v[0] *= left, v[1] *= right, v[2] *= left, v[3] *= right;
+  }
+}
+
 // The number that a row's sums are multiplied by, of a matrix of these that starts `first` numbers behind the first; 0 behind its rows.
 __device__ __forceinline__ float row_unit(const ScaleMatrix& units, int first, int row, int rows) {
   return row < rows ? units.pointer[first + row * units.stride_mn] : 0.f;

@@ -10,11 +10,11 @@ from jitgemm import builder, settings
 from jitgemm.device import H200, SM90A
 from jitgemm.families import family_of
 from jitgemm.families.base import KernelSpec
-from jitgemm.families.fp4 import FORMATS, helper_specs
+from jitgemm.families.fp4 import EXPAND_FP4, FORMATS, helper_specs
 from jitgemm.families.gemm import FAMILY, FP4, GemmConfig, GemmProblem, KernelShape
 from jitgemm.families.grouped import FAMILY as GROUPED
 from jitgemm.families.grouped import GroupedProblem
-from jitgemm.heuristics import gemm, grouped
+from jitgemm.heuristics import expansion, gemm, grouped
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +86,28 @@ def test_kernels_that_sum_parts_fit(cache: None, recipe: str, at_once: set[int],
         assert grouped.illegal(grouped_problem, config, H200) is None
         found += faults(GROUPED.spec(grouped_problem, config, SM90A.name), grouped_problem.shape(config))
     assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    ("epilogue", "d_dtype"),
+    [(None, "bf16"), (None, "fp32"), ("linear", "fp32"), ("swiglu", "bf16"), ("swiglu", "e4m3")],
+)
+def test_kernels_for_many_rows_fit(cache: None, epilogue: str | None, d_dtype: str) -> None:
+    """All: there are few."""
+    asked = GemmProblem(4096, 7168, FP4, None, "nt", d_dtype, epilogue=epilogue)
+    found = []
+    for problem, fewest in ((expansion.expanded(asked), 2), (expansion.far(asked), 1)):
+        legal = [c for c in gemm.candidates(problem, ()) if gemm.illegal(problem, c, H200) is None]
+        assert len(legal) >= fewest
+        for config in legal:
+            found += faults(FAMILY.spec(problem, config, SM90A.name), KernelShape(problem, config))
+    assert not found, "\n".join(found)
+
+
+def test_the_kernel_that_expands_weights_fits(cache: None) -> None:
+    metadata = builder.build(EXPAND_FP4.spec(SM90A.name)).cubin.metadata
+    assert (metadata.spill_bytes, metadata.stack_bytes, metadata.warnings) == (0, 0, ())
+    assert 2048 * metadata.registers <= SM90A.registers_per_sm  # as many threads as an SM has
 
 
 @pytest.mark.parametrize("fp4_group", FORMATS.values())

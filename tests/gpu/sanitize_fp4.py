@@ -29,7 +29,10 @@ from jitgemm.reference.gemm import check_close, gemm
 
 @dataclass(frozen=True)
 class Case:
-    """One call; ``spread`` is by how many powers of two scales differ, above 26 those of a row are not expanded."""
+    """One call; ``spread`` is by how many powers of two scales differ, above 26 those of a row are not expanded.
+
+    Without a config weights are expanded in memory.
+    """
 
     config: str
     spread: int = 20
@@ -50,6 +53,9 @@ CASES = [
     Case("16x64x128 s12 k4 swap", k=1104),
     Case("128x128x128 s4 swap", m=140),  # no chains
     Case("128x128x128 s4 swap", spread=40, m=140),
+    Case("", m=300),
+    Case("", m=300, n=328, d_dtype="fp32"),
+    Case("", spread=40, m=140),
     Case("16x128x128 s4 swap", kind="masked"),
     Case("128x128x128 s4 swap", spread=40, kind="psum"),
     Case("8x64x128 s4 swap", m=5, recipe=OF_32),
@@ -84,7 +90,8 @@ def run(case: Case) -> None:
     d = torch.full((groups * case.m, case.n), float("nan"), dtype=dtype, device="cuda")
     prepared = jitgemm.prepare_fp4_weights(*(part.cuda() for part in weights))
     operands: Any = ((a.cuda(), given.cuda()), prepared)
-    with settings.override(config=case.config, mk_alignment=4):
+    chosen: dict[str, Any] = {"config": case.config} if case.config else {"expand_fp4": True}
+    with settings.override(**chosen, mk_alignment=4):
         if case.kind == "dense":
             one = operands[1]._replace(data=operands[1].data[0], units=operands[1].units[0])
             jitgemm.fp8_fp4_gemm_nt(operands[0], one, d)

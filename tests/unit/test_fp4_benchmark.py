@@ -37,8 +37,10 @@ def test_rows_and_summary() -> None:
 
 
 def test_kernels_of_all_shapes_are_known_before() -> None:
-    for shape in fp4.shapes_of(parse(["--m", "1", "512", "--groups", "8"])):
-        assert len(set(needed(shape, "h200"))) == 2
+    for shape in fp4.shapes_of(parse(["--m", "1", "4096", "--groups", "8"])):
+        expands = config_of(shape, "h200").startswith("expanded ")
+        assert expands == (shape.case == "dense" and shape.m == 4096)
+        assert len(set(needed(shape, "h200"))) == (4 if expands else 2)
 
 
 @pytest.mark.parametrize("name", fp4_formats.CONTENDERS)
