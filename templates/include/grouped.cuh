@@ -25,6 +25,15 @@ struct GroupLayout {
   __device__ __forceinline__ int aligned(int row) const { return (row + alignment - 1) / alignment * alignment; }
 };
 
+// INDEXED: asks L2 for the index, before anything is looked up: the first look-up reads rows at which tiles may start, and the second
+// those of a tile. By a whole warp of each block, which share the lines among them. Values that the kernel ahead in the stream is yet
+// to write reach L2 as well, so that this need not wait for its end.
+__device__ __forceinline__ void prefetch_index(const GroupLayout& layout) {
+  constexpr int LINE = 128 / sizeof(int32_t);  // rows
+  const uint32_t lines = (layout.m + LINE - 1) / LINE, lane = threadIdx.x % WARP;
+  if (lane < lines) asm volatile("prefetch.global.L2 [%0];" ::"l"(layout.values + (blockIdx.x * WARP + lane) % lines * LINE) : "memory");
+}
+
 // A tile in rows of A and D and columns of D; rows_left: from its first row to its group's end, 0 if there are no more tiles.
 struct GroupTile {
   int row, rows_left, group, column;

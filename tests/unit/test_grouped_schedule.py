@@ -62,6 +62,8 @@ static float reciprocal_of(float x) {
   value.i += wrong_by;
   return value.f;
 }
+static struct { unsigned x; } blockIdx;
+static int (*asked)(const int*);  // a line of the layout ahead of its use
 struct uint4 { unsigned x, y, z, w; };
 struct BFloat16 { uint16_t bits; };
 struct Float32 { float bits; };
@@ -111,6 +113,10 @@ static void start(void (*lane_function)()) {
   current = 0;
   swapcontext(&outside, &contexts[0]);
 }
+extern "C" void prefetch(const GroupLayout* layout, unsigned block, int (*ask)(const int*)) {
+  asked = ask, blockIdx.x = block;
+  for (current = 0; current < 32; ++current) prefetch_index(*layout);
+}
 extern "C" int find_quotient(int dividend, int divisor, int wrong) {
   wrong_by = wrong;
   return quotient(dividend, divisor);
@@ -145,6 +151,8 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     header = (ROOT / "templates/include/grouped.cuh").read_text()
     code = header[header.index("enum Grouping") : header.index("// -- The queue")]
     code, replaced = re.subn(r"asm\(\"rcp[^;]*;[^;]*;", "reciprocal = reciprocal_of(float(divisor));", code)
+    assert replaced == 1
+    code, replaced = re.subn(r"asm volatile\(\"prefetch.*?::\"l\"\((.*)\) : \"memory\"\);", r"asked(\1);", code)
     assert replaced == 1
     padding = (ROOT / "templates/include/padding.cuh").read_text()
     code += padding[padding.index("// By a whole warp") :]
@@ -328,6 +336,23 @@ def test_quotients_are_exact_where_the_reciprocal_is_not(library: ctypes.CDLL) -
         dividend = max(0, min(largest, dividend - draw.randint(0, 1)))
         for wrong in (-1, 0, 1):
             assert library.find_quotient(dividend, divisor, wrong) == dividend // divisor
+
+
+@pytest.mark.parametrize("m", [1, 31, 32, 33, 128, 1000, 16384, 200_000])
+def test_the_blocks_ask_for_all_of_an_index(library: ctypes.CDLL, m: int) -> None:
+    values = (ctypes.c_int32 * m)()
+    first = ctypes.addressof(values)
+    layout = Layout(ctypes.cast(values, ctypes.POINTER(ctypes.c_int32)), 4, m, 128, 1, 1, 1, 1)
+    asked: list[int] = []
+    callback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p)(
+        lambda address: asked.append((address - first) // 4) or 0
+    )
+    for block in range(132):
+        before = len(asked)
+        library.prefetch(ctypes.byref(layout), block, callback)
+        assert len(set(asked[before:])) == len(asked) - before == min(32, -(-m // 32))  # a line once
+    expected = set(range(0, m, 32))
+    assert set(asked) == expected if m < 132 * 1024 else set(asked) < expected
 
 
 def clear(
