@@ -346,11 +346,13 @@ def illegal_tile(problem: GemmProblem, config: GemmConfig, arch: Architecture) -
     if problem.traits.b_format == "e5m2" and config.swap_ab:
         return "swap_ab must be off: expanded FP4 weights take the MMA's N side"
     if problem.traits.fp4_b:
-        if not config.swap_ab:
-            return "swap_ab must be on: FP4 weights take the MMA's M side"
-        if config.tile_n not in (64, 128):
+        if not config.swap_ab and (problem.traits.fp4_group != MXFP4_GROUP or shape.parts > 1 or problem.traits.far_only):
+            return "swap_ab must be on: weights of this recipe take the MMA's M side"
+        if not config.swap_ab and config.tile_n % MMA_M:
+            return "tile_n must be a multiple of 64: a warp expands the FP4 weights of 64 rows"
+        if config.swap_ab and config.tile_n not in (64, 128):
             return "tile_n must be 64 or 128: a warpgroup expands the FP4 weights of 64 rows"
-        if config.tile_m > (most := _MOST_FP4_TOKENS[problem.traits.fp4_group]):
+        if config.swap_ab and config.tile_m > (most := _MOST_FP4_TOKENS[problem.traits.fp4_group]):
             return f"tile_m must be at most {most} beside FP4 weights"
         if config.cluster_m > 1 or config.cluster_n not in (1, shape.scale_parts):
             return "FP4 weights have clusters only where they make up the columns of a scale of d"

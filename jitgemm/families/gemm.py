@@ -375,7 +375,17 @@ class KernelShape:
     @functools.cached_property
     def fp4(self) -> bool:
         """Whether the M-side operand is FP4, which becomes e5m2 in registers."""
-        return self.problem.traits.fp4_b
+        return self.problem.traits.fp4_b and self.config.swap_ab
+
+    @functools.cached_property
+    def expands(self) -> bool:
+        """Whether the N-side operand is FP4, which becomes e5m2 in shared memory, by warps beside the producer's."""
+        return self.problem.traits.fp4_b and not self.config.swap_ab
+
+    @functools.cached_property
+    def stage_barriers(self) -> int:
+        """Barriers of a stage: full and empty, and one for packed weights that are to be expanded."""
+        return 3 if self.expands else 2
 
     @functools.cached_property
     def fp4_group(self) -> int:
@@ -487,7 +497,7 @@ class KernelShape:
     @functools.cached_property
     def smem_bytes(self) -> int:
         """Dynamic shared memory of a block, alignment slack and barriers included."""
-        barriers = self.config.stages * 16  # full and empty, 8 bytes each
+        barriers = self.config.stages * self.stage_barriers * 8
         return SMEM_ALIGNMENT + self.staging_offset + self.staging_bytes + barriers + self.exchange_bytes
 
     @functools.cached_property
@@ -713,6 +723,8 @@ class Gemm:
             "scale_parts",
             "exchange_bytes",
             "fp4",
+            "expands",
+            "stage_barriers",
             "fp4_group",
             "a_scales_per_stage",
             "parts",
@@ -725,7 +737,8 @@ class Gemm:
             "stack": "",
             "few_boundaries_step": FEW_BOUNDARIES_STEP,
             "fp8": shape.problem.traits.is_fp8,
-            "b_format": shape.problem.traits.b_format,
+            "b_format": "e5m2" if shape.expands else shape.problem.traits.b_format,
+            "expander_warps": 3,  # those of the producer's warpgroup that have nothing else to do
             "far_only": shape.problem.traits.far_only,
             "promotes": shape.problem.promotes,
             "epilogue": shape.problem.epilogue is not None,

@@ -89,10 +89,10 @@ class GemmGeometry:
         self._b_maps: tuple[OperandMap, OperandMap | None]
 
         # The MMA's M side takes A, or B where they are swapped.
-        if shape.fp4:
+        if problem.traits.fp4_b:
             self._b_maps = packed_map(problem.n, self._k_blocks, problem.traits.fp4_group), None
             self._b_scales_map = None
-            self._b_fields = scale_fields(shape.m_side_scales, b_scales, scale_blocks(problem.n, problem.gated))
+            self._b_fields = scale_fields(problem.traits.b_scales, b_scales, scale_blocks(problem.n, problem.gated))
         elif config.swap_ab:
             self._b_maps = _operand(shape, b, shape.m_side_major, shape.mma_m, config.cluster_m)
             self._b_scales_map = _scales(shape.m_side_scales, problem.n, self._k_blocks, b_scales, shape.mma_m)

@@ -92,7 +92,7 @@ class GroupedGeometry:
 
         tokens = (operand(a, tile_k, token_rows), operand(a, tile_k, token_piece(config)))
         weights: tuple[OperandMap, OperandMap | None]
-        if shape.fp4:
+        if traits.fp4_b:
             weights = packed_map(problem.n, -(-problem.k // tile_k), traits.fp4_group, problem.groups), None
         elif problem.dense.b_major == "mn":  # in slabs of 64, of which the kernel asks for those that exist
             weights = operand(b, 64, tile_k), None
@@ -110,7 +110,7 @@ class GroupedGeometry:
             d_map = _map(d_map_type(problem.d_dtype), d, width // shape.d_bytes, height, width)
         maps: tuple[OperandMap | None, ...]
         b_fields = (0, 0, 0)
-        if b_scales is not None and shape.fp4:
+        if b_scales is not None and traits.fp4_b:
             b_fields = (b_scales.row_stride, 0, 0)
         elif b_scales is not None:
             b_fields = (b_scales.row_stride, b_scales_k_stride, scale_blocks(problem.n, problem.dense.gated))
