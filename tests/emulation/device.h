@@ -307,12 +307,25 @@ inline uint32_t larger_halves(uint32_t x, uint32_t y) { return max(x & 0xffff, y
 inline float min_or_nan(float x, float y) { return std::isnan(x) || std::isnan(y) ? NAN : std::fmin(x, y); }
 inline float max_or_nan(float x, float y) { return std::isnan(x) || std::isnan(y) ? NAN : std::fmax(x, y); }
 
-// -- Those of fp4.cuh; no kernel that runs here has packed tiles in shared memory.
+// -- Those of fp4.cuh and epilogue.cuh; addresses in shared memory are counted from where the kernel says.
 
+namespace emulation {
+inline OF_A_CTA uint8_t* shared_space;
+}
 inline uint32_t permute_bytes(uint32_t low, uint32_t high, uint32_t nibbles) { return __byte_perm(low, high, nibbles); }
 template <int N>
-inline void load_shared_words(uint32_t, uint32_t (&)[N]) { abort(); }
-inline uint32_t load_shared_byte(uint32_t) { abort(); }
+inline void load_shared_words(uint32_t address, uint32_t (&words)[N]) { memcpy(words, emulation::shared_space + address, 4 * N); }
+inline uint32_t load_shared_byte(uint32_t address) { return emulation::shared_space[address]; }
+template <bool TRANSPOSED>
+inline void store_matrix_x4(uint32_t address, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  static_assert(!TRANSPOSED);
+  const uint32_t mine[4] = {a, b, c, d};
+  const int lane = emulation::current % WARP;
+  with_all_lanes(address, [&](auto of) {
+    for (int i = 0; i < 4; ++i) memcpy(emulation::shared_space + of(8 * i + lane / 4) + lane % 4 * 4, &mine[i], 4);
+    return 0;
+  });
+}
 
 // -- Those of warp.cuh.
 
