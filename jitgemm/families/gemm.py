@@ -30,7 +30,6 @@ MMA_M = 64  # rows of one warpgroup-wide MMA
 ROWS_STORED = 16  # of D by one warp at a time: those that it holds of an MMA's rows
 STAGE_ROW_BYTES = 128  # bytes of K of one operand row in one stage: the widest TMA swizzle
 SMEM_ALIGNMENT = 1024  # bytes: repeat of the 128-byte swizzle
-PACKED_ROW_BYTES = 256  # of the rows in which TMA copies packed FP4 weights
 A_REGISTERS = 4  # that hold a thread's part of an MMA's A
 FRAGMENT_REGISTERS = 16  # that hold a thread's part of 64 x 128 weights, expanded
 CHAIN_REGISTERS = {

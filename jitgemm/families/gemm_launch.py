@@ -10,14 +10,11 @@ from jitgemm.driver import Arguments, Launch, ensure_context, replace_tensor_map
 from jitgemm.errors import DriverError
 from jitgemm.families.gemm import (
     D_BYTES,
-    MMA_M,
-    PACKED_ROW_BYTES,
     ROWS_STORED,
     GemmConfig,
     GemmProblem,
     KernelShape,
     kernel_shape,
-    packed_bytes,
     scale_blocks,
 )
 from jitgemm.kernel import Kernel
@@ -86,11 +83,13 @@ class GemmGeometry:
         self._swap = config.swap_ab
         self._k_blocks = -(-problem.k // config.tile_k)
         self._a, self._d, self._c_row_stride = a, d, c_row_stride
-        self._b_maps: tuple[OperandMap, OperandMap | None]
+        self._b_maps: tuple[OperandMap | None, OperandMap | None]
 
         # The MMA's M side takes A, or B where they are swapped.
+        self._packed: int | None = None  # of the maps, the one in whose place the address of packed weights stands
         if problem.traits.fp4_b:
-            self._b_maps = packed_map(problem.n, self._k_blocks, problem.traits.fp4_group), None
+            self._packed = packed_place(config)
+            self._b_maps = None, None
             self._b_scales_map = None
             self._b_fields = scale_fields(problem.traits.b_scales, b_scales, scale_blocks(problem.n, problem.gated))
         elif config.swap_ab:
@@ -169,6 +168,8 @@ class GemmGeometry:
             ensure_context(self._kernel.device)  # a thread's first CUDA call
             arguments = self._arguments(addresses, d_aligned)
         words, first = arguments.words, arguments.first
+        if self._packed is not None:
+            words[first + self._packed * BYTES // 8] = addresses[self._packed]
         words[first + _D] = d
         words[first + _C] = c
         words[first + _ROW_SCALES] = a_scales
@@ -248,12 +249,9 @@ def _operand(
     return mapped(tile_k, tile_rows // shared_by), mapped(tile_k, part) if left else None
 
 
-def packed_map(n: int, k_blocks: int, fp4_group: int, groups: int = 1) -> OperandMap:
-    """The map of FP4 weights, of which a box takes 64 x 128; one matrix, or one for each group."""
-    rows = packed_bytes(fp4_group) // PACKED_ROW_BYTES
-    height = -(-n // MMA_M) * k_blocks * rows
-    width = PACKED_ROW_BYTES
-    return OperandMap("uint8", width, height, width, width, rows, 16, groups, height * width)
+def packed_place(config: GemmConfig) -> int:
+    """Which of the maps packed FP4 weights do without; their address stands in its place."""
+    return _MAPS.index("rows" if config.swap_ab else "columns")
 
 
 def _scales(

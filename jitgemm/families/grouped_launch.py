@@ -13,7 +13,7 @@ from typing import NamedTuple
 from jitgemm.driver import Arguments, Launch, ensure_context
 from jitgemm.errors import DriverError, ProblemError
 from jitgemm.families.gemm import ROWS_STORED, GemmConfig, scale_blocks
-from jitgemm.families.gemm_launch import d_map_type, packed_map
+from jitgemm.families.gemm_launch import d_map_type, packed_place
 from jitgemm.families.grouped import GroupedProblem, token_piece, token_tile
 from jitgemm.kernel import Kernel
 from jitgemm.tensor_map import ALIGNMENT, BYTES, OperandMap
@@ -91,9 +91,9 @@ class GroupedGeometry:
             return _map(dtype, stack, box_width, box_height, 128)
 
         tokens = (operand(a, tile_k, token_rows), operand(a, tile_k, token_piece(config)))
-        weights: tuple[OperandMap, OperandMap | None]
+        weights: tuple[OperandMap | None, OperandMap | None]
         if traits.fp4_b:
-            weights = packed_map(problem.n, -(-problem.k // tile_k), traits.fp4_group, problem.groups), None
+            weights = None, None
         elif problem.dense.b_major == "mn":  # in slabs of 64, of which the kernel asks for those that exist
             weights = operand(b, 64, tile_k), None
         else:
@@ -121,6 +121,7 @@ class GroupedGeometry:
             maps = (*tokens, *weights, scales_map, None, d_map)
             row_fields, column_fields = (0, 0, 0), b_fields
         self._maps = maps
+        self._packed = packed_place(config) if traits.fp4_b else None
         self._zero_padding = problem.kind == "contiguous" or (problem.kind == "psum" and zero_padding)
 
         cluster = config.cluster_n  # CTAs that make up one tile of the schedule
@@ -161,6 +162,8 @@ class GroupedGeometry:
         tail = TAIL.pack(*self._tail, d_aligned, self._zero_padding)
         ctypes.memmove(arguments.address + TAIL_OFFSET, tail, TAIL.size)
         words, first = arguments.words, arguments.first
+        if self._packed is not None:
+            words[first + self._packed * BYTES // 8] = b
         words[first + _D] = d
         words[first + (_ROW_SCALES if swap else _COLUMN_SCALES)] = b_scales
         words[first + _LAYOUT] = layout

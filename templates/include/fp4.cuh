@@ -9,7 +9,6 @@
 
 constexpr int PACKED_TILE_ROWS = 64;                   // weights of one warpgroup-wide MMA ...
 constexpr int PACKED_CODES_BYTES = 64 * 128 / 2;       // ... and 128 of K: codes, behind which are the groups' scales, a byte each
-constexpr int PACKED_BOX_ROW_BYTES = 256;              // of the rows in which TMA copies all
 constexpr int PACKED_VECTOR_BYTES = WARPGROUP * 16;    // a thread's codes of two MMAs
 
 constexpr uint32_t UNSCALED = 114;  // exponent for which a code expands to its own value

@@ -46,6 +46,13 @@ __device__ __forceinline__ void tma_load_3d_multicast(uint32_t destination, cons
       : "memory");
 }
 
+// Loads contiguous bytes, a multiple of 16, as addresses are; for what needs no swizzle.
+__device__ __forceinline__ void bulk_load(uint32_t destination, const void* source, uint32_t bytes, uint32_t barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(destination), "l"(source), "r"(bytes),
+               "r"(barrier)
+               : "memory");
+}
+
 // Stores a box; parts outside the tensor are clipped.
 __device__ __forceinline__ void tma_store_2d(uint32_t source, const TensorMap& map, int x, int y) {
   asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];" ::"l"(&map), "r"(x), "r"(y), "r"(source)
