@@ -30,6 +30,7 @@ from jitgemm.families.gemm import (
     D_BYTES,
     FAMILY,
     FEW_BOUNDARIES_STEP,
+    FP4,
     GATE_UP_RUN,
     MMA_M,
     MXFP4_GROUP,
@@ -210,13 +211,17 @@ def _for_epilogue(problem: GemmProblem, config: GemmConfig) -> GemmConfig:
 
 @functools.lru_cache(maxsize=256)
 def _with_every_split(problem: GemmProblem) -> tuple[GemmConfig, ...]:
-    """The menu's tiles with every split of K: the menu splits K for few rows only, and here one split serves all m."""
+    """The menu's tiles with every split of K: the menu splits K for few rows only, and here one split serves all m.
+
+    FP4 weights stay in registers: those whose scales lie far apart are summed up in another order from shared memory.
+    """
+    menu = [config for config in _menu(problem) if config.swap_ab or not problem.traits.fp4_b]
     split = [
         _fitting(problem, dataclasses.replace(config, cluster_m=1, cluster_n=1, split_k=split_k))
-        for config in _menu(problem)
+        for config in menu
         for split_k in _EVEN_SPLITS
     ]
-    return tuple(dict.fromkeys((*_menu(problem), *split)))
+    return tuple(dict.fromkeys((*menu, *split)))
 
 
 def _parse(entry: str, tile_k: int) -> GemmConfig:
@@ -317,7 +322,7 @@ def illegal_epilogue(shape: KernelShape) -> str | None:
     if not shape.problem.promotes and shape.accumulator_registers > 128:
         return "sums take more than 128 registers a thread beside an epilogue"
     alone = shape.chain == 1 or shape.n_side_scales == "row_k"
-    tight = shape.narrows or shape.m_side_scales in ("row", "tensor")
+    tight = shape.narrows or shape.m_side_scales in ("row", "tensor") or (shape.expands and shape.d_bytes == 4)
     if shape.problem.promotes and alone and tight and shape.accumulator_registers > 160:
         return "sums take more than 160 registers a thread beside an epilogue"
     if not shape.narrows:
@@ -346,12 +351,10 @@ def illegal_tile(problem: GemmProblem, config: GemmConfig, arch: Architecture) -
     if problem.traits.b_format == "e5m2" and config.swap_ab:
         return "swap_ab must be off: expanded FP4 weights take the MMA's N side"
     if problem.traits.fp4_b:
-        if not config.swap_ab and (problem.traits.fp4_group != MXFP4_GROUP or shape.parts > 1 or problem.traits.far_only):
-            return "swap_ab must be on: weights of this recipe take the MMA's M side"
-        if not config.swap_ab and config.tile_n % MMA_M:
-            return "tile_n must be a multiple of 64: a warp expands the FP4 weights of 64 rows"
-        if config.swap_ab and config.tile_n not in (64, 128):
-            return "tile_n must be 64 or 128: a warpgroup expands the FP4 weights of 64 rows"
+        if not config.swap_ab and problem.recipe != FP4:
+            return "swap_ab must be on: FP4 weights of this recipe take the MMA's M side"
+        if config.tile_n not in (64, 128):
+            return "tile_n must be 64 or 128: FP4 weights come in tiles of 64 rows"
         if config.swap_ab and config.tile_m > (most := _MOST_FP4_TOKENS[problem.traits.fp4_group]):
             return f"tile_m must be at most {most} beside FP4 weights"
         if config.cluster_m > 1 or config.cluster_n not in (1, shape.scale_parts):
@@ -480,6 +483,11 @@ def _traits(problem: GemmProblem, config: GemmConfig) -> _Traits:
         waiting += 0.0 if shape.chain > 1 else sm90a.EXPANSION_CYCLES
         promoting = shape.parts * columns / 2 * sm90a.PROMOTION_CYCLES
         tensor = max(tensor, all_waves * (sm90a.EXPANSION_CYCLES + promoting))
+    if shape.expands:
+        packed_tiles = columns // MMA_M
+        weight_bytes = shape.packed_bytes / MMA_M
+        reads += packed_tiles * (shape.packed_bytes + MMA_M * STAGE_ROW_BYTES)  # what is expanded, and written
+        tensor = max(tensor, packed_tiles * sm90a.EXPANDER_CYCLES)
     boxes = 1 if config.swap_ab else columns // problem.gated * shape.d_bytes // shape.store_row_bytes
     steps = sm90a.EPILOGUE_STEP_CYCLES[problem.epilogue] * columns * waves
     if shape.quantizes:

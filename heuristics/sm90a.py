@@ -19,11 +19,12 @@ MMAS_PER_STAGE = 4
 NOMINAL_FP8_FLOPS = 8192  # per clock and SM, that these cycles stand for; half as many of BF16
 MMA_OPERAND_CYCLES = (16, 4)
 RS_MMA_CYCLES = 13  # at least, of an MMA whose A is in registers (measured)
-# What kernels with FP4 weights take beyond their predictions from 128 rows on, as part of these (measured), beside MMAs
-# of the nominal rate.
-FP4_MANY_ROWS_EXPOSED = 0.34
+# What kernels with FP4 weights may take beyond their predictions from 128 rows on, as part of these, beside MMAs of the
+# nominal rate (assumed; 0.34 while packed weights came in boxes).
+FP4_MANY_ROWS_EXPOSED = 0.15
 EXPANSION_LAUNCHES_US = 4.0  # of two kernels more in a stream, where weights are expanded in memory (estimated)
 EXPANSION_CYCLES = 115.0  # of one warpgroup: 64 x 128 FP4 weights to registers (counted: 112 of the ALU)
+EXPANDER_CYCLES = 320.0  # that three warps take for 64 x 128 FP4 weights in shared memory (estimated from samples)
 MMA_LATENCY_CYCLES = 58  # from the last MMA of a wave to its result
 PROMOTION_CYCLES = 0.5393  # per promoted register (fitted) ...
 PROMOTION_BRANCH_CYCLES = 3.062  # ... more where columns meet scale blocks at a few places (fitted) ...
@@ -86,14 +87,16 @@ FP8_GROUPS_MENU = """
     32x64 s12 swap, 32x128 s10 swap, 48x64 s12 swap, 48x128 s9 swap, 64x64 s12, 64x128 s8, 128x128 s6, 128x192 s4,
     192x64 s6, 192x128 s5, 256x128 s4
 """
-# Of FP4 weights: predicted, not yet measured.
+# Of FP4 weights: predicted. Swapped, they are expanded in registers, else in shared memory.
 FP4_MENU = """
     8x64 s12 swap, 8x64 s12 k2 swap, 8x64 s12 k4 swap, 8x64 s12 k8 swap, 16x64 s12 swap, 16x64 s12 k2 swap,
     16x64 s12 k4 swap, 8x128 s12 swap, 8x128 s12 k2 swap, 8x128 s12 k4 swap, 16x128 s12 swap, 16x128 s12 k2 swap,
     16x128 s12 k4 swap, 24x128 s12 swap, 24x128 s12 k2 swap, 24x128 s12 k4 swap, 32x64 s12 swap, 32x64 s12 k2 swap,
     32x64 s12 k4 swap, 32x128 s12 swap, 32x128 s12 k2 swap, 32x128 s12 k4 swap, 48x128 s12 swap, 48x128 s12 k4 swap,
     64x64 s12 swap, 64x64 s12 k2 swap, 64x128 s12 swap, 64x128 s12 k2 swap, 64x128 s12 k4 swap, 80x128 s10 swap,
-    96x128 s9 swap, 128x128 s8 swap
+    96x128 s9 swap, 128x128 s8 swap, 64x64 s12, 64x64 s12 k2, 64x64 s12 k4, 64x128 s8, 128x64 s8, 128x64 s8 k2,
+    128x64 s8 k4, 128x128 s6, 128x128 s6 k2, 192x64 s6, 192x128 s5, 256x64 s5,
+    256x128 s4
 """
 # Of many rows: weights that have been expanded, and those that can't be (docs/fp4.md).
 FP4_MANY_ROWS_MENUS = {

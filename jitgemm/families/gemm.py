@@ -589,6 +589,8 @@ class KernelShape:
         limit = CHAIN_REGISTERS[d_type if self.mma_n % 64 == 0 else "fp32"]
         if self.fp4:
             limit = FP4_CHAIN_REGISTERS[d_type]
+        elif self.expands and self.narrows:
+            limit = CHAIN_REGISTERS["fp32"]
         registers = self.mma_n // 2 * 3 + self._fragment_registers
         fits = self.waves == 1 and self.math_warpgroups < 3 and self.parts == 1 and registers <= limit
         if not self.problem.promotes or not fits:
@@ -600,8 +602,11 @@ class KernelShape:
     def unroll(self) -> int:
         """k-blocks in the main loop's body: the first steps of one then overlap with the promotion of another.
 
-        Four waves, or two where promotion takes more registers than with scales of 128 columns.
+        Four waves, or two where promotion takes more registers than with scales of 128 columns; one beside SwiGLU or
+        quantization and warps that expand, for whom math warps have fewer.
         """
+        if self.expands and self.narrows:
+            return 1
         waves = 4 if self.n_side_scales == "block_k" else 2
         return waves // self.waves if self.chain == 1 else 1
 

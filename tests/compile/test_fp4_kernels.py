@@ -42,10 +42,12 @@ def faults(spec: KernelSpec, shape: KernelShape) -> list[str]:
 
 
 def largest(shapes: dict[GemmConfig, KernelShape]) -> list[GemmConfig]:
-    """Of each number of weight rows, with and without chains and split K, the config with most sums."""
-    kinds: dict[tuple[int, bool, bool, int], GemmConfig] = {}
+    """Of each way to expand weights, number of their rows, with and without chains and split K, the config with most
+    sums.
+    """
+    kinds: dict[tuple[bool, int, bool, bool, int], GemmConfig] = {}
     for config, shape in sorted(shapes.items(), key=lambda item: (item[1].accumulator_registers, item[0])):
-        kinds[config.tile_n, shape.chain > 1, config.split_k > 1, shape.blocks_per_sm] = config
+        kinds[config.swap_ab, config.tile_n, shape.chain > 1, config.split_k > 1, shape.blocks_per_sm] = config
     return list(kinds.values())
 
 
@@ -121,7 +123,7 @@ def test_the_kernels_beside_gemms_fit(cache: None, fp4_group: int) -> None:
 def test_grouped_kernels_fit(cache: None, kind: str, alignment: int, d_dtype: str) -> None:
     problem = GroupedProblem(4096, 7168, FP4, 8, kind, None, d_dtype=d_dtype, alignment=alignment)
     legal = [c for c in grouped.candidates(problem) if grouped.illegal(problem, c, H200) is None]
-    assert max(config.tile_m for config in legal) == 128
+    assert max(config.tile_m for config in legal) == (256 if kind == "masked" else 192)
     shapes = {config: problem.shape(config) for config in legal}
     found = []
     for config in largest(shapes):

@@ -51,7 +51,7 @@ def dense_configs() -> list[GemmConfig]:
     """All tiles that calls choose from, with and without split K."""
     device, problem = device_facts(0)[0], GemmProblem(4096, 4096, FP4)
     legal = [c for c in gemm.candidates(problem, ()) if gemm.illegal(problem, c, device) is None]
-    return list({(c.tile_m, c.tile_n, c.split_k > 1): c for c in legal}.values())
+    return list({(c.tile_m, c.tile_n, c.swap_ab, c.split_k > 1): c for c in legal}.values())
 
 
 def grouped_configs(kind: str, alignment: int = 128, d_dtype: str = "bf16") -> list[GemmConfig]:
@@ -59,7 +59,7 @@ def grouped_configs(kind: str, alignment: int = 128, d_dtype: str = "bf16") -> l
     device = device_facts(0)[0]
     problem = GroupedProblem(4096, 4096, FP4, 8, kind, d_dtype=d_dtype, alignment=alignment)
     legal = [c for c in grouped.candidates(problem) if grouped.illegal(problem, c, device) is None]
-    return list({(c.tile_m, c.tile_n): c for c in legal}.values())
+    return list({(c.tile_m, c.tile_n, c.swap_ab): c for c in legal}.values())
 
 
 def run(config: GemmConfig | None, *arguments: Any, **more: Any) -> None:
@@ -70,8 +70,12 @@ def run(config: GemmConfig | None, *arguments: Any, **more: Any) -> None:
         jitgemm.fp8_fp4_gemm_nt(*arguments, **more)
 
 
-@pytest.mark.parametrize("window", [NEAR, FAR, (0, 26), (228, 254)], ids=str)
-@pytest.mark.parametrize("config", ["8x64x128 s12 swap", "16x128x128 s12 swap", "128x128x128 s8 swap"])
+IN_REGISTERS = ("8x64x128 s12 swap", "16x128x128 s12 swap", "128x128x128 s8 swap")
+IN_SHARED_MEMORY = ("64x64x128 s12", "64x128x128 s8", "128x64x128 s8 k2", "128x128x128 s6", "256x128x128 s4")
+
+
+@pytest.mark.parametrize("window", [NEAR, FAR, (0, 26), (10, 240), (228, 254)], ids=str)
+@pytest.mark.parametrize("config", [*IN_REGISTERS, *IN_SHARED_MEMORY])
 def test_rows_of_the_identity_pick_weights_bit_for_bit(config: str, window: tuple[int, int]) -> None:
     """Every element of D is one weight, wherever it is: a wrong place, code or scale shows."""
     n, k = 200, 416
@@ -81,7 +85,7 @@ def test_rows_of_the_identity_pick_weights_bit_for_bit(config: str, window: tupl
     a = torch.eye(k, device=DEVICE).to(torch.float8_e4m3fn)
     scales = jitgemm.get_mn_major_tma_aligned_tensor(torch.ones((k, -(-k // 128)), device=DEVICE))
     prepared, d = jitgemm.prepare_fp4_weights(packed, exponents), poisoned((k, n), torch.float32, DEVICE)
-    assert bool((prepared.units < 0).any()) == (window == FAR)
+    assert bool((prepared.units < 0).any()) == (window in (FAR, (10, 240)))
     with settings.override(config=config):
         jitgemm.fp8_fp4_gemm_nt((a, scales), prepared, d)
     expected = fp4.dequantize_fp4(packed, exponents).float()

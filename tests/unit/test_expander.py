@@ -1,4 +1,4 @@
-"""FP4 weights that a warp expands in shared memory: the kernels' own function, run on the CPU in place of a packed tile."""
+"""FP4 weights that a warp expands in shared memory, over the packed tile: the kernels' own function, run on the CPU."""
 
 from __future__ import annotations
 

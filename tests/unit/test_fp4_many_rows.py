@@ -131,7 +131,7 @@ def test_prewarm_has_all_three_kernels_of_every_m(epilogue: str | None, d_dtype:
         if chosen is not None:
             met += 1
             assert set(chosen.specs(problem, "sm_90a")) < set(specs)
-    assert met >= 5
+    assert met >= 4
 
 
 def test_explain_says_which(capsys: pytest.CaptureFixture[str]) -> None:

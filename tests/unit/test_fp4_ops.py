@@ -509,30 +509,23 @@ def prepared_for_launch(*shape: int) -> PreparedWeights:
     return prepared._replace(data=test_launches.aligned(prepared.data), units=test_launches.aligned(prepared.units))
 
 
-def test_dense_launch(dense_gpu: test_launches.Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("config", ["16x128x128 s4 swap", "64x128x128 s4"])
+def test_dense_launch(dense_gpu: test_launches.Gpu, maps: dict[int, Any], config: str) -> None:
+    """The weights' address is in the place of their operand's maps, also when a call is repeated with others."""
     m, n, k = 40, 200, 416
-    # All maps have three dimensions or two: these are told by their rank.
-    maps: list[tuple[int, ...]] = []
-
-    def encode(target: int, code: int, rank: int, address: int, *rest: int) -> int:
-        dims = tuple((ctypes.c_uint64 * rank).from_address(rest[0]))
-        strides = tuple((ctypes.c_uint64 * (rank - 1)).from_address(rest[1]))
-        maps.append((rank, address, dims, strides, tuple((ctypes.c_uint32 * rank).from_address(rest[2])), rest[5]))
-        return 0
-
-    monkeypatch.setattr(tensor_map, "encode_tensor_map_function", lambda: encode)
     data, scales = activations(m, k)
-    a = test_launches.aligned(data), jitgemm.get_mn_major_tma_aligned_tensor(scales)
-    b, d = prepared_for_launch(n, k), test_launches.aligned(torch.zeros(m, n, dtype=torch.bfloat16))
-    jitgemm.fp8_fp4_gemm_nt(a, b, d)
-    tail = dense_gpu.last().tail
-    (packed,) = [one for one in maps if one[1] == b.data.data_ptr()]
-    rows = fp4.PACKED_BYTES // 256
-    assert packed == (3, b.data.data_ptr(), (256, 4 * 4 * rows, 1), (256, b.data.numel()), (256, rows, 1), 0)
-    assert tail[0] == d.data_ptr() and tail[4] == b.units.data_ptr() and tail[5] == 1 and tail[9] == a[1].data_ptr()
-    assert tail[24:27] == (m, n, 4)
-    jitgemm.fp8_fp4_gemm_nt(a, b, d)  # again
-    assert dense_gpu.last().tail == tail
+    a = test_launches.aligned(data), test_launches.aligned(jitgemm.get_mn_major_tma_aligned_tensor(scales))
+    d, swapped = test_launches.aligned(torch.zeros(m, n, dtype=torch.bfloat16)), config.endswith("swap")
+    for b in (prepared_for_launch(n, k), prepared_for_launch(n, k)):
+        for _ in range(2):
+            with settings.override(config=config):
+                jitgemm.fp8_fp4_gemm_nt(a, b, d)
+            launched = dense_gpu.last()
+            tail, place = launched.tail, 0 if swapped else 2
+            assert launched.map(place)[0] == b.data.data_ptr() and b.data.data_ptr() not in maps
+            units, of_a = (4, 9) if swapped else (9, 4)
+            assert tail[units : units + 2] == (b.units.data_ptr(), 1) and tail[of_a] == a[1].data_ptr()
+            assert tail[0] == d.data_ptr() and tail[24:27] == (m, n, 4)
     assert dense_gpu.loaded_for[-1].to_dict()["recipe"] == FP4
 
 
@@ -559,9 +552,9 @@ def test_launch_of_nvfp4(dense_gpu: test_launches.Gpu, maps: dict[int, Any]) -> 
     d = test_launches.aligned(torch.zeros(m, n, dtype=torch.bfloat16))
     with settings.override(config="16x128x128 s4 swap"):
         jitgemm.fp8_fp4_gemm_nt(a, b, d)
-    tail = dense_gpu.last().tail
-    rows = 4608 // 256
-    assert maps[b.data.data_ptr()] == ((256, 4 * 4 * rows, 1), (256, rows, 1))
+    launched = dense_gpu.last()
+    tail = launched.tail
+    assert launched.map(0)[0] == b.data.data_ptr()
     assert maps[a[1].data_ptr()] == ((m, 4), (16, 1)) and tail[4] == b.units.data_ptr()
     assert dense_gpu.loaded_for[-1].to_dict()["recipe"] == "fp8_1x128_nvfp4_1x16"
 
@@ -578,21 +571,20 @@ def test_launch_with_scales_of_32(dense_gpu: test_launches.Gpu, maps: dict[int, 
     assert dense_gpu.loaded_for[-1].to_dict()["recipe"] == "fp8_1x32_fp4_1x32"
 
 
+@pytest.mark.parametrize("config", ["16x128x128 s4 swap", "128x128x128 s4"])
 @pytest.mark.parametrize("kind", ["masked", "contiguous"])
-def test_grouped_launch(grouped_gpu: test_grouped_launches.Gpu, kind: str) -> None:
+def test_grouped_launch(grouped_gpu: test_grouped_launches.Gpu, kind: str, config: str) -> None:
     groups, rows, n, k = 4, 256, 320, 384
     one = test_grouped_launches.call(kind, groups=groups, rows=rows, n=n, k=k)
     b = prepared_for_launch(groups, n, k)
     a, more = (one.a, one.a_scales), [8] if kind == "masked" else []
-    getattr(jitgemm, f"m_grouped_fp8_fp4_gemm_nt_{kind}")(a, b, one.d, one.layout, *more)
-    launched = grouped_gpu.last()
-    assert launched.config.swap_ab
-    rows_of_boxes = fp4.PACKED_BYTES // 256
-    height = 5 * 3 * rows_of_boxes
-    assert launched.map(0) == (b.data.data_ptr(), 256, height, groups, 256, 256 * height, 256, rows_of_boxes, 1)
-    assert launched.map(1) == (0,) * 9
+    with settings.override(config=config):
+        getattr(jitgemm, f"m_grouped_fp8_fp4_gemm_nt_{kind}")(a, b, one.d, one.layout, *more)
+    launched, swapped = grouped_gpu.last(), config.endswith("swap")
+    weights_at, units_at = (0, 2) if swapped else (2, 7)  # maps; the scale matrices' pointers in the tail
+    assert launched.map(weights_at) == (b.data.data_ptr(), *(0,) * 8) and launched.map(weights_at + 1) == (0,) * 9
     tail = launched.tail
-    assert tail[2] == b.units.data_ptr() and tail[3] == 1  # the row scales' matrix and its stride
+    assert tail[units_at] == b.units.data_ptr() and tail[units_at + 1] == 1
     assert n in struct.unpack(f"<{len(launched.params) // 4}i", launched.params)
     assert tail[13] == n  # between groups' units
 
@@ -626,10 +618,10 @@ def test_every_shape_gets_a_legal_config(recipe: str) -> None:
         for m in (1, 8, 16, 33, 64, 128, 512, 4096):
             problem = GemmProblem(n, k, recipe, m)
             config = gemm.choose_config(problem, H200)
-            assert gemm.illegal(problem, config, H200) is None and config.swap_ab
+            assert gemm.illegal(problem, config, H200) is None and (config.swap_ab or recipe == FP4)
             many = GroupedProblem(n, k, recipe, 8, "masked", m)
             chosen = grouped.choose_config(many, H200)
-            assert grouped.illegal(many, chosen, H200) is None and chosen.swap_ab
+            assert grouped.illegal(many, chosen, H200) is None and (chosen.swap_ab or recipe == FP4)
 
 
 @pytest.mark.parametrize("recipe", FP4_RECIPES)
@@ -643,10 +635,23 @@ def test_tuning_has_operands(recipe: str) -> None:
 def test_configs_that_the_kernels_have_not() -> None:
     problem = GemmProblem(4096, 4096, FP4)
     for text, reason in (
-        ("128x128x128 s4", "swap_ab must be on"),
+        ("128x192x128 s4", "tile_n must be 64 or 128"),
         ("16x192x128 s4 swap", "tile_n must be 64 or 128"),
         ("136x64x128 s4 swap", "tile_m must be at most"),
         ("16x64x128 s4 c2x1 swap", "clusters only where"),
         ("16x64x128 s4 c1x2 swap", "clusters only where"),
     ):
         assert reason in str(gemm.illegal(problem, GemmConfig.from_text(text), H200))
+    in_shared_memory = GemmConfig.from_text("128x128x128 s4")
+    assert gemm.illegal(problem, in_shared_memory, H200) is None
+    for recipe in set(FP4_RECIPES) - {FP4}:
+        reason = gemm.illegal(GemmProblem(4096, 4096, recipe), in_shared_memory, H200)
+        assert "swap_ab must be on" in str(reason)
+
+
+def test_rows_that_must_not_depend_on_m_are_multiplied_from_registers() -> None:
+    """Scales that lie far apart are summed up in another order elsewhere."""
+    problem = GemmProblem(4096, 7168, FP4)
+    assert not all(config.swap_ab for config in gemm.enumerate_configs(problem, H200))
+    with settings.override(batch_invariant=True):
+        assert all(config.swap_ab for config in gemm.enumerate_configs(problem, H200))
