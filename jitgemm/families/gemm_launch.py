@@ -84,6 +84,7 @@ class GemmGeometry:
         self._k_blocks = -(-problem.k // config.tile_k)
         self._a, self._d, self._c_row_stride = a, d, c_row_stride
         self._b_maps: tuple[OperandMap | None, OperandMap | None]
+        self._maps: tuple[OperandMap | None, ...]
 
         # The MMA's M side takes A, or B where they are swapped.
         self._packed: int | None = None  # of the maps, the one in whose place the address of packed weights stands
