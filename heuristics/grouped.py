@@ -119,6 +119,8 @@ def illegal(problem: GroupedProblem, config: GemmConfig, device: Device) -> str 
         return "grouped kernels have no split K, and clusters only where they make up the columns of a scale of d"
     if config.cluster_n > 2:
         return "a cluster has at most 2 CTAs"
+    if problem.dense.traits.fp4_b and not config.swap_ab:
+        return "swap_ab must be on: groups' FP4 weights take the MMA's M side"
     tile, alignment = config.tile_m, math.gcd(problem.alignment, _TALLEST_STEP)
     if problem.kind == "contiguous" and alignment % tile and tile % alignment:
         return f"tile_m must divide {alignment}, of which groups start at multiples, or be a multiple of it"

@@ -602,11 +602,8 @@ class KernelShape:
     def unroll(self) -> int:
         """k-blocks in the main loop's body: the first steps of one then overlap with the promotion of another.
 
-        Four waves, or two where promotion takes more registers than with scales of 128 columns; one beside SwiGLU or
-        quantization and warps that expand, for whom math warps have fewer.
+        Four waves, or two where promotion takes more registers than with scales of 128 columns.
         """
-        if self.expands and self.narrows:
-            return 1
         waves = 4 if self.n_side_scales == "block_k" else 2
         return waves // self.waves if self.chain == 1 else 1
 
@@ -742,7 +739,6 @@ class Gemm:
             "few_boundaries_step": FEW_BOUNDARIES_STEP,
             "fp8": shape.problem.traits.is_fp8,
             "b_format": "e5m2" if shape.expands else shape.problem.traits.b_format,
-            "expander_warps": 3,  # those of the producer's warpgroup that have nothing else to do
             "far_only": shape.problem.traits.far_only,
             "promotes": shape.problem.promotes,
             "epilogue": shape.problem.epilogue is not None,

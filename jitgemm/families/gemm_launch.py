@@ -89,7 +89,7 @@ class GemmGeometry:
         # The MMA's M side takes A, or B where they are swapped.
         self._packed: int | None = None  # of the maps, the one in whose place the address of packed weights stands
         if problem.traits.fp4_b:
-            self._packed = packed_place(config)
+            self._packed = _MAPS.index("rows" if config.swap_ab else "columns")
             self._b_maps = None, None
             self._b_scales_map = None
             self._b_fields = scale_fields(problem.traits.b_scales, b_scales, scale_blocks(problem.n, problem.gated))
@@ -248,11 +248,6 @@ def _operand(
     left = matrix.rows % tile_rows
     part = left if shared_by == 1 else -(-left // (8 * shared_by)) * 8  # whole swizzle atoms of 8 rows
     return mapped(tile_k, tile_rows // shared_by), mapped(tile_k, part) if left else None
-
-
-def packed_place(config: GemmConfig) -> int:
-    """Which of the maps packed FP4 weights do without; their address stands in its place."""
-    return _MAPS.index("rows" if config.swap_ab else "columns")
 
 
 def _scales(

@@ -191,7 +191,6 @@ class GroupedGemm:
             "kernel_name": self.kernel_name(spec),
             "description": self.describe(spec),
             "grouping": GROUPINGS[spec["kind"]],
-            "expander_warps": 2,
             "token_piece": token_piece(shape.config),
             "queue_bytes": QUEUE_BYTES,
         }

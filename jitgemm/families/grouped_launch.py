@@ -13,7 +13,7 @@ from typing import NamedTuple
 from jitgemm.driver import Arguments, Launch, ensure_context
 from jitgemm.errors import DriverError, ProblemError
 from jitgemm.families.gemm import ROWS_STORED, GemmConfig, scale_blocks
-from jitgemm.families.gemm_launch import d_map_type, packed_place
+from jitgemm.families.gemm_launch import d_map_type
 from jitgemm.families.grouped import GroupedProblem, token_piece, token_tile
 from jitgemm.kernel import Kernel
 from jitgemm.tensor_map import ALIGNMENT, BYTES, OperandMap
@@ -121,7 +121,9 @@ class GroupedGeometry:
             maps = (*tokens, *weights, scales_map, None, d_map)
             row_fields, column_fields = (0, 0, 0), b_fields
         self._maps = maps
-        self._packed = packed_place(config) if traits.fp4_b else None
+        self._packed = (
+            MAPS.index("rows") if traits.fp4_b else None
+        )  # in whose place the address of packed weights stands
         self._zero_padding = problem.kind == "contiguous" or (problem.kind == "psum" and zero_padding)
 
         cluster = config.cluster_n  # CTAs that make up one tile of the schedule

@@ -33,9 +33,9 @@ template <int TILES>
 struct TileUnits {
   float units[TILES];
 
-  __device__ __forceinline__ TileUnits(const ScaleMatrix& matrix, int first, int row0, int rows) {
+  __device__ __forceinline__ TileUnits(const ScaleMatrix& matrix, int row0, int rows) {
 #pragma unroll
-    for (int i = 0; i < TILES; ++i) units[i] = outer_scale(matrix, first, row0 + i * PACKED_TILE_ROWS, rows);
+    for (int i = 0; i < TILES; ++i) units[i] = outer_scale(matrix, row0 + i * PACKED_TILE_ROWS, rows);
   }
   __device__ __forceinline__ bool apart() const {
     bool negative = false;

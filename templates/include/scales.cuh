@@ -60,14 +60,12 @@ struct GroupBlockScales {
   }
 };
 
-// The scale of row `index`, or of the whole operand (stride 0), of a matrix that starts `first` numbers behind the first. Volatile:
-// loads of many columns at once would spill.
-__device__ __forceinline__ float outer_scale(const ScaleMatrix& scales, int first, int index, int end) {
+// The scale of row `index`, or of the whole operand (stride 0). Volatile: loads of many columns at once would spill.
+__device__ __forceinline__ float outer_scale(const ScaleMatrix& scales, int index, int end) {
   float value = 0.f;
-  if (index < end) asm volatile("ld.global.f32 %0, [%1];" : "=f"(value) : "l"(scales.pointer + first + index * scales.stride_mn));
+  if (index < end) asm volatile("ld.global.f32 %0, [%1];" : "=f"(value) : "l"(scales.pointer + index * scales.stride_mn));
   return value;
 }
-__device__ __forceinline__ float outer_scale(const ScaleMatrix& scales, int index, int end) { return outer_scale(scales, 0, index, end); }
 
 // Multiplies a fragment of COLUMNS columns by the scales of its rows and columns: this thread's rows are row and row + 8.
 template <int COLUMNS>
@@ -86,11 +84,11 @@ __device__ __forceinline__ void multiply_by_outer_scales(float* values, const Sc
 
 // Multiplies a fragment of COLUMNS columns by what each column's sums are multiplied by, whose signs say something else.
 template <int COLUMNS>
-__device__ __forceinline__ void multiply_by_column_units(float* values, const ScaleMatrix& units, int first, int column0, int lane, int columns_end) {
+__device__ __forceinline__ void multiply_by_column_units(float* values, const ScaleMatrix& units, int column0, int lane, int columns_end) {
 #pragma unroll
   for (int j = 0; j < COLUMNS / 8; ++j) {
     const int column = column0 + 8 * j + lane % 4 * 2;
-    const float left = fabsf(outer_scale(units, first, column, columns_end)), right = fabsf(outer_scale(units, first, column + 1, columns_end));
+    const float left = fabsf(outer_scale(units, column, columns_end)), right = fabsf(outer_scale(units, column + 1, columns_end));
     float* v = values + 4 * j;
     v[0] *= left, v[1] *= right, v[2] *= left, v[3] *= right;
   }

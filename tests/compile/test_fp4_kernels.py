@@ -123,7 +123,7 @@ def test_the_kernels_beside_gemms_fit(cache: None, fp4_group: int) -> None:
 def test_grouped_kernels_fit(cache: None, kind: str, alignment: int, d_dtype: str) -> None:
     problem = GroupedProblem(4096, 7168, FP4, 8, kind, None, d_dtype=d_dtype, alignment=alignment)
     legal = [c for c in grouped.candidates(problem) if grouped.illegal(problem, c, H200) is None]
-    assert max(config.tile_m for config in legal) == (256 if kind == "masked" else 192)
+    assert max(config.tile_m for config in legal) == 128
     shapes = {config: problem.shape(config) for config in legal}
     found = []
     for config in largest(shapes):

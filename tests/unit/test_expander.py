@@ -43,7 +43,7 @@ SCALES = """
 #pragma once
 #include "common.cuh"
 struct ScaleMatrix {};
-float outer_scale(const ScaleMatrix&, int, int, int);
+float outer_scale(const ScaleMatrix&, int, int);
 """
 
 Expand = Callable[[Tensor, "int | None"], Tensor]

@@ -571,20 +571,18 @@ def test_launch_with_scales_of_32(dense_gpu: test_launches.Gpu, maps: dict[int, 
     assert dense_gpu.loaded_for[-1].to_dict()["recipe"] == "fp8_1x32_fp4_1x32"
 
 
-@pytest.mark.parametrize("config", ["16x128x128 s4 swap", "128x128x128 s4"])
 @pytest.mark.parametrize("kind", ["masked", "contiguous"])
-def test_grouped_launch(grouped_gpu: test_grouped_launches.Gpu, kind: str, config: str) -> None:
+def test_grouped_launch(grouped_gpu: test_grouped_launches.Gpu, kind: str) -> None:
     groups, rows, n, k = 4, 256, 320, 384
     one = test_grouped_launches.call(kind, groups=groups, rows=rows, n=n, k=k)
     b = prepared_for_launch(groups, n, k)
     a, more = (one.a, one.a_scales), [8] if kind == "masked" else []
-    with settings.override(config=config):
-        getattr(jitgemm, f"m_grouped_fp8_fp4_gemm_nt_{kind}")(a, b, one.d, one.layout, *more)
-    launched, swapped = grouped_gpu.last(), config.endswith("swap")
-    weights_at, units_at = (0, 2) if swapped else (2, 7)  # maps; the scale matrices' pointers in the tail
-    assert launched.map(weights_at) == (b.data.data_ptr(), *(0,) * 8) and launched.map(weights_at + 1) == (0,) * 9
+    getattr(jitgemm, f"m_grouped_fp8_fp4_gemm_nt_{kind}")(a, b, one.d, one.layout, *more)
+    launched = grouped_gpu.last()
+    assert launched.config.swap_ab
+    assert launched.map(0) == (b.data.data_ptr(), *(0,) * 8) and launched.map(1) == (0,) * 9
     tail = launched.tail
-    assert tail[units_at] == b.units.data_ptr() and tail[units_at + 1] == 1
+    assert tail[2] == b.units.data_ptr() and tail[3] == 1  # the row scales' matrix and its stride
     assert n in struct.unpack(f"<{len(launched.params) // 4}i", launched.params)
     assert tail[13] == n  # between groups' units
 
@@ -621,7 +619,7 @@ def test_every_shape_gets_a_legal_config(recipe: str) -> None:
             assert gemm.illegal(problem, config, H200) is None and (config.swap_ab or recipe == FP4)
             many = GroupedProblem(n, k, recipe, 8, "masked", m)
             chosen = grouped.choose_config(many, H200)
-            assert grouped.illegal(many, chosen, H200) is None and (chosen.swap_ab or recipe == FP4)
+            assert grouped.illegal(many, chosen, H200) is None and chosen.swap_ab
 
 
 @pytest.mark.parametrize("recipe", FP4_RECIPES)
