@@ -53,6 +53,10 @@ CASES = [
     Case("16x64x128 s12 k4 swap", k=1104),
     Case("128x128x128 s4 swap", m=140),  # no chains
     Case("128x128x128 s4 swap", spread=40, m=140),
+    Case("64x64x128 s4 k2", m=70),  # in shared memory
+    Case("128x128x128 s4", m=140, n=328),  # the last tile has one packed tile of two
+    Case("128x64x128 s4", spread=40, m=140),
+    Case("256x128x128 s3", m=300, d_dtype="fp32"),
     Case("", m=300),
     Case("", m=300, n=328, d_dtype="fp32"),
     Case("", spread=40, m=140),
