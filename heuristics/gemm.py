@@ -309,8 +309,11 @@ def _illegal_kernel(problem: GemmProblem, config: GemmConfig, arch: Architecture
     return illegal_tile(problem, config, arch) or illegal_epilogue(_shape(problem, config))
 
 
-def illegal_epilogue(shape: KernelShape) -> str | None:
-    """Why a tile can't have the epilogue of its problem, or None."""
+def illegal_epilogue(shape: KernelShape, *, multicast: bool = True) -> str | None:
+    """Why a tile can't have the epilogue of its problem, or None.
+
+    ``multicast``: whether the CTAs of a cluster share operands.
+    """
     config, gated = shape.config, shape.problem.gated
     if shape.problem.epilogue is None:
         return None
@@ -318,7 +321,9 @@ def illegal_epilogue(shape: KernelShape) -> str | None:
         return "sums take more than 128 registers a thread beside an epilogue"
     alone = shape.chain == 1 or shape.n_side_scales == "row_k"
     tight = shape.narrows or shape.m_side_scales in ("row", "tensor")
-    if shape.problem.promotes and alone and tight and shape.accumulator_registers > 160:
+    # Two waves and one partial sum have room for it, but not where slots of several CTAs are released as well.
+    fits = shape.waves > 1 and shape.n_side_scales == "block_k" and not (multicast and shape.scale_parts > 1)
+    if shape.problem.promotes and alone and tight and shape.accumulator_registers > (192 if fits else 160):
         return "sums take more than 160 registers a thread beside an epilogue"
     if not shape.narrows:
         return None
