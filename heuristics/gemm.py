@@ -322,7 +322,7 @@ def illegal_epilogue(shape: KernelShape, *, multicast: bool = True) -> str | Non
     alone = shape.chain == 1 or shape.n_side_scales == "row_k"
     tight = shape.narrows or shape.m_side_scales in ("row", "tensor")
     # Two waves and one partial sum have room for it, but not where slots of several CTAs are released as well.
-    fits = shape.waves > 1 and shape.n_side_scales == "block_k" and not (multicast and shape.scale_parts > 1)
+    fits = shape.waves > 1 and not (multicast and (shape.scale_parts > 1 or shape.n_side_scales != "block_k"))
     if shape.problem.promotes and alone and tight and shape.accumulator_registers > (192 if fits else 160):
         return "sums take more than 160 registers a thread beside an epilogue"
     if not shape.narrows:
