@@ -13,7 +13,7 @@ from jitgemm import settings
 from jitgemm.device import SM90A, Device
 from jitgemm.families.base import KernelSpec
 from jitgemm.families.batched import EXPECTED_K, FAMILY, BatchedProblem
-from jitgemm.families.gemm import GemmConfig, GemmProblem
+from jitgemm.families.gemm import GemmConfig, GemmProblem, kernel_shape
 from jitgemm.heuristics import gemm
 from jitgemm.heuristics.anchored import Chooser
 from jitgemm.heuristics.gemm import Explanation, Groups, Overrides
@@ -113,7 +113,7 @@ def _problem_of_sum(
 
 def _slots(problem: BatchedProblem, config: GemmConfig, device: Device) -> int:
     """CTAs that are resident at once."""
-    return device.num_sms * problem.shape(config).blocks_per_sm
+    return device.num_sms * kernel_shape(problem.dense.without_sizes(), config).blocks_per_sm
 
 
 def _tiles(config: GemmConfig, m: int, n: int) -> int:
@@ -177,7 +177,7 @@ def illegal(problem: BatchedProblem, config: GemmConfig, device: Device) -> str 
     """Why a config can't be built or would not run, or None."""
     if problem.kind == "k_grouped" and config.split_k > 1:
         return "groups along K are not split along K"
-    shape = problem.shape(config)
+    shape = kernel_shape(problem.dense.without_sizes(), config)
     if problem.dense.promotes:
         if shape.math_warpgroups == 3 and (
             shape.n_side_scales == "row_k" or shape.accumulator_registers > _SUMS_OF_THREE

@@ -81,10 +81,6 @@ class BatchedProblem:
         """The GEMM of one group."""
         return GemmProblem(self.n, self.k, self.recipe, self.m, self.layout, self.d_dtype)
 
-    def shape(self, config: GemmConfig) -> KernelShape:
-        """What follows for the kernel that computes this with a config."""
-        return kernel_shape(self.dense.without_sizes(), config, 0, self.kind == "k_grouped")
-
     def without_m(self) -> BatchedProblem:
         """The same problem for any m."""
         return dataclasses.replace(self, m=None) if self.m is not None else self
@@ -141,7 +137,7 @@ class BatchedGemm:
         constants = dict(spec.constants)
         config = GemmConfig(**{field.name: constants[field.name] for field in dataclasses.fields(GemmConfig)})  # type: ignore[arg-type]
         recipe, layout, d_dtype = (str(constants[name]) for name in ("recipe", "layout", "d_dtype"))
-        return kernel_shape(GemmProblem(1, 1, recipe, None, layout, d_dtype), config, 0, spec["kind"] == "k_grouped")
+        return kernel_shape(GemmProblem(1, 1, recipe, None, layout, d_dtype), config)
 
     def kernel_name(self, spec: KernelSpec) -> str:
         """Symbol of the kernel's entry, such as ``jitgemm_batched_fp8_gemm_nt``."""

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from jitgemm.driver import Arguments, Launch, ensure_context
 from jitgemm.errors import DriverError, ProblemError
 from jitgemm.families.batched import MOST_GROUPS_OF_K, BatchedProblem
-from jitgemm.families.gemm import ROWS_STORED, GemmConfig, scale_blocks
+from jitgemm.families.gemm import ROWS_STORED, GemmConfig, kernel_shape, scale_blocks
 from jitgemm.families.gemm_launch import ScaleStrides, divisor, raster_fields, raster_group, scale_fields
 from jitgemm.families.grouped_launch import Stack
 from jitgemm.kernel import Kernel
@@ -113,7 +113,7 @@ class BatchedGeometry:
         assert problem.m is not None
         self._kernel, self._problem, self._parts, self._adds = kernel, problem, parts, adds
         self._config = config
-        self._shape = shape = problem.shape(config)
+        self._shape = shape = kernel_shape(problem.dense.without_sizes(), config)
         self._size = params_bytes(problem.kind)
         m, n, swap, recipe = problem.m, problem.n, config.swap_ab, problem.dense.traits
         heads = heads or Heads(n)

@@ -339,8 +339,6 @@ class KernelShape:
     config: GemmConfig
     scale_slack: int = 0
     """Rows of scales beside the tile's that a stage holds: where tiles start at any row, TMA loads start before it."""
-    takes_turns: bool = False
-    """Whether D is staged one wave's slice at a time, in buffers that take turns, while the copy engine stores others."""
 
     @functools.cached_property
     def mma_m(self) -> int:
@@ -462,46 +460,24 @@ class KernelShape:
         columns = self.mma_n
         if self.narrows:  # whole tiles: a scale must be known before the first of its values is staged
             return columns
-        if self.takes_turns:
-            while columns % 16 == 0 and columns * self.d_bytes > self._turn_bytes:
-                columns //= 2
-            return columns
         while columns % 16 == 0 and self.staging_offset + self._staging(columns) > _STAGING_END:
             columns //= 2
         return columns
 
-    @functools.cached_property
-    def _turn_bytes(self) -> int:
-        """Bytes of a row that are staged at a time where buffers take turns: half of the widest where few fit."""
-        wide = STAGE_ROW_BYTES
-        return wide if 2 * self.math_warpgroups * MMA_M * wide <= _STAGING_END - self.staging_offset else wide // 2
-
-    def _staging_of_wave(self, columns: int) -> int:
-        """Bytes that stage so many columns of one wave, in whole swizzle repeats."""
-        return -(-MMA_M * columns // self.problem.gated * self.d_bytes // SMEM_ALIGNMENT) * SMEM_ALIGNMENT
-
     def _staging(self, columns: int) -> int:
-        """Bytes that stage so many columns of all warpgroups' waves."""
-        return self.math_warpgroups * self.waves * self._staging_of_wave(columns)
-
-    @functools.cached_property
-    def staging_buffers(self) -> int:
-        """Buffers of a warpgroup, each for ``store_columns`` of one wave."""
-        if not self.takes_turns:
-            return self.waves
-        slices = self.waves * -(-self.mma_n // self.store_columns)
-        room = (_STAGING_END - self.staging_offset) // self.math_warpgroups
-        return max(1, min(slices, room // self.staging_wave_bytes))
+        """Bytes that stage so many columns of all warpgroups' waves, each in whole swizzle repeats."""
+        per_wave = -(-MMA_M * columns // self.problem.gated * self.d_bytes // SMEM_ALIGNMENT) * SMEM_ALIGNMENT
+        return self.math_warpgroups * self.waves * per_wave
 
     @functools.cached_property
     def staging_bytes(self) -> int:
         """Bytes in which all math warpgroups stage D."""
-        return self.math_warpgroups * self.staging_buffers * self.staging_wave_bytes
+        return self._staging(self.store_columns)
 
     @functools.cached_property
     def staging_wave_bytes(self) -> int:
         """Bytes in which one wave of a warpgroup stages D."""
-        return self._staging_of_wave(self.store_columns)
+        return self.staging_bytes // (self.math_warpgroups * self.waves)
 
     @functools.cached_property
     def partial_bytes(self) -> int:
@@ -722,8 +698,6 @@ class Gemm:
             "store_row_bytes",
             "staging_offset",
             "staging_wave_bytes",
-            "staging_buffers",
-            "takes_turns",
             "column_scale_blocks",
             "column_boundary_step",
             "blocks_per_sm",

@@ -66,11 +66,8 @@ __device__ __forceinline__ void tma_add_3d(uint32_t source, const TensorMap& map
 
 __device__ __forceinline__ void tma_store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 
-// Until this thread's stores, but for those of the last few commits, have read their shared memory.
-template <int COMMITS = 0>
-__device__ __forceinline__ void tma_store_wait_read() {
-  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(COMMITS) : "memory");
-}
+// Until this thread's stores have read their shared memory.
+__device__ __forceinline__ void tma_store_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
 
 // Asks L2 for bytes, a multiple of 16, from an aligned address on.
 __device__ __forceinline__ void prefetch_bytes(const void* address, uint32_t bytes) {
