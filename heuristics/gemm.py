@@ -309,21 +309,17 @@ def _illegal_kernel(problem: GemmProblem, config: GemmConfig, arch: Architecture
     return illegal_tile(problem, config, arch) or illegal_epilogue(_shape(problem, config))
 
 
-def illegal_epilogue(shape: KernelShape, *, multicast: bool = True) -> str | None:
-    """Why a tile can't have the epilogue of its problem, or None.
-
-    ``multicast``: whether the CTAs of a cluster share operands.
-    """
+def illegal_epilogue(shape: KernelShape) -> str | None:
+    """Why a tile can't have the epilogue of its problem, or None."""
     config, gated = shape.config, shape.problem.gated
     if shape.problem.epilogue is None:
         return None
     if not shape.problem.promotes and shape.accumulator_registers > 128:
         return "sums take more than 128 registers a thread beside an epilogue"
+    # Promotion with scales of blocks needs no register beside the sums that an epilogue would miss.
     alone = shape.chain == 1 or shape.n_side_scales == "row_k"
-    tight = shape.narrows or shape.m_side_scales in ("row", "tensor")
-    # Two waves and one partial sum have room for it, but not where slots of several CTAs are released as well.
-    fits = shape.waves > 1 and not (multicast and (shape.scale_parts > 1 or shape.n_side_scales != "block_k"))
-    if shape.problem.promotes and alone and tight and shape.accumulator_registers > (192 if fits else 160):
+    tight = (shape.narrows or shape.m_side_scales in ("row", "tensor")) and shape.n_side_scales != "block_k"
+    if shape.problem.promotes and alone and tight and shape.accumulator_registers > 160:
         return "sums take more than 160 registers a thread beside an epilogue"
     if not shape.narrows:
         return None
@@ -336,7 +332,7 @@ def illegal_epilogue(shape: KernelShape, *, multicast: bool = True) -> str | Non
     whole = shape.d_scale_columns * gated
     if whole and config.tile_n % whole and (whole % config.tile_n or config.cluster_n != shape.scale_parts):
         return f"tile_n times cluster_n must make up the {whole} columns of a scale of d"
-    if shape.problem.promotes and shape.math_warpgroups == 3 and shape.accumulator_registers > 112:
+    if shape.problem.promotes and tight and shape.math_warpgroups == 3 and shape.accumulator_registers > 112:
         return "sums take more than 112 registers a thread beside SwiGLU or quantization"
     if shape.quantizes and gated == 1 and not config.swap_ab and config.tile_n > 192:
         return "tile_n must be at most 192 where d is quantized without SwiGLU"

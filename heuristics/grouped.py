@@ -129,7 +129,7 @@ def illegal(problem: GroupedProblem, config: GemmConfig, device: Device) -> str 
     if config.swap_ab and problem.dense.promotes and not shape.fp4 and tile > _MOST_TOKENS:
         return f"tile_m must be at most {_MOST_TOKENS} beside a group's tile where operands are swapped"
     alone = dataclasses.replace(config, cluster_n=1)  # CTAs of a cluster share no operands
-    reason = gemm.illegal_epilogue(shape, multicast=False) or gemm.illegal_tile(problem.dense.without_sizes(), alone, device.arch)
+    reason = gemm.illegal_epilogue(shape) or gemm.illegal_tile(problem.dense.without_sizes(), alone, device.arch)
     if reason is not None:
         return reason
     limit = device.arch.smem_per_block
