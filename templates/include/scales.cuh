@@ -98,28 +98,3 @@ __device__ __forceinline__ void multiply_by_column_units(float* values, const Sc
 __device__ __forceinline__ float row_unit(const ScaleMatrix& units, int first, int row, int rows) {
   return row < rows ? units.pointer[first + row * units.stride_mn] : 0.f;
 }
-
-// Each row's scale times each column's, of 16 rows and 8 columns, by an MMA of the warp: the products come where the sums of these
-// lie. Loading each thread's two columns' scales instead takes a cycle of shared memory a warp for each, as long as half an operand
-// takes. An MMA's TF32 operands keep 11 bits of a scale: it is the sum of two such parts, of which all four products add up.
-struct ScaleProducts {
-  uint32_t upper, lower;  // this thread's part of its two rows' scales
-  uint32_t column_mask;
-
-  static constexpr uint32_t TF32 = 0xffffe000;
-
-  // The first of the two parts, as far as the MMA sees it, or the second.
-  static __device__ __forceinline__ uint32_t part_of(float scale, uint32_t mask) {
-    return __float_as_uint(scale - __uint_as_float(__float_as_uint(scale) & mask));
-  }
-  __device__ __forceinline__ ScaleProducts(float upper, float lower) {
-    const uint32_t mask = threadIdx.x % 4 < 2 ? 0 : TF32;
-    this->upper = part_of(upper, mask), this->lower = part_of(lower, mask), column_mask = threadIdx.x % 2 == 0 ? 0 : TF32;
-  }
-  // With the scale of column lane / 4.
-  __device__ __forceinline__ void times(float column, float (&products)[4]) const {
-    asm volatile("mma.sync.aligned.m16n8k4.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%7, %7, %7, %7};"
-        : "=f"(products[0]), "=f"(products[1]), "=f"(products[2]), "=f"(products[3])
-        : "r"(upper), "r"(lower), "r"(part_of(column, column_mask)), "f"(0.f));
-  }
-};
