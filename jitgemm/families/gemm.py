@@ -723,6 +723,7 @@ class Gemm:
             **config.to_dict(),
             **{name: getattr(shape, name) for name in derived},
             "stack": "",
+            "producer_stores": False,
             "few_boundaries_step": FEW_BOUNDARIES_STEP,
             "fp8": shape.problem.traits.is_fp8,
             "b_format": shape.problem.traits.b_format,
