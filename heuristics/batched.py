@@ -28,7 +28,7 @@ _SUM_OF_PARTS_US = 2.1
 _SUM_OF_PARTS_BYTES_PER_US = 6.4e6
 
 _MOST_TOKENS = 96  # of FP8, on the MMA's N side
-# Of BF16 there: the K of one head hides no store of more (H200, 128 heads of 4096x128x512: 216x128 200 us, 128x128 187).
+# Of BF16 there: the K of one head hides no store of more (H200, 128 of 4096x128x512: 216x128 200 us, 128x128 187).
 _MOST_TOKENS_OF_BF16 = 128
 _SUMS_OF_THREE = 120  # registers a thread that sums may take where three warpgroups promote
 
