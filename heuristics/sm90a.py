@@ -26,7 +26,7 @@ EXPANSION_LAUNCHES_US = 4.0  # of two kernels more in a stream, where weights ar
 EXPANSION_CYCLES = 115.0  # of one warpgroup: 64 x 128 FP4 weights to registers (counted: 112 of the ALU)
 MMA_LATENCY_CYCLES = 58  # from the last MMA of a wave to its result
 PROMOTION_CYCLES = 0.5393  # per promoted register (fitted) ...
-PROMOTION_BRANCH_CYCLES = 3.062  # ... more where columns meet scale blocks at a few places (fitted) ...
+PROMOTION_BRANCH_CYCLES = 0.15  # ... more where columns meet scale blocks at a few places (from ratios of tiles) ...
 PROMOTION_SELECT_CYCLES = 2.0  # ... or at many (estimated; they are avoided) ...
 PROMOTION_SCALE_CYCLES = 2.5  # ... or have a scale each (fitted to masked groups)
 PROMOTION_EXPOSED = 0.6442  # part of latency and promotion that delays the tensor cores (fitted) ...
@@ -77,8 +77,9 @@ FP8_MENU = """
     40x64 s12 swap *1.03, 40x64 s12 k2 swap *1.02, 40x64 s12 k4 swap *1.02, 48x64 s12 swap *1.04, 64x32 s8 *1.01,
     64x32 s12 k2 *1.02, 64x40 s12 k3 *0.95, 64x48 s12 *1.03, 64x48 s12 k2, 64x64 s12 *1.02, 64x64 s12 k4 *0.99,
     64x128 s8 *0.96, 64x128 s8 c2x1 *0.95, 128x64 s8 k2 *0.95, 128x64 s8 k4 *0.96, 128x72 s8 k4 *0.91,
-    128x80 s8 k2 *0.89, 128x128 s5 *0.99, 128x128 s6 *0.98, 128x128 s6 k2 *0.96, 128x192 s4 *0.92, 192x64 s6 *0.99,
-    192x64 s6 c1x2 *0.98, 192x96 s5 *1.01, 192x96 s5 k2, 192x128 s4 *1.01, 192x128 s5 *0.99, 256x128 s4 *0.99
+    128x80 s8 k2 *0.89, 128x128 s5 *0.99, 128x128 s6 *0.98, 128x128 s6 k2 *0.96, 128x160 s5, 128x192 s4,
+    192x64 s6 *0.99, 192x64 s6 c1x2 *0.98, 192x96 s5 *1.01, 192x96 s5 k2, 192x128 s4 *1.01, 192x128 s5 *0.99,
+    256x128 s4 *0.99
 """
 # Of FP8 groups, where swapped operands pay up to 48 rows a group. (Chosen by hand, docs/performance.md.)
 FP8_GROUPS_MENU = """

@@ -14,6 +14,12 @@ constexpr int WARPGROUP = 128;  // threads
 template <typename T>
 __device__ __forceinline__ constexpr T min_of(T x, T y) { return x < y ? x : y; }
 
+// A number that the type knows, for a function that is to have code of its own for it.
+template <int VALUE>
+struct Known {
+  __device__ __forceinline__ constexpr operator int() const { return VALUE; }
+};
+
 __device__ __forceinline__ uint32_t smem_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
