@@ -22,7 +22,7 @@ RS_MMA_CYCLES = 13  # at least, of an MMA whose A is in registers (measured)
 # What kernels with FP4 weights take beyond their predictions from 128 rows on, as part of these (measured), beside MMAs
 # of the nominal rate.
 FP4_MANY_ROWS_EXPOSED = 0.34
-EXPANSION_LAUNCHES_US = 4.0  # of two kernels more in a stream, where weights are expanded in memory (estimated)
+EXPANSION_LAUNCHES_US = 6.0  # of two kernels more in a stream, where weights are expanded in memory (measured)
 EXPANSION_CYCLES = 115.0  # of one warpgroup: 64 x 128 FP4 weights to registers (counted: 112 of the ALU)
 MMA_LATENCY_CYCLES = 58  # from the last MMA of a wave to its result
 PROMOTION_CYCLES = 0.5393  # per promoted register (fitted) ...
