@@ -174,7 +174,8 @@ class BatchedGemm:
 
     def smem_bytes(self, spec: KernelSpec) -> int:
         """Dynamic shared memory of a block, in bytes."""
-        return self.shape(spec).smem_bytes + STORE_BARRIERS_BYTES
+        shape = self.shape(spec)
+        return shape.smem_bytes + STORE_BARRIERS_BYTES * producer_stores(spec["kind"], shape)
 
     def describe(self, spec: KernelSpec) -> str:
         """One line for people."""

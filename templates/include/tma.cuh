@@ -69,10 +69,5 @@ __device__ __forceinline__ void tma_store_commit() { asm volatile("cp.async.bulk
 // Until this thread's stores have read their shared memory.
 __device__ __forceinline__ void tma_store_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
 
-// Asks L2 for bytes, a multiple of 16, from an aligned address on.
-__device__ __forceinline__ void prefetch_bytes(const void* address, uint32_t bytes) {
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(address), "r"(bytes) : "memory");
-}
-
 // Makes ordinary writes to shared memory visible to the copy engine and the tensor cores.
 __device__ __forceinline__ void fence_async_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
