@@ -81,8 +81,6 @@ def _load(spec: KernelSpec, device: int, cubin: Cubin) -> Kernel:
     smem_bytes = family.smem_bytes(spec)
     try:
         library, handle = driver.load_kernel(cubin.image, cubin.metadata.kernel_name, smem_bytes, device)
-        if isinstance(family, PlainFamily) and family.cluster_ctas(spec) > driver.PORTABLE_CLUSTER:
-            driver.allow_large_clusters(handle, device)
     except DriverError as error:
         version = driver_version()
         raise DriverError(

@@ -23,6 +23,7 @@ from jitgemm.families.hyper_connections import (
     VECTOR,
     choose_mix_tokens,
     choose_num_splits,
+    choose_part_tokens,
     choose_prenorm,
 )
 from jitgemm.families.plain import PlainLaunch
@@ -540,35 +541,49 @@ def _mixing_plan(
     mixes, k = fn.shape
     gpu = Gpu(x, problem)
     fp32 = x.dtype == torch.float32
-    splits = choose_num_splits(tokens, k, gpu.num_sms)
-    prenorm = _prenorm_launch(gpu, x.dtype, k, fn, tokens, splits, precision)
-    per_block = choose_mix_tokens(tokens)
-    mix = gpu.launch(
-        HC_MIX,
-        HC_MIX.of(gpu.arch, head, fp32, per_block),
-        (tokens + (0 if head else -(-tokens // per_block)), -(-width // COLUMNS)),
-        tokens=tokens,
-        vectors=width // VECTOR,
-        splits=splits,
-        iterations=iterations,
-        mean_factor=1 / k,
-        norm_eps=norm_eps,
-        eps=eps,
-        post_mult=post_mult,
-    )
-    products = splits * tokens * mixes  # floats, then the squares
+
+    def launches(tokens: int) -> tuple[PlainLaunch, PlainLaunch, int]:
+        """Both kernels, and the number of splits."""
+        splits = choose_num_splits(tokens, k, gpu.num_sms)
+        per_block = choose_mix_tokens(tokens)
+        mix = gpu.launch(
+            HC_MIX,
+            HC_MIX.of(gpu.arch, head, fp32, per_block),
+            (tokens + (0 if head else -(-tokens // per_block)), -(-width // COLUMNS)),
+            follows=True,
+            tokens=tokens,
+            vectors=width // VECTOR,
+            splits=splits,
+            iterations=iterations,
+            mean_factor=1 / k,
+            norm_eps=norm_eps,
+            eps=eps,
+            post_mult=post_mult,
+        )
+        return _prenorm_launch(gpu, x.dtype, k, fn, tokens, splits, precision), mix, splits
+
+    row_bytes = k * x.element_size()
+    per_part = choose_part_tokens(tokens, row_bytes)
+    parts = [(start, min(per_part, tokens - start)) for start in range(0, tokens, per_part)]
+    made = {count: launches(count) for _, count in parts}
+    products = max(splits * count for count, (*_, splits) in made.items()) * mixes  # floats, then the squares
 
     def call(x: Tensor, fn: Tensor, scale: Tensor, base: Tensor) -> tuple[Tensor, ...]:
         streams, matrix = x.data_ptr(), fn.data_ptr()
         check_aligned(("x", "fn"), (streams, matrix))
         stream = raw_stream(gpu.ordinal)
         outputs: tuple[Tensor, ...] = (_empty_head(x),) if head else _empty_pre(x)
-        workspace = scale.new_empty(products + splits * tokens)
-        parts = workspace.data_ptr()
-        squares = parts + 4 * products
-        prenorm(stream, streams, matrix, parts, squares)
-        weights = (0, 0) if head else (outputs[1].data_ptr(), outputs[2].data_ptr())
-        mix(stream, parts, squares, streams, scale.data_ptr(), base.data_ptr(), outputs[0].data_ptr(), *weights)
+        workspace = scale.new_empty(products // mixes * (mixes + 1))
+        sums = workspace.data_ptr()
+        squares = sums + 4 * products
+        y, scales, bases = outputs[0].data_ptr(), scale.data_ptr(), base.data_ptr()
+        post, comb = (0, 0) if head else (outputs[1].data_ptr(), outputs[2].data_ptr())
+        for start, count in parts:
+            prenorm, mix, _ = made[count]
+            first = streams + start * row_bytes
+            prenorm(stream, first, matrix, sums, squares)
+            weights = (0, 0) if head else (post + start * 4 * STREAMS, comb + start * 4 * STREAMS * STREAMS)
+            mix(stream, sums, squares, first, scales, bases, y + start * 2 * width, *weights)
         return outputs
 
     return gpu.here(call)

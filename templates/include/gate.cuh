@@ -98,37 +98,3 @@ __device__ __forceinline__ void store_choice(const Params& p, int64_t token, int
   static_cast<Index*>(p.indices)[token * p.topk + lane] = expert;
   p.weights[token * p.topk + lane] = expert >= 0 ? weight * p.route_scale : 0.f;
 }
-
-// A token's choice by a block, with a thread for each expert: its logit, in memory of either kind, and its bias; with HASHED the
-// first warp's lanes have the experts already. Less code than a warp that has several experts a lane, and fewer of them in turn.
-template <Scores SCORES, bool HASHED, int PER_LANE, typename Index, typename Params>
-__device__ __forceinline__ void choose_by_block(const Params& p, int64_t token, const float* logits, float bias, bool routed, int expert) {
-  __shared__ float scores[PER_LANE * WARP];
-  __shared__ uint32_t keys[PER_LANE * WARP];
-  const int index = threadIdx.x, lane = index % WARP;
-  const bool is_expert = index < p.experts;
-  Row row{};
-  if constexpr (SCORES == SOFTMAX) {
-    float values[PER_LANE];
-#pragma unroll
-    for (int i = 0; i < PER_LANE; ++i) values[i] = i * WARP + lane < p.experts ? logits[i * WARP + lane] : MINUS_INFINITY;
-    row = row_of(values);
-  }
-  if (index < PER_LANE * WARP) {
-    const float score = is_expert ? score_of<SCORES>(logits[index], row) : 0.f;
-    scores[index] = score;
-    keys[index] = is_expert ? ordered(score + bias) : 0;
-  }
-  __syncthreads();
-  if (index >= WARP) return;
-  if constexpr (!HASHED) {
-    uint32_t mine[PER_LANE];
-#pragma unroll
-    for (int i = 0; i < PER_LANE; ++i) mine[i] = keys[i * WARP + lane];
-    expert = chosen_expert(mine, p.topk, lane);
-  } else {
-    expert = checked_expert(expert, p.experts);
-  }
-  if (!routed) expert = -1;
-  store_choice<SCORES, Index>(p, token, lane, expert, expert >= 0 ? scores[expert] : 0.f);
-}

@@ -21,7 +21,9 @@ class EmulatedGpu:
     def __init__(self, *_: object) -> None:
         pass
 
-    def launch(self, family: PlainFamily, spec: KernelSpec, grid: tuple[int, ...], **numbers: float) -> Any:
+    def launch(
+        self, family: PlainFamily, spec: KernelSpec, grid: tuple[int, ...], follows: bool = False, **numbers: float
+    ) -> Any:
         """A callable as ``PlainLaunch`` is one."""
         assert family_of(spec) is family
         run = emulate(spec)
