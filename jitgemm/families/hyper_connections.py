@@ -74,6 +74,7 @@ HC_MIX = _MixFamily(
         Field("tokens", "int32_t"),
         Field("vectors", "int32_t", "width / 8"),
         Field("splits", "int32_t"),
+        Field("lag", "int32_t", "1: the sums are not those of the kernel ahead, but of the one before it"),
         Field("iterations", "int32_t"),
         Field("mean_factor", "float", "1 / (4 * width)"),
         Field("norm_eps", "float"),

@@ -34,7 +34,10 @@ class _TopkFamily(PlainFamily):
         return tokens if spec["by_block"] else -(-tokens // (_GATE_THREADS // WARP))
 
     def render_context(self, spec: KernelSpec) -> dict[str, object]:
-        return {**super().render_context(spec), "threads": self.num_threads(spec)}
+        threads = self.num_threads(spec)
+        # Registers: few, so that a block finds room beside those of the kernel ahead, but enough for a lane's experts.
+        at_once = (1536 if spec["by_block"] else 1024) if spec["per_lane"] <= 12 else (1024 if spec["by_block"] else 512)
+        return {**super().render_context(spec), "threads": threads, "blocks_per_sm": at_once // threads}
 
 
 def gates_by_block(tokens: int, experts: int, hashed: bool) -> bool:
@@ -73,24 +76,37 @@ TOPK_GATE = _TopkFamily(
 
 LOGITS_THREADS = 256
 LOGITS_EXPERTS = 32  # of a block
+_LOGITS_BLOCKS = 2  # a multiprocessor has registers for: the kernel behind finds room for its own
 MMA_TOKENS = 8  # columns of an MMA
 MAX_FEW_TOKENS = 64
 """Tokens whose logits have a kernel of their own; more keep a GEMM busy."""
 TOKEN_TILES = 1, 2, 4, 8
+_WARP_TILES = 4  # of tokens, that a warp has registers for
 PIECE = 4  # vectors of K that a warp loads of each row at once
-_BATCH_REGISTERS = 96  # of a thread, for vectors that are on their way
+_BATCH_REGISTERS = 80  # of a thread, for vectors that are on their way
 _PITCH = LOGITS_EXPERTS + 4  # floats
 
 
 class _LogitsFamily(PlainFamily):
     def of(self, arch: str, token_tiles: int) -> KernelSpec:
         """The spec of the kernel for up to so many times 8 tokens."""
-        rows = LOGITS_EXPERTS // MMA_TOKENS + token_tiles
-        return self.spec(arch, token_tiles=token_tiles, batch=max(1, min(4, _BATCH_REGISTERS // (4 * rows))))
+        mine = min(token_tiles, _WARP_TILES)
+        batch = _BATCH_REGISTERS // (4 * (LOGITS_EXPERTS // MMA_TOKENS + mine))
+        return self.spec(
+            arch, token_tiles=mine, warps_t=token_tiles // mine, batch=batch, blocks_per_sm=_LOGITS_BLOCKS
+        )
 
     def render_context(self, spec: KernelSpec) -> dict[str, object]:
-        made = {"warps": LOGITS_THREADS // WARP, "experts": LOGITS_EXPERTS, "pitch": _PITCH}
+        made = {"warps_k": _warps_k(spec), "experts": LOGITS_EXPERTS, "pitch": _PITCH}
         return {**super().render_context(spec), **made}
+
+
+def _warps_k(spec: KernelSpec) -> int:
+    return LOGITS_THREADS // WARP // int(spec["warps_t"])
+
+
+def _logits_tokens(spec: KernelSpec) -> int:
+    return int(MMA_TOKENS * spec["token_tiles"] * spec["warps_t"])
 
 
 GATE_LOGITS = _LogitsFamily(
@@ -108,8 +124,8 @@ GATE_LOGITS = _LogitsFamily(
         Field("experts", "int32_t"),
     ),
     num_threads=LOGITS_THREADS,
-    describe=lambda spec: f"tokens<={MMA_TOKENS * spec['token_tiles']}",
-    smem_bytes=lambda spec: LOGITS_THREADS // WARP * MMA_TOKENS * spec["token_tiles"] * _PITCH * 4,
+    describe=lambda spec: f"tokens<={_logits_tokens(spec)}",
+    smem_bytes=lambda spec: 4 * _PITCH * _warps_k(spec) * _logits_tokens(spec),
 )
 
 

@@ -5,6 +5,8 @@ None of these functions is differentiable. On CPU tensors the reference computes
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -354,7 +356,14 @@ def _fake_prenorm(a: Tensor, b: Tensor, d: Tensor, sqr_sum: Tensor, num_splits: 
 
 
 def _prenorm_launch(
-    gpu: Gpu, dtype: torch.dtype, a_row_stride: int, b: Tensor, m: int, splits: int, precision: str
+    gpu: Gpu,
+    dtype: torch.dtype,
+    a_row_stride: int,
+    b: Tensor,
+    m: int,
+    splits: int,
+    precision: str,
+    follows: bool = False,
 ) -> PlainLaunch:
     n, k = b.shape
     config = choose_prenorm(m)
@@ -363,6 +372,7 @@ def _prenorm_launch(
         HC_PRENORM,
         HC_PRENORM.of(gpu.arch, n, config, precision == "fp32", dtype == torch.float32),
         (-(-m // config.tile_m), splits),
+        follows=follows,
         a_row_stride=a_row_stride,
         b_row_stride=row_stride(b),
         m=m,
@@ -542,51 +552,76 @@ def _mixing_plan(
     gpu = Gpu(x, problem)
     fp32 = x.dtype == torch.float32
 
-    def launches(tokens: int) -> tuple[PlainLaunch, PlainLaunch, int]:
-        """Both kernels, and the number of splits."""
-        splits = choose_num_splits(tokens, k, gpu.num_sms)
-        per_block = choose_mix_tokens(tokens)
-        mix = gpu.launch(
+    row_bytes = k * x.element_size()
+    per_part = choose_part_tokens(tokens, row_bytes)
+    parts = [(start, min(per_part, tokens - start)) for start in range(0, tokens, per_part)]
+    splits = {count: choose_num_splits(count, k, gpu.num_sms) for _, count in parts}
+
+    @functools.cache
+    def prenorm_of(count: int, first: bool) -> PlainLaunch:
+        return _prenorm_launch(gpu, x.dtype, k, fn, count, splits[count], precision, not first)
+
+    @functools.cache
+    def mix_of(count: int, last: bool) -> PlainLaunch:
+        per_block = choose_mix_tokens(count)
+        return gpu.launch(
             HC_MIX,
             HC_MIX.of(gpu.arch, head, fp32, per_block),
-            (tokens + (0 if head else -(-tokens // per_block)), -(-width // COLUMNS)),
+            (count + (0 if head else -(-count // per_block)), -(-width // COLUMNS)),
             follows=True,
-            tokens=tokens,
+            tokens=count,
             vectors=width // VECTOR,
-            splits=splits,
+            splits=splits[count],
+            lag=int(not last),
             iterations=iterations,
             mean_factor=1 / k,
             norm_eps=norm_eps,
             eps=eps,
             post_mult=post_mult,
         )
-        return _prenorm_launch(gpu, x.dtype, k, fn, tokens, splits, precision), mix, splits
 
-    row_bytes = k * x.element_size()
-    per_part = choose_part_tokens(tokens, row_bytes)
-    parts = [(start, min(per_part, tokens - start)) for start in range(0, tokens, per_part)]
-    made = {count: launches(count) for _, count in parts}
-    products = max(splits * count for count, (*_, splits) in made.items()) * mixes  # floats, then the squares
+    lagging = LAGGING and len(parts) > 1
+    prenorms = [prenorm_of(count, not lagging or start == 0) for start, count in parts]
+    mixers = [mix_of(count, not lagging or start + count == tokens) for start, count in parts]
+    floats = max(splits[count] * count for _, count in parts)  # sums of a column
 
     def call(x: Tensor, fn: Tensor, scale: Tensor, base: Tensor) -> tuple[Tensor, ...]:
         streams, matrix = x.data_ptr(), fn.data_ptr()
         check_aligned(("x", "fn"), (streams, matrix))
         stream = raw_stream(gpu.ordinal)
         outputs: tuple[Tensor, ...] = (_empty_head(x),) if head else _empty_pre(x)
-        workspace = scale.new_empty(products // mixes * (mixes + 1))
+        workspace = scale.new_empty((2 if lagging else 1, floats * (mixes + 1)))
         sums = workspace.data_ptr()
-        squares = sums + 4 * products
         y, scales, bases = outputs[0].data_ptr(), scale.data_ptr(), base.data_ptr()
         post, comb = (0, 0) if head else (outputs[1].data_ptr(), outputs[2].data_ptr())
-        for start, count in parts:
-            prenorm, mix, _ = made[count]
-            first = streams + start * row_bytes
-            prenorm(stream, first, matrix, sums, squares)
+
+        def run_prenorm(i: int) -> None:
+            products = sums + (4 * floats * (mixes + 1) * (i % 2) if lagging else 0)
+            prenorms[i](stream, streams + parts[i][0] * row_bytes, matrix, products, products + 4 * floats * mixes)
+
+        def run_mix(i: int) -> None:
+            start = parts[i][0]
+            products = sums + (4 * floats * (mixes + 1) * (i % 2) if lagging else 0)
             weights = (0, 0) if head else (post + start * 4 * STREAMS, comb + start * 4 * STREAMS * STREAMS)
-            mix(stream, sums, squares, first, scales, bases, y + start * 2 * width, *weights)
+            mixers[i](
+                *(stream, products, products + 4 * floats * mixes, streams + start * row_bytes, scales, bases),
+                *(y + start * 2 * width, *weights),
+            )
+
+        for i in range(len(parts)):
+            run_prenorm(i)
+            if not lagging:
+                run_mix(i)
+            elif i > 0:
+                run_mix(i - 1)
+        if lagging:
+            run_mix(len(parts) - 1)
         return outputs
 
     return gpu.here(call)
+
+
+LAGGING = False
 
 
 # -- hc_post

@@ -251,6 +251,7 @@ inline uint32_t floats_to_bf16(float low, float high) { return float_to_bf16(low
 inline uint32_t floats_to_halves(float low, float high) { return float_to_half(low) | uint32_t(float_to_half(high)) << 16; }
 inline float exp2_fast(float x) { return std::exp2(x); }
 inline float reciprocal_fast(float x) { return 1 / x; }
+inline float sqrt_fast(float x) { return std::sqrt(x); }
 inline uint32_t larger_halves(uint32_t x, uint32_t y) { return max(x & 0xffff, y & 0xffff) | max(x >> 16, y >> 16) << 16; }
 inline float min_or_nan(float x, float y) { return std::isnan(x) || std::isnan(y) ? NAN : std::fmin(x, y); }
 inline float max_or_nan(float x, float y) { return std::isnan(x) || std::isnan(y) ? NAN : std::fmax(x, y); }
