@@ -74,7 +74,6 @@ HC_MIX = _MixFamily(
         Field("tokens", "int32_t"),
         Field("vectors", "int32_t", "width / 8"),
         Field("splits", "int32_t"),
-        Field("lag", "int32_t", "1: the sums are not those of the kernel ahead, but of the one before it"),
         Field("iterations", "int32_t"),
         Field("mean_factor", "float", "1 / (4 * width)"),
         Field("norm_eps", "float"),
@@ -240,13 +239,3 @@ def choose_num_splits(m: int, k: int, num_sms: int) -> int:
 
     most = max(1, min(k // _LEAST_K, MAX_SPLITS))
     return min((max(1, min(waves * slots // tiles, most)) for waves in range(1, _MAX_WAVES + 1)), key=cost)
-
-
-PART_BYTES = 24 << 20  # of streams, which the L2 keeps until they are read again
-_PART_ROWS = 64
-
-
-def choose_part_tokens(tokens: int, row_bytes: int) -> int:
-    """Tokens of hc_pre that are multiplied, then mixed, before the next, of so many."""
-    parts = -(-tokens * row_bytes // PART_BYTES)
-    return -(-tokens // (parts * _PART_ROWS)) * _PART_ROWS

@@ -59,7 +59,6 @@ TOPK_GATE = _TopkFamily(
         Field("part_stride", "int64_t", "elements between parts of a logit"),
         Field("vocabulary", "int64_t"),
         Field("parts", "int32_t", "of a logit; of several the kernel ahead has waited for all else"),
-        Field("rehearsals", "int32_t", "turns on nothing"),
         Field("tokens", "int32_t"),
         Field("experts", "int32_t"),
         Field("topk", "int32_t"),
@@ -74,16 +73,14 @@ TOPK_GATE = _TopkFamily(
 )
 
 
-LOGITS_THREADS = 256
 LOGITS_EXPERTS = 32  # of a block
-_LOGITS_BLOCKS = 2  # a multiprocessor has registers for: the kernel behind finds room for its own
+LOGITS_WARPS = 8  # that share a block's part of K
 MMA_TOKENS = 8  # columns of an MMA
 MAX_FEW_TOKENS = 64
 """Tokens whose logits have a kernel of their own; more keep a GEMM busy."""
 TOKEN_TILES = 1, 2, 4, 8
 _WARP_TILES = 4  # of tokens, that a warp has registers for
 PIECE = 4  # vectors of K that a warp loads of each row at once
-_BATCH_REGISTERS = 80  # of a thread, for vectors that are on their way
 _PITCH = LOGITS_EXPERTS + 4  # floats
 
 
@@ -91,18 +88,17 @@ class _LogitsFamily(PlainFamily):
     def of(self, arch: str, token_tiles: int) -> KernelSpec:
         """The spec of the kernel for up to so many times 8 tokens."""
         mine = min(token_tiles, _WARP_TILES)
-        batch = _BATCH_REGISTERS // (4 * (LOGITS_EXPERTS // MMA_TOKENS + mine))
-        return self.spec(
-            arch, token_tiles=mine, warps_t=token_tiles // mine, batch=batch, blocks_per_sm=_LOGITS_BLOCKS
-        )
+        warps_t = token_tiles // mine
+        # Registers for vectors that are on their way; the kernel behind needs room for a block beside this one's.
+        batch = (80 if warps_t == 1 else 32) // (4 * (LOGITS_EXPERTS // MMA_TOKENS + mine))
+        return self.spec(arch, token_tiles=mine, warps_t=warps_t, batch=batch)
+
+    def num_threads(self, spec: KernelSpec) -> int:
+        return int(WARP * LOGITS_WARPS * spec["warps_t"])
 
     def render_context(self, spec: KernelSpec) -> dict[str, object]:
-        made = {"warps_k": _warps_k(spec), "experts": LOGITS_EXPERTS, "pitch": _PITCH}
+        made = {"threads": self.num_threads(spec), "warps_k": LOGITS_WARPS, "experts": LOGITS_EXPERTS, "pitch": _PITCH}
         return {**super().render_context(spec), **made}
-
-
-def _warps_k(spec: KernelSpec) -> int:
-    return LOGITS_THREADS // WARP // int(spec["warps_t"])
 
 
 def _logits_tokens(spec: KernelSpec) -> int:
@@ -123,9 +119,9 @@ GATE_LOGITS = _LogitsFamily(
         Field("tokens", "int32_t"),
         Field("experts", "int32_t"),
     ),
-    num_threads=LOGITS_THREADS,
+    num_threads=WARP * LOGITS_WARPS,
     describe=lambda spec: f"tokens<={_logits_tokens(spec)}",
-    smem_bytes=lambda spec: 4 * _PITCH * _warps_k(spec) * _logits_tokens(spec),
+    smem_bytes=lambda spec: 4 * _PITCH * LOGITS_WARPS * _logits_tokens(spec),
 )
 
 
@@ -137,15 +133,13 @@ def choose_token_tiles(tokens: int) -> int:
 def choose_parts(experts: int, width: int, num_sms: int) -> int:
     """Parts of K that fill the multiprocessors once, of at least a piece for each warp."""
     blocks, pieces = -(-experts // LOGITS_EXPERTS), -(-width // (VECTOR * PIECE))
-    return max(1, min(num_sms // blocks, -(-pieces // (LOGITS_THREADS // WARP))))
+    return max(1, min(num_sms // blocks, -(-pieces // LOGITS_WARPS)))
 
 
 MAP_THREADS = 512
-_MAP_ROUNDS = 8  # items of a lane
-MAP_ITEMS = MAP_THREADS * _MAP_ROUNDS
-"""Choices of experts that one block ranks."""
-_SHORT_BLOCKS = 64  # of a round each: each adds up the counts of all
-MAP_KERNELS = tuple((phase, rounds) for phase in ("single", "count", "assign") for rounds in (1, _MAP_ROUNDS))
+_MAP_ROUNDS = 8  # items of a lane, of very many
+_MAP_BLOCKS = 256  # of a round: each adds up the counts of all
+MAP_KERNELS = ("single", 1), ("count", 1), ("assign", 1), ("count", _MAP_ROUNDS), ("assign", _MAP_ROUNDS)
 
 
 class _MapFamily(PlainFamily):
@@ -155,10 +149,9 @@ class _MapFamily(PlainFamily):
 
     def phases(self, items: int) -> tuple[tuple[str, ...], int]:
         """The kernels, in turn, for so many choices of experts, and their rounds."""
-        # Few items have a lane each: a third of the code, of which all is fetched first.
-        if items <= MAP_ITEMS:
-            return ("single",), 1 if items <= MAP_THREADS else _MAP_ROUNDS
-        return ("count", "assign"), 1 if items <= MAP_THREADS * _SHORT_BLOCKS else _MAP_ROUNDS
+        if items <= MAP_THREADS:
+            return ("single",), 1
+        return ("count", "assign"), 1 if items <= MAP_THREADS * _MAP_BLOCKS else _MAP_ROUNDS
 
     def render_context(self, spec: KernelSpec) -> dict[str, object]:
         return {**super().render_context(spec), "max_experts": MAX_EXPERTS}

@@ -5,8 +5,6 @@ None of these functions is differentiable. On CPU tensors the reference computes
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
@@ -25,7 +23,6 @@ from jitgemm.families.hyper_connections import (
     VECTOR,
     choose_mix_tokens,
     choose_num_splits,
-    choose_part_tokens,
     choose_prenorm,
 )
 from jitgemm.families.plain import PlainLaunch
@@ -356,14 +353,7 @@ def _fake_prenorm(a: Tensor, b: Tensor, d: Tensor, sqr_sum: Tensor, num_splits: 
 
 
 def _prenorm_launch(
-    gpu: Gpu,
-    dtype: torch.dtype,
-    a_row_stride: int,
-    b: Tensor,
-    m: int,
-    splits: int,
-    precision: str,
-    follows: bool = False,
+    gpu: Gpu, dtype: torch.dtype, a_row_stride: int, b: Tensor, m: int, splits: int, precision: str
 ) -> PlainLaunch:
     n, k = b.shape
     config = choose_prenorm(m)
@@ -372,7 +362,6 @@ def _prenorm_launch(
         HC_PRENORM,
         HC_PRENORM.of(gpu.arch, n, config, precision == "fp32", dtype == torch.float32),
         (-(-m // config.tile_m), splits),
-        follows=follows,
         a_row_stride=a_row_stride,
         b_row_stride=row_stride(b),
         m=m,
@@ -551,77 +540,39 @@ def _mixing_plan(
     mixes, k = fn.shape
     gpu = Gpu(x, problem)
     fp32 = x.dtype == torch.float32
-
-    row_bytes = k * x.element_size()
-    per_part = choose_part_tokens(tokens, row_bytes)
-    parts = [(start, min(per_part, tokens - start)) for start in range(0, tokens, per_part)]
-    splits = {count: choose_num_splits(count, k, gpu.num_sms) for _, count in parts}
-
-    @functools.cache
-    def prenorm_of(count: int, first: bool) -> PlainLaunch:
-        return _prenorm_launch(gpu, x.dtype, k, fn, count, splits[count], precision, not first)
-
-    @functools.cache
-    def mix_of(count: int, last: bool) -> PlainLaunch:
-        per_block = choose_mix_tokens(count)
-        return gpu.launch(
-            HC_MIX,
-            HC_MIX.of(gpu.arch, head, fp32, per_block),
-            (count + (0 if head else -(-count // per_block)), -(-width // COLUMNS)),
-            follows=True,
-            tokens=count,
-            vectors=width // VECTOR,
-            splits=splits[count],
-            lag=int(not last),
-            iterations=iterations,
-            mean_factor=1 / k,
-            norm_eps=norm_eps,
-            eps=eps,
-            post_mult=post_mult,
-        )
-
-    lagging = LAGGING and len(parts) > 1
-    prenorms = [prenorm_of(count, not lagging or start == 0) for start, count in parts]
-    mixers = [mix_of(count, not lagging or start + count == tokens) for start, count in parts]
-    floats = max(splits[count] * count for _, count in parts)  # sums of a column
+    splits = choose_num_splits(tokens, k, gpu.num_sms)
+    prenorm = _prenorm_launch(gpu, x.dtype, k, fn, tokens, splits, precision)
+    per_block = choose_mix_tokens(tokens)
+    mix = gpu.launch(
+        HC_MIX,
+        HC_MIX.of(gpu.arch, head, fp32, per_block),
+        (tokens + (0 if head else -(-tokens // per_block)), -(-width // COLUMNS)),
+        follows=True,
+        tokens=tokens,
+        vectors=width // VECTOR,
+        splits=splits,
+        iterations=iterations,
+        mean_factor=1 / k,
+        norm_eps=norm_eps,
+        eps=eps,
+        post_mult=post_mult,
+    )
+    products = splits * tokens * mixes  # floats, then the squares
 
     def call(x: Tensor, fn: Tensor, scale: Tensor, base: Tensor) -> tuple[Tensor, ...]:
         streams, matrix = x.data_ptr(), fn.data_ptr()
         check_aligned(("x", "fn"), (streams, matrix))
         stream = raw_stream(gpu.ordinal)
         outputs: tuple[Tensor, ...] = (_empty_head(x),) if head else _empty_pre(x)
-        workspace = scale.new_empty((2 if lagging else 1, floats * (mixes + 1)))
-        sums = workspace.data_ptr()
-        y, scales, bases = outputs[0].data_ptr(), scale.data_ptr(), base.data_ptr()
-        post, comb = (0, 0) if head else (outputs[1].data_ptr(), outputs[2].data_ptr())
-
-        def run_prenorm(i: int) -> None:
-            products = sums + (4 * floats * (mixes + 1) * (i % 2) if lagging else 0)
-            prenorms[i](stream, streams + parts[i][0] * row_bytes, matrix, products, products + 4 * floats * mixes)
-
-        def run_mix(i: int) -> None:
-            start = parts[i][0]
-            products = sums + (4 * floats * (mixes + 1) * (i % 2) if lagging else 0)
-            weights = (0, 0) if head else (post + start * 4 * STREAMS, comb + start * 4 * STREAMS * STREAMS)
-            mixers[i](
-                *(stream, products, products + 4 * floats * mixes, streams + start * row_bytes, scales, bases),
-                *(y + start * 2 * width, *weights),
-            )
-
-        for i in range(len(parts)):
-            run_prenorm(i)
-            if not lagging:
-                run_mix(i)
-            elif i > 0:
-                run_mix(i - 1)
-        if lagging:
-            run_mix(len(parts) - 1)
+        workspace = scale.new_empty(products + splits * tokens)
+        parts = workspace.data_ptr()
+        squares = parts + 4 * products
+        prenorm(stream, streams, matrix, parts, squares)
+        weights = (0, 0) if head else (outputs[1].data_ptr(), outputs[2].data_ptr())
+        mix(stream, parts, squares, streams, scale.data_ptr(), base.data_ptr(), outputs[0].data_ptr(), *weights)
         return outputs
 
     return gpu.here(call)
-
-
-LAGGING = False
 
 
 # -- hc_post

@@ -406,7 +406,6 @@ def _topk_launch(
         part_stride=tokens * experts,
         vocabulary=0 if tid2eid is None else tid2eid.shape[0],
         parts=parts,
-        rehearsals=int(parts > 1),
         tokens=tokens,
         experts=experts,
         topk=topk,
@@ -620,15 +619,15 @@ def _permutation(
         where = Gpu(indices, problem)
         rows = reference.num_rows(items, experts, layout, alignment, max_m)
         phases, rounds = MOE_MAP.phases(items)
-        # Few items: blocks that each count all, as many as there are rows for. Else one a part of the items.
         blocks = max(1, -(-items // (MAP_THREADS * rounds)))
-        clearing = max(1, min(where.num_sms, rows // _ROWS_OF_A_BLOCK)) if blocks == 1 else blocks
+        # Rows are cleared by more blocks, of which each has no choices, or all where one kernel does everything.
+        clearing = max(blocks, min(where.num_sms, rows // _ROWS_OF_A_BLOCK))
 
         def launch_of(phase: str) -> PlainLaunch:
             return where.launch(
                 MOE_MAP,
                 MOE_MAP.of(where.arch, layout, phase, rounds, indices.dtype == torch.int64),
-                (clearing,),
+                (blocks if phase == "assign" else clearing,),
                 follows=phase == "assign",
                 items=items,
                 rows=rows,
@@ -643,7 +642,7 @@ def _permutation(
 
         def call(indices: Tensor, weights: Tensor | None) -> _Permutation:
             outputs = _empty_permutation(indices, weights, experts, layout, alignment, max_m)
-            counts = None if blocks == 1 else indices.new_empty(blocks * experts, dtype=torch.int32)
+            counts = None if len(launches) == 1 else indices.new_empty(clearing * experts, dtype=torch.int32)
             addresses = (
                 indices.data_ptr(),
                 0 if weights is None else weights.data_ptr(),

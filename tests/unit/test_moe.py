@@ -15,7 +15,7 @@ from torch._subclasses import FakeTensorMode
 import jitgemm
 from jitgemm import settings
 from jitgemm.errors import ProblemError
-from jitgemm.families.moe import MAP_ITEMS
+from jitgemm.families.moe import MAP_THREADS
 from jitgemm.reference import moe as reference
 from jitgemm.reference.layout import has_mn_major_strides
 
@@ -182,11 +182,14 @@ def test_moe_gate_is_the_gate_of_the_product() -> None:
     [
         ("sqrtsoftplus", 1, 256, 3128, 6),
         ("sqrtsoftplus", 18, 384, 264, 6),
+        ("sqrtsoftplus", 3, 64, 1032, 6),  # K in parts
         ("sigmoid", 8, 33, 8, 8),
         ("softmax", 9, 512, 40, 32),
+        ("softmax", 50, 40, 776, 5),
+        ("sigmoid", 2, 600, 24, 4),
     ],
 )
-def test_gate_in_one_kernel(emulated: Any, kind: str, tokens: int, experts: int, width: int, topk: int) -> None:  # noqa: F811
+def test_gate_of_few_tokens(emulated: Any, kind: str, tokens: int, experts: int, width: int, topk: int) -> None:  # noqa: F811
     # Slices of wider rows, with what must not be read behind them.
     x, weight = (torch.full((rows, width + 8), math.nan, dtype=torch.bfloat16)[:, :width] for rows in (tokens, experts))
     x.copy_(torch.randn(tokens, width, generator=generator()))
@@ -207,7 +210,7 @@ def test_gate_in_one_kernel(emulated: Any, kind: str, tokens: int, experts: int,
     assert [spec.family for spec in emulated] == ["gate_logits", "topk_gate"] * 2
 
 
-def test_equal_keys_in_one_kernel(emulated: Any) -> None:  # noqa: F811
+def test_equal_keys_of_few_tokens(emulated: Any) -> None:  # noqa: F811
     x, weight = torch.ones(3, 16).bfloat16(), torch.ones(40, 16).bfloat16()
     weight[13] = math.nan
     weight[20], weight[37] = 2, 2
@@ -217,7 +220,7 @@ def test_equal_keys_in_one_kernel(emulated: Any) -> None:  # noqa: F811
     assert weights.isnan().all()
 
 
-def test_which_gates_are_one_kernel(emulated: Any, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_which_gates_are_a_gemm(emulated: Any, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     launched = []
 
     def gemm(x: Tensor, weight: Tensor, out: Tensor) -> None:
@@ -299,14 +302,16 @@ def test_the_reference_of_the_permutation(case: tuple[Any, ...], layout: str) ->
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_permutation_kernel(emulated: Any, case: tuple[Any, ...], layout: str) -> None:  # noqa: F811
     check_permutation(case, layout, torch.int64 if case[0] == 7 else torch.int32)
-    assert {(spec["phase"], spec["rounds"]) for spec in emulated} == {("single", 1 if case[0] * case[1] <= 512 else 8)}
+    phases = ["single"] if case[0] * case[1] <= MAP_THREADS else ["count", "assign"]
+    assert [(spec["phase"], spec["rounds"]) for spec in emulated] == [(phase, 1) for phase in phases]
 
 
 @pytest.mark.parametrize("layout", reference.LAYOUTS)
-def test_permutation_of_many_items(emulated: Any, layout: str) -> None:  # noqa: F811
-    tokens = MAP_ITEMS // 6 * 2 + 50
+def test_permutation_of_many_items(emulated: Any, layout: str, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    monkeypatch.setattr("jitgemm.families.moe._MAP_BLOCKS", 2)  # so that these are many
+    tokens = MAP_THREADS * 8 // 6 * 2 + 50
     check_permutation((tokens, 6, 40, "random", 128, 180, 3), layout, torch.int32)
-    assert [spec["phase"] for spec in emulated] == ["count", "assign"]
+    assert [(spec["phase"], spec["rounds"]) for spec in emulated] == [("count", 8), ("assign", 8)]
 
 
 def test_rows_are_aligned_as_the_grouped_gemms_count_with() -> None:
