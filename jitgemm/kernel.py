@@ -15,7 +15,6 @@ from jitgemm.builder import build
 from jitgemm.compiler import Cubin, driver_version, version_text
 from jitgemm.errors import DriverError
 from jitgemm.families import KernelSpec, family_of
-from jitgemm.families.plain import PlainFamily
 from jitgemm.nvtx import range_if_asked
 from jitgemm.problem import Problem
 

@@ -35,8 +35,9 @@ class _TopkFamily(PlainFamily):
 
     def render_context(self, spec: KernelSpec) -> dict[str, object]:
         threads = self.num_threads(spec)
-        # Registers: few, so that a block finds room beside those of the kernel ahead, but enough for a lane's experts.
-        at_once = (1536 if spec["by_block"] else 1024) if spec["per_lane"] <= 12 else (1024 if spec["by_block"] else 512)
+        # Few registers, so that a block finds room beside those of the kernel ahead, but enough for a lane's experts.
+        many = spec["per_lane"] > 12
+        at_once = (1024 if many else 1536) if spec["by_block"] else (512 if many else 1024)  # threads
         return {**super().render_context(spec), "threads": threads, "blocks_per_sm": at_once // threads}
 
 

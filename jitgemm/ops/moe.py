@@ -95,8 +95,8 @@ def moe_gate(
 ) -> tuple[Tensor, Tensor]:
     """``topk_gate`` of the logits ``x @ weight.T``, which are FP32 sums of exact products.
 
-    One kernel for up to 64 tokens and 512 experts, else a GEMM and ``topk_gate``; always these with the setting
-    ``batch_invariant``.
+    The logits of up to 64 tokens have a kernel of their own; those of more, and all with the setting
+    ``batch_invariant``, are made by ``bf16_gemm_nt``.
 
     Args:
         x: bf16 [tokens, width], as ``bf16_gemm_nt`` takes it.
@@ -479,7 +479,7 @@ def _moe_gate(
         problem = SmallProblem.make(
             "moe_gate", experts=experts, scores=scores, hashed=hashed, index_dtype=_dtype_name(index_dtype)
         )
-        # The sums of a batch-invariant GEMM do not depend on how many tokens there are; those of a kernel for few would.
+        # The sums of a batch-invariant GEMM do not depend on how many tokens there are.
         few = 0 < tokens <= MAX_FEW_TOKENS and width and not settings.current().batch_invariant
         if not (gpu and few and _rows_of_vectors(x, weight)):
 

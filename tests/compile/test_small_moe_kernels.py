@@ -11,7 +11,7 @@ from jitgemm.compiler import compile_source
 from jitgemm.device import SM90A
 from jitgemm.families import KernelSpec, family_of
 from jitgemm.families.hyper_connections import HC_PRENORM
-from jitgemm.families.moe import GATE_LOGITS, MAX_EXPERTS
+from jitgemm.families.moe import MAX_EXPERTS
 from jitgemm.families.plain import PlainFamily
 from jitgemm.families.small_problem import LAYOUTS, PRECISIONS, SCORES, STREAM_DTYPES, SmallProblem
 from jitgemm.families.sum_parts import D_DTYPES, SUM_PARTS

@@ -201,7 +201,9 @@ def test_hashed_gate_and_the_whole_gate() -> None:
     assert all(len(set(row)) == 6 for row in indices.tolist())
 
 
-@pytest.mark.parametrize(("experts", "width", "topk"), [(256, 4096, 6), (384, 7168, 6), (33, 72, 8), (512, 1032, 32), (1000, 520, 4)])
+@pytest.mark.parametrize(
+    ("experts", "width", "topk"), [(256, 4096, 6), (384, 7168, 6), (33, 72, 8), (512, 1032, 32), (1000, 520, 4)]
+)
 def test_gate_of_few_tokens(experts: int, width: int, topk: int) -> None:
     wide = torch.full((experts, width + 8), math.nan, device=DEVICE, dtype=torch.bfloat16)
     weight = wide[:, :width]
