@@ -75,35 +75,38 @@ TOPK_GATE = _TopkFamily(
 
 
 LOGITS_EXPERTS = 32  # of a block
-LOGITS_WARPS = 8  # that share a block's part of K
+_LOGITS_WARPS = 8
 MMA_TOKENS = 8  # columns of an MMA
 MAX_FEW_TOKENS = 64
 """Tokens whose logits have a kernel of their own; more keep a GEMM busy."""
 TOKEN_TILES = 1, 2, 4, 8
 _WARP_TILES = 4  # of tokens, that a warp has registers for
 PIECE = 4  # vectors of K that a warp loads of each row at once
+_BATCH_REGISTERS = (
+    80  # of a thread, for vectors on their way; the kernel behind needs room for a block beside this one's
+)
 _PITCH = LOGITS_EXPERTS + 4  # floats
+_LEAST_PIECES = 2  # of a warp in a part
 
 
 class _LogitsFamily(PlainFamily):
     def of(self, arch: str, token_tiles: int) -> KernelSpec:
         """The spec of the kernel for up to so many times 8 tokens."""
         mine = min(token_tiles, _WARP_TILES)
-        warps_t = token_tiles // mine
-        # Registers for vectors that are on their way; the kernel behind needs room for a block beside this one's.
-        batch = (80 if warps_t == 1 else 32) // (4 * (LOGITS_EXPERTS // MMA_TOKENS + mine))
-        return self.spec(arch, token_tiles=mine, warps_t=warps_t, batch=batch)
-
-    def num_threads(self, spec: KernelSpec) -> int:
-        return int(WARP * LOGITS_WARPS * spec["warps_t"])
+        batch = _BATCH_REGISTERS // (4 * (LOGITS_EXPERTS // MMA_TOKENS + mine))
+        return self.spec(arch, token_tiles=mine, warps_t=token_tiles // mine, batch=batch)
 
     def render_context(self, spec: KernelSpec) -> dict[str, object]:
-        made = {"threads": self.num_threads(spec), "warps_k": LOGITS_WARPS, "experts": LOGITS_EXPERTS, "pitch": _PITCH}
+        made = {"warps_k": self.warps_k(spec), "experts": LOGITS_EXPERTS, "pitch": _PITCH}
         return {**super().render_context(spec), **made}
 
+    def warps_k(self, spec: KernelSpec) -> int:
+        """Warps that take turns with K."""
+        return _LOGITS_WARPS // int(spec["warps_t"])
 
-def _logits_tokens(spec: KernelSpec) -> int:
-    return int(MMA_TOKENS * spec["token_tiles"] * spec["warps_t"])
+    def tokens(self, spec: KernelSpec) -> int:
+        """Tokens that a kernel has place for."""
+        return int(MMA_TOKENS * spec["token_tiles"] * spec["warps_t"])
 
 
 GATE_LOGITS = _LogitsFamily(
@@ -120,9 +123,9 @@ GATE_LOGITS = _LogitsFamily(
         Field("tokens", "int32_t"),
         Field("experts", "int32_t"),
     ),
-    num_threads=WARP * LOGITS_WARPS,
-    describe=lambda spec: f"tokens<={_logits_tokens(spec)}",
-    smem_bytes=lambda spec: 4 * _PITCH * LOGITS_WARPS * _logits_tokens(spec),
+    num_threads=WARP * _LOGITS_WARPS,
+    describe=lambda spec: f"tokens<={GATE_LOGITS.tokens(spec)}",
+    smem_bytes=lambda spec: 4 * _PITCH * GATE_LOGITS.warps_k(spec) * GATE_LOGITS.tokens(spec),
 )
 
 
@@ -131,16 +134,20 @@ def choose_token_tiles(tokens: int) -> int:
     return next(tiles for tiles in TOKEN_TILES if tokens <= MMA_TOKENS * tiles)
 
 
-def choose_parts(experts: int, width: int, num_sms: int) -> int:
-    """Parts of K that fill the multiprocessors once, of at least a piece for each warp."""
-    blocks, pieces = -(-experts // LOGITS_EXPERTS), -(-width // (VECTOR * PIECE))
-    return max(1, min(num_sms // blocks, -(-pieces // LOGITS_WARPS)))
+def choose_parts(experts: int, pieces: int, warps_k: int, num_sms: int) -> int:
+    """Parts of K that fill the multiprocessors, but leave each warp enough of it."""
+    blocks = -(-experts // LOGITS_EXPERTS)
+    return max(1, min(num_sms // blocks, -(-pieces // (_LEAST_PIECES * warps_k))))
 
 
 MAP_THREADS = 512
-_MAP_ROUNDS = 8  # items of a lane, of very many
-_MAP_BLOCKS = 256  # of a round: each adds up the counts of all
-MAP_KERNELS = ("single", 1), ("count", 1), ("assign", 1), ("count", _MAP_ROUNDS), ("assign", _MAP_ROUNDS)
+_FEW_ROUNDS = 1, 2  # items of a lane where one kernel does everything
+_MANY_ROUNDS = 8  # where each of a round's blocks would add up the counts of too many others
+_MAP_BLOCKS = 128  # of a round
+MAP_KERNELS = (
+    *(("single", rounds) for rounds in _FEW_ROUNDS),
+    *((phase, rounds) for rounds in (1, _MANY_ROUNDS) for phase in ("count", "assign")),
+)
 
 
 class _MapFamily(PlainFamily):
@@ -150,9 +157,10 @@ class _MapFamily(PlainFamily):
 
     def phases(self, items: int) -> tuple[tuple[str, ...], int]:
         """The kernels, in turn, for so many choices of experts, and their rounds."""
-        if items <= MAP_THREADS:
-            return ("single",), 1
-        return ("count", "assign"), 1 if items <= MAP_THREADS * _MAP_BLOCKS else _MAP_ROUNDS
+        for rounds in _FEW_ROUNDS:
+            if items <= MAP_THREADS * rounds:
+                return ("single",), rounds
+        return ("count", "assign"), 1 if items <= MAP_THREADS * _MAP_BLOCKS else _MANY_ROUNDS
 
     def render_context(self, spec: KernelSpec) -> dict[str, object]:
         return {**super().render_context(spec), "max_experts": MAX_EXPERTS}

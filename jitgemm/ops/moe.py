@@ -498,10 +498,11 @@ def _moe_gate(
             return in_turn
         record_if_asked(problem)
         where = Gpu(x, problem)
-        parts, pieces = choose_parts(experts, width, where.num_sms), -(-width // (VECTOR * PIECE))
+        spec, pieces = GATE_LOGITS.of(where.arch, choose_token_tiles(tokens)), -(-width // (VECTOR * PIECE))
+        parts = choose_parts(experts, pieces, GATE_LOGITS.warps_k(spec), where.num_sms)
         logits_of = where.launch(
             GATE_LOGITS,
-            GATE_LOGITS.of(where.arch, choose_token_tiles(tokens)),
+            spec,
             (-(-experts // LOGITS_EXPERTS), parts),
             x_row_stride=row_stride(x) // VECTOR,
             weight_row_stride=row_stride(weight) // VECTOR,

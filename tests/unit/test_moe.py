@@ -250,6 +250,7 @@ CASES = [
     (7, 6, 16, "random", 16, 3, 0),
     (64, 6, 384, "random", 128, 8, 96),
     (100, 6, 5, "counts", 128, 200, 0),
+    (250, 6, 40, "random", 128, 60, 3),
     (40, 3, 1024, "random", 1, 2, 0),
     (33, 6, 12, "one", 8, 150, 0),
     (3, 2, 12, "none", 8, 4, 0),
@@ -302,8 +303,9 @@ def test_the_reference_of_the_permutation(case: tuple[Any, ...], layout: str) ->
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_permutation_kernel(emulated: Any, case: tuple[Any, ...], layout: str) -> None:  # noqa: F811
     check_permutation(case, layout, torch.int64 if case[0] == 7 else torch.int32)
-    phases = ["single"] if case[0] * case[1] <= MAP_THREADS else ["count", "assign"]
-    assert [(spec["phase"], spec["rounds"]) for spec in emulated] == [(phase, 1) for phase in phases]
+    items, one_kernel = case[0] * case[1], 2 * MAP_THREADS
+    phases = [("single", 1 + (items > MAP_THREADS))] if items <= one_kernel else [("count", 1), ("assign", 1)]
+    assert [(spec["phase"], spec["rounds"]) for spec in emulated] == phases
 
 
 @pytest.mark.parametrize("layout", reference.LAYOUTS)
