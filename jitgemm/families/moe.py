@@ -82,9 +82,7 @@ MAX_FEW_TOKENS = 64
 TOKEN_TILES = 1, 2, 4, 8
 _WARP_TILES = 4  # of tokens, that a warp has registers for
 PIECE = 4  # vectors of K that a warp loads of each row at once
-_BATCH_REGISTERS = (
-    80  # of a thread, for vectors on their way; the kernel behind needs room for a block beside this one's
-)
+_BATCH_REGISTERS = 80  # of a thread, for vectors on their way; the kernel behind needs its share
 _PITCH = LOGITS_EXPERTS + 4  # floats
 _LEAST_PIECES = 2  # of a warp in a part
 

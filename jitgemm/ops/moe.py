@@ -621,7 +621,7 @@ def _permutation(
         rows = reference.num_rows(items, experts, layout, alignment, max_m)
         phases, rounds = MOE_MAP.phases(items)
         blocks = max(1, -(-items // (MAP_THREADS * rounds)))
-        # Rows are cleared by more blocks, of which each has no choices, or all where one kernel does everything.
+        # That clear rows; where these are many, more than have choices. One kernel's blocks each count all choices.
         clearing = max(blocks, min(where.num_sms, rows // _ROWS_OF_A_BLOCK))
 
         def launch_of(phase: str) -> PlainLaunch:

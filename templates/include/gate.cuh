@@ -79,24 +79,13 @@ __device__ __forceinline__ int chosen_expert(uint32_t (&keys)[PER_LANE], int top
   return expert;
 }
 
-// A token's id as it lies in memory: loading does not wait for it.
-struct TokenId {
-  uint32_t low;
-  int32_t high;  // of an int64
-};
-template <typename Params>
-__device__ __forceinline__ TokenId load_id(const Params& p, int64_t token) {
-  const uint32_t* words = static_cast<const uint32_t*>(p.input_ids) + (p.ids_are_long ? 2 * token : token);
-  return {words[0], p.ids_are_long ? int32_t(words[1]) : 0};
-}
-
 // Lane k's expert of a token, as the table of ids has it; -1 where there is none.
 template <typename Params>
-__device__ __forceinline__ int expert_of_id(const Params& p, const TokenId& words, int lane) {
-  const int64_t id = p.ids_are_long ? int64_t(words.high) << 32 | words.low : int64_t(int32_t(words.low));
-  return lane < p.topk && id >= 0 && id < p.vocabulary ? p.tid2eid[id * p.topk + lane] : -1;
+__device__ __forceinline__ int expert_of_id(const Params& p, int64_t token, int lane) {
+  const int64_t id = p.ids_are_long ? static_cast<const int64_t*>(p.input_ids)[token] : static_cast<const int32_t*>(p.input_ids)[token];
+  const int expert = lane < p.topk && id >= 0 && id < p.vocabulary ? p.tid2eid[id * p.topk + lane] : -1;
+  return expert >= 0 && expert < p.experts ? expert : -1;
 }
-__device__ __forceinline__ int checked_expert(int expert, int experts) { return expert >= 0 && expert < experts ? expert : -1; }
 
 // Lane k writes the token's k-th expert, and its score over the sum that softmax has, and others get.
 template <Scores SCORES, typename Index, typename Params>

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from emulation.plain import emulated  # noqa: F401 (a fixture)
+from emulation.plain import EmulatedGpu, emulated  # noqa: F401 (a fixture)
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 import jitgemm
-from jitgemm import settings
+from jitgemm import settings, templates
 from jitgemm.errors import ProblemError
 from jitgemm.families.moe import MAP_THREADS
 from jitgemm.reference import moe as reference
@@ -208,6 +209,26 @@ def test_gate_of_few_tokens(emulated: Any, kind: str, tokens: int, experts: int,
         same_choice(found, expected, logits, keywords.get("bias"), kind)
         assert found[0].dtype == keywords.get("index_dtype", torch.int32)
     assert [spec.family for spec in emulated] == ["gate_logits", "topk_gate"] * 2
+
+
+def test_second_kernels_begin_beside_the_first(emulated: Any) -> None:  # noqa: F811
+    x, weight = torch.ones(2, 1032).bfloat16(), torch.ones(64, 1032).bfloat16()
+    jitgemm.moe_permutation(jitgemm.moe_gate(x, weight)[0], 64)
+    jitgemm.moe_permutation(torch.zeros(300, 6, dtype=torch.int32), 8)
+    jitgemm.topk_gate(torch.zeros(2, 64))
+    x = torch.ones(2, 4, 64).bfloat16()
+    jitgemm.hc_pre(x, torch.ones(24, 256), torch.ones(3), torch.ones(24))
+    assert EmulatedGpu.early == ["topk_gate", "moe_map", "hc_mix"]
+    assert len(emulated) == 8
+
+
+def test_kernels_let_others_begin_after_they_have_waited_themselves() -> None:
+    # What begins early waits for the kernel ahead only, and must find what others before it have written.
+    texts = [path.read_text() for path in Path(templates.__file__).parent.glob("*.jinja")]
+    letting = [text for text in texts if "grid_dependency_launch();" in text]
+    assert letting
+    for text in letting:
+        assert text.index("grid_dependency_wait();") < text.index("grid_dependency_launch();")
 
 
 def test_equal_keys_of_few_tokens(emulated: Any) -> None:  # noqa: F811
