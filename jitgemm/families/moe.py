@@ -102,9 +102,13 @@ class _LogitsFamily(PlainFamily):
         """Warps that take turns with K."""
         return _LOGITS_WARPS // int(spec["warps_t"])
 
-    def tokens(self, spec: KernelSpec) -> int:
-        """Tokens that a kernel has place for."""
-        return int(MMA_TOKENS * spec["token_tiles"] * spec["warps_t"])
+    def smem_bytes(self, spec: KernelSpec) -> int:
+        """The sums of all warps that share tokens."""
+        return 4 * _PITCH * self.warps_k(spec) * _tokens_of(spec)
+
+
+def _tokens_of(spec: KernelSpec) -> int:
+    return int(MMA_TOKENS * spec["token_tiles"] * spec["warps_t"])
 
 
 GATE_LOGITS = _LogitsFamily(
@@ -122,8 +126,7 @@ GATE_LOGITS = _LogitsFamily(
         Field("experts", "int32_t"),
     ),
     num_threads=WARP * _LOGITS_WARPS,
-    describe=lambda spec: f"tokens<={GATE_LOGITS.tokens(spec)}",
-    smem_bytes=lambda spec: 4 * _PITCH * GATE_LOGITS.warps_k(spec) * GATE_LOGITS.tokens(spec),
+    describe=lambda spec: f"tokens<={_tokens_of(spec)}",
 )
 
 
