@@ -31,9 +31,13 @@ __device__ __forceinline__ bool elect_one() {
   return elected != 0;
 }
 
-// PTX ISA, griddepcontrol: a no-op unless the launch asked for programmatic stream serialization. No kernel here triggers
-// its dependents (launch_dependents): blocks that come before the last one ahead has ended wake up late from this wait.
+// PTX ISA, griddepcontrol: no-ops unless the launch, or that of the kernel behind, asked for programmatic stream serialization.
 __device__ __forceinline__ void grid_dependency_wait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
+// The kernel behind may begin: for pairs of which the first leaves room for the second on the multiprocessors, and has waited
+// itself, so that the second needs to wait for the first's results only. No other kernel does this: blocks that come early and
+// take room, or wait long, cost more than they gain.
+__device__ __forceinline__ void grid_dependency_launch() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 
 __device__ __forceinline__ float load_shared(uint32_t address) {
   float value;
