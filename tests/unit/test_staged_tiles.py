@@ -1,4 +1,4 @@
-"""How tiles along K get to D, run on the CPU by the kernel's own functions: every thread stages its sums, then the producer's
+"""How tiles along K get to D, by the kernel's own functions on the CPU: every thread stages its sums, the producer's
 boxes are copied as TMA copies them, and D must have each sum once.
 """
 
