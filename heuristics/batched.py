@@ -28,7 +28,7 @@ _SUM_OF_PARTS_US = 2.1
 _SUM_OF_PARTS_BYTES_PER_US = 6.4e6
 
 # What predictions for it are multiplied by along K, where it is stored while the next tile is computed and three stages
-# are as fast as four; the model knows neither (H200: 0.89 to 0.93 of 256x128's time, four shapes, predicted 1.11 to 1.14).
+# are as fast as four; the model knows neither (H200: 0.89 to 0.93 of 256x128's time, predicted 1.11 to 1.14).
 _CORRECTIONS_ALONG_K = {"128x192x128 s3": 0.81}
 
 _MOST_TOKENS = 96  # of FP8, on the MMA's N side
