@@ -23,11 +23,17 @@ from jitgemm.settings import Settings
 # of all weights of a small head load the tokens once.
 _TOKEN_TILES = ((8, 64), (8, 128), (16, 64), (16, 128), (32, 64), (32, 128), (48, 64), (64, 64), (64, 128), (128, 128))
 
-# The kernel that adds up the parts of a sum: launch and latency, and its reads, which are in L2 (estimated).
-_SUM_OF_PARTS_US = 2.0
-_SUM_OF_PARTS_BYTES_PER_US = 5e6
+# The kernel that adds up the parts of a sum: launch and latency, and its reads, which are in L2 (measured).
+_SUM_OF_PARTS_US = 2.1
+_SUM_OF_PARTS_BYTES_PER_US = 6.4e6
+
+# What predictions for it are multiplied by along K, where it is stored while the next tile is computed and three stages
+# are as fast as four; the model knows neither (H200: 0.89 to 0.93 of 256x128's time, predicted 1.11 to 1.14).
+_CORRECTIONS_ALONG_K = {"128x192x128 s3": 0.81}
 
 _MOST_TOKENS = 96  # of FP8, on the MMA's N side
+# Of BF16 there: the K of one head hides no store of more (H200, 128 of 4096x128x512: 216x128 200 us, 128x128 187).
+_MOST_TOKENS_OF_BF16 = 128
 _SUMS_OF_THREE = 120  # registers a thread that sums may take where three warpgroups promote
 
 
@@ -156,21 +162,39 @@ def candidates(problem: BatchedProblem, overrides: Overrides) -> tuple[GemmConfi
         if not problem.dense.traits.is_fp8 and "config" not in given:
             given.setdefault("split_k", 1)
         return tuple(gemm.generate(dense, tuple(given.items())))
-    return _menu(dense.recipe, dense.layout, dense.d_dtype)
+    return _menu(problem.kind, dense.recipe, dense.layout, dense.d_dtype)
 
 
 @functools.lru_cache(maxsize=64)
-def _menu(recipe: str, layout: str, d_dtype: str) -> tuple[GemmConfig, ...]:
+def _menu(kind: str, recipe: str, layout: str, d_dtype: str) -> tuple[GemmConfig, ...]:
     problem = GemmProblem(1, 1, recipe, None, layout, d_dtype).without_sizes()
     tile_k = 128 // problem.traits.operand_bytes
     menu = list(gemm.candidates(problem, ()))
     if not problem.traits.is_fp8:
-        menu = [dataclasses.replace(config, split_k=1) for config in menu]
+        menu = [
+            dataclasses.replace(config, split_k=1)
+            for config in menu
+            if not (config.swap_ab and config.tile_m > _MOST_TOKENS_OF_BF16)
+        ]
     for tile_m, tile_n in _TOKEN_TILES:
         config = GemmConfig(tile_m, tile_n, tile_k, 0, swap_ab=True)
         if gemm.illegal_tile(problem, dataclasses.replace(config, stages=2), SM90A) is None:
             menu += [dataclasses.replace(config, stages=stages) for stages in gemm.stage_choices(problem, config)]
+    if kind == "k_grouped":
+        menu = [_staged_whole(problem, config) for config in menu]
     return tuple(dict.fromkeys(menu))
+
+
+def _staged_whole(problem: GemmProblem, config: GemmConfig) -> GemmConfig:
+    """The config with as many of its stages as leave room for all of a tile of D, if 3 do: it is stored while the next
+    one is computed then.
+    """
+    for stages in range(config.stages, 2, -1):
+        fitting = dataclasses.replace(config, stages=stages)
+        shape = kernel_shape(problem, fitting)
+        if shape.store_columns == shape.mma_n:
+            return fitting
+    return config
 
 
 def illegal(problem: BatchedProblem, config: GemmConfig, device: Device) -> str | None:
@@ -193,4 +217,8 @@ def illegal(problem: BatchedProblem, config: GemmConfig, device: Device) -> str 
 def _costs(
     problem: BatchedProblem, configs: tuple[GemmConfig, ...], device: Device, ms: tuple[int, ...]
 ) -> list[list[float]]:
-    return gemm.predict_all(problem.dense.without_m(), configs, device, ms, Groups(problem.groups, idles=False))
+    costs = gemm.predict_all(problem.dense.without_m(), configs, device, ms, Groups(problem.groups, idles=False))
+    if problem.kind != "k_grouped" or not problem.dense.promotes:
+        return costs
+    corrections = [_CORRECTIONS_ALONG_K.get(str(config), 1.0) for config in configs]
+    return [[us * correction for us, correction in zip(row, corrections, strict=True)] for row in costs]

@@ -77,9 +77,7 @@ def expansion(problem: GemmProblem, device: Device, in_force: Settings | None = 
     assert m is not None
     served = gemm.chooser(problem, device, in_force).serving(m)
     packed_us = gemm.predict(problem, served.config, device)["total"]
-    slower_mmas = sm90a.NOMINAL_FP8_FLOPS / device.mma_fp8_flops_per_clock_per_sm
-    is_measured = served.correction != 1
-    packed_us *= served.correction if is_measured else 1 + sm90a.FP4_MANY_ROWS_EXPOSED / slower_mmas
+    packed_us *= served.correction
     product, rest = (gemm.chooser(of(problem), device, in_force)(m) for of in (expanded, far))
     rows, columns = workspace_shape(problem.n, problem.k)
     moved = rows * columns * (1 + packed_bytes(MXFP4_GROUP) / (MMA_M * SCALE_GROUP))

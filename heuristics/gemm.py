@@ -321,8 +321,10 @@ def illegal_epilogue(shape: KernelShape) -> str | None:
         return None
     if not shape.problem.promotes and shape.accumulator_registers > 128:
         return "sums take more than 128 registers a thread beside an epilogue"
+    # Promotion with scales of blocks needs no register beside the sums that an epilogue would miss.
     alone = shape.chain == 1 or shape.n_side_scales == "row_k"
-    tight = shape.narrows or shape.m_side_scales in ("row", "tensor") or (shape.expands and shape.d_bytes == 4)
+    tight = (shape.narrows or shape.m_side_scales in ("row", "tensor")) and shape.n_side_scales != "block_k"
+    tight = tight or (shape.expands and shape.d_bytes == 4)
     if shape.problem.promotes and alone and tight and shape.accumulator_registers > 160:
         return "sums take more than 160 registers a thread beside an epilogue"
     if not shape.narrows:
@@ -336,7 +338,7 @@ def illegal_epilogue(shape: KernelShape) -> str | None:
     whole = shape.d_scale_columns * gated
     if whole and config.tile_n % whole and (whole % config.tile_n or config.cluster_n != shape.scale_parts):
         return f"tile_n times cluster_n must make up the {whole} columns of a scale of d"
-    if shape.problem.promotes and shape.math_warpgroups == 3 and shape.accumulator_registers > 112:
+    if shape.problem.promotes and tight and shape.math_warpgroups == 3 and shape.accumulator_registers > 112:
         return "sums take more than 112 registers a thread beside SwiGLU or quantization"
     if shape.quantizes and gated == 1 and not config.swap_ab and config.tile_n > 192:
         return "tile_n must be at most 192 where d is quantized without SwiGLU"

@@ -19,15 +19,12 @@ MMAS_PER_STAGE = 4
 NOMINAL_FP8_FLOPS = 8192  # per clock and SM, that these cycles stand for; half as many of BF16
 MMA_OPERAND_CYCLES = (16, 4)
 RS_MMA_CYCLES = 13  # at least, of an MMA whose A is in registers (measured)
-# What kernels with FP4 weights may take beyond their predictions from 128 rows on, as part of these, beside MMAs of the
-# nominal rate (assumed; 0.34 while packed weights came in boxes).
-FP4_MANY_ROWS_EXPOSED = 0.15
-EXPANSION_LAUNCHES_US = 4.0  # of two kernels more in a stream, where weights are expanded in memory (estimated)
+EXPANSION_LAUNCHES_US = 6.0  # of two kernels more in a stream, where weights are expanded in memory (measured)
 EXPANSION_CYCLES = 115.0  # of one warpgroup: 64 x 128 FP4 weights to registers (counted: 112 of the ALU)
 EXPANDER_CYCLES = 320.0  # that three warps take for 64 x 128 FP4 weights in shared memory (estimated from samples)
 MMA_LATENCY_CYCLES = 58  # from the last MMA of a wave to its result
 PROMOTION_CYCLES = 0.5393  # per promoted register (fitted) ...
-PROMOTION_BRANCH_CYCLES = 3.062  # ... more where columns meet scale blocks at a few places (fitted) ...
+PROMOTION_BRANCH_CYCLES = 0.15  # ... more where columns meet scale blocks at a few places (from ratios of tiles) ...
 PROMOTION_SELECT_CYCLES = 2.0  # ... or at many (estimated; they are avoided) ...
 PROMOTION_SCALE_CYCLES = 2.5  # ... or have a scale each (fitted to masked groups)
 PROMOTION_EXPOSED = 0.6442  # part of latency and promotion that delays the tensor cores (fitted) ...
@@ -78,8 +75,9 @@ FP8_MENU = """
     40x64 s12 swap *1.03, 40x64 s12 k2 swap *1.02, 40x64 s12 k4 swap *1.02, 48x64 s12 swap *1.04, 64x32 s8 *1.01,
     64x32 s12 k2 *1.02, 64x40 s12 k3 *0.95, 64x48 s12 *1.03, 64x48 s12 k2, 64x64 s12 *1.02, 64x64 s12 k4 *0.99,
     64x128 s8 *0.96, 64x128 s8 c2x1 *0.95, 128x64 s8 k2 *0.95, 128x64 s8 k4 *0.96, 128x72 s8 k4 *0.91,
-    128x80 s8 k2 *0.89, 128x128 s5 *0.99, 128x128 s6 *0.98, 128x128 s6 k2 *0.96, 128x192 s4 *0.92, 192x64 s6 *0.99,
-    192x64 s6 c1x2 *0.98, 192x96 s5 *1.01, 192x96 s5 k2, 192x128 s4 *1.01, 192x128 s5 *0.99, 256x128 s4 *0.99
+    128x80 s8 k2 *0.89, 128x128 s5 *0.99, 128x128 s6 *0.98, 128x128 s6 k2 *0.96, 128x160 s5, 128x192 s4,
+    192x64 s6 *0.99, 192x64 s6 c1x2 *0.98, 192x96 s5 *1.01, 192x96 s5 k2, 192x128 s4 *1.01, 192x128 s5 *0.99,
+    256x128 s4 *0.99
 """
 # Of FP8 groups, where swapped operands pay up to 48 rows a group. (Chosen by hand, docs/performance.md.)
 FP8_GROUPS_MENU = """
@@ -87,16 +85,17 @@ FP8_GROUPS_MENU = """
     32x64 s12 swap, 32x128 s10 swap, 48x64 s12 swap, 48x128 s9 swap, 64x64 s12, 64x128 s8, 128x128 s6, 128x192 s4,
     192x64 s6, 192x128 s5, 256x128 s4
 """
-# Of FP4 weights: predicted. Swapped, they are expanded in registers, else in shared memory.
+# Of FP4 weights; swapped, they are expanded in registers, else in shared memory. (Factors are measured on three shapes.)
 FP4_MENU = """
-    8x64 s12 swap, 8x64 s12 k2 swap, 8x64 s12 k4 swap, 8x64 s12 k8 swap, 16x64 s12 swap, 16x64 s12 k2 swap,
-    16x64 s12 k4 swap, 8x128 s12 swap, 8x128 s12 k2 swap, 8x128 s12 k4 swap, 16x128 s12 swap, 16x128 s12 k2 swap,
-    16x128 s12 k4 swap, 24x128 s12 swap, 24x128 s12 k2 swap, 24x128 s12 k4 swap, 32x64 s12 swap, 32x64 s12 k2 swap,
-    32x64 s12 k4 swap, 32x128 s12 swap, 32x128 s12 k2 swap, 32x128 s12 k4 swap, 48x128 s12 swap, 48x128 s12 k4 swap,
-    64x64 s12 swap, 64x64 s12 k2 swap, 64x128 s12 swap, 64x128 s12 k2 swap, 64x128 s12 k4 swap, 80x128 s10 swap,
-    96x128 s9 swap, 128x128 s8 swap, 64x64 s12, 64x64 s12 k2, 64x64 s12 k4, 64x128 s8, 128x64 s8, 128x64 s8 k2,
-    128x64 s8 k4, 128x128 s6, 128x128 s6 k2, 192x64 s6, 192x128 s5, 256x64 s5,
-    256x128 s4
+    8x64 s12 swap *1.29, 8x64 s12 k2 swap *1.28, 8x64 s12 k4 swap *1.29, 8x64 s12 k8 swap *1.28, 16x64 s12 swap *1.34,
+    16x64 s12 k2 swap *1.26, 16x64 s12 k4 swap *1.27, 8x128 s12 swap *1.31, 8x128 s12 k2 swap *1.31,
+    8x128 s12 k4 swap *1.26, 16x128 s12 swap *1.41, 16x128 s12 k2 swap *1.29, 16x128 s12 k4 swap *1.22,
+    24x128 s12 swap *1.30, 24x128 s12 k2 swap *1.31, 24x128 s12 k4 swap *1.19, 32x64 s12 swap *1.31,
+    32x64 s12 k2 swap *1.25, 32x64 s12 k4 swap *1.20, 32x128 s12 swap *1.29, 32x128 s12 k2 swap *1.29,
+    32x128 s12 k4 swap *1.18, 48x128 s12 swap *1.32, 48x128 s12 k4 swap *1.18, 64x64 s12 swap *1.35,
+    64x64 s12 k2 swap *1.23, 64x128 s12 swap *1.29, 64x128 s12 k2 swap *1.22, 64x128 s12 k4 swap *1.16,
+    80x128 s10 swap *1.24, 96x128 s9 swap *1.30, 128x128 s8 swap *1.40, 128x64 s8 *1.29, 128x64 s8 k2 *1.20,
+    128x128 s6 k2 *1.26, 256x64 s5 *1.06, 256x128 s4 *1.20
 """
 # Of many rows: weights that have been expanded, and those that can't be (docs/fp4.md).
 FP4_MANY_ROWS_MENUS = {

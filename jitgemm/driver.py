@@ -70,16 +70,6 @@ def allow_smem(kernel: int, smem_bytes: int, device: int) -> None:
     check(driver.cuKernelSetAttribute(attribute, smem_bytes, driver.CUkernel(kernel), driver.CUdevice(device)))
 
 
-PORTABLE_CLUSTER = 8
-"""CTAs of a cluster that every device with clusters can run; Hopper has 16 in all its GPCs."""
-
-
-def allow_large_clusters(kernel: int, device: int) -> None:
-    """Let a kernel have clusters of more than ``PORTABLE_CLUSTER`` CTAs on a device."""
-    attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED
-    check(driver.cuKernelSetAttribute(attribute, 1, driver.CUkernel(kernel), driver.CUdevice(device)))
-
-
 def function_attribute(kernel: int, name: str, device: int) -> int:
     """An attribute of a loaded kernel, such as ``LOCAL_SIZE_BYTES`` or ``NUM_REGS``."""
     attribute = getattr(driver.CUfunction_attribute, f"CU_FUNC_ATTRIBUTE_{name}")

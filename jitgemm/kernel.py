@@ -15,7 +15,6 @@ from jitgemm.builder import build
 from jitgemm.compiler import Cubin, driver_version, version_text
 from jitgemm.errors import DriverError
 from jitgemm.families import KernelSpec, family_of
-from jitgemm.families.plain import PlainFamily
 from jitgemm.nvtx import range_if_asked
 from jitgemm.problem import Problem
 
@@ -81,8 +80,6 @@ def _load(spec: KernelSpec, device: int, cubin: Cubin) -> Kernel:
     smem_bytes = family.smem_bytes(spec)
     try:
         library, handle = driver.load_kernel(cubin.image, cubin.metadata.kernel_name, smem_bytes, device)
-        if isinstance(family, PlainFamily) and family.cluster_ctas(spec) > driver.PORTABLE_CLUSTER:
-            driver.allow_large_clusters(handle, device)
     except DriverError as error:
         version = driver_version()
         raise DriverError(

@@ -115,6 +115,15 @@ SHAPES_FILE_KINDS = {f"{kind}_gemm": kind for kind in KINDS}
 """A problem's ``kind`` in a shapes file -> its kind."""
 
 
+def producer_stores(kind: str, shape: KernelShape) -> bool:
+    """Whether a tile is stored while the next one is computed: along K where all of it can be staged at once."""
+    return kind == "k_grouped" and shape.store_columns == shape.mma_n
+
+
+STORE_BARRIERS_BYTES = 16
+"""Of shared memory, behind those of the ring: the template's ``StagedTile``."""
+
+
 class BatchedGemm:
     """The kernels of several GEMMs at once."""
 
@@ -156,6 +165,7 @@ class BatchedGemm:
             "grouping": "",
             "stack": "k_grouped" if spec["kind"] == "k_grouped" else "batched",
             "most_groups": MOST_GROUPS_OF_K,
+            "producer_stores": producer_stores(spec["kind"], self.shape(spec)),
         }
 
     def num_threads(self, spec: KernelSpec) -> int:
@@ -164,7 +174,8 @@ class BatchedGemm:
 
     def smem_bytes(self, spec: KernelSpec) -> int:
         """Dynamic shared memory of a block, in bytes."""
-        return self.shape(spec).smem_bytes
+        shape = self.shape(spec)
+        return shape.smem_bytes + STORE_BARRIERS_BYTES * producer_stores(spec["kind"], shape)
 
     def describe(self, spec: KernelSpec) -> str:
         """One line for people."""

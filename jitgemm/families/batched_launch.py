@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 from jitgemm.driver import Arguments, Launch, ensure_context
 from jitgemm.errors import DriverError, ProblemError
-from jitgemm.families.batched import MOST_GROUPS_OF_K, BatchedProblem
-from jitgemm.families.gemm import ROWS_STORED, GemmConfig, kernel_shape, scale_blocks
+from jitgemm.families.batched import MOST_GROUPS_OF_K, BatchedProblem, producer_stores
+from jitgemm.families.gemm import MMA_M, ROWS_STORED, GemmConfig, kernel_shape, scale_blocks
 from jitgemm.families.gemm_launch import ScaleStrides, divisor, raster_fields, raster_group, scale_fields
 from jitgemm.families.grouped_launch import Stack
 from jitgemm.kernel import Kernel
@@ -138,7 +138,8 @@ class BatchedGeometry:
         self._d_map = None
         if self._d_rows_aligned and config.split_k == 1:
             width = shape.store_row_bytes
-            height = shape.store_columns if swap else ROWS_STORED
+            rows = MMA_M if producer_stores(problem.kind, shape) else ROWS_STORED
+            height = shape.store_columns if swap else rows
             self._d_map = _map(problem.d_dtype, d, width // shape.d_bytes, height, width)
         if a is not None and b is not None:
             a_maps = self._operand(a, problem.dense.a_major, config.tile_m, config.cluster_n)

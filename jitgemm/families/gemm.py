@@ -736,6 +736,7 @@ class Gemm:
             **config.to_dict(),
             **{name: getattr(shape, name) for name in derived},
             "stack": "",
+            "producer_stores": False,
             "few_boundaries_step": FEW_BOUNDARIES_STEP,
             "fp8": shape.problem.traits.is_fp8,
             "b_format": "e5m2" if shape.expands else shape.problem.traits.b_format,

@@ -6,6 +6,7 @@ from jitgemm.families.base import KernelSpec
 from jitgemm.families.plain import Field, PlainFamily
 
 WARP = 32  # threads
+VECTOR = 8  # BF16 of one load
 MAX_EXPERTS = 1024
 MAX_TOPK = 32
 MAX_COMBINED = 16  # rows of a token that are added up: all are loaded at once
@@ -33,7 +34,11 @@ class _TopkFamily(PlainFamily):
         return tokens if spec["by_block"] else -(-tokens // (_GATE_THREADS // WARP))
 
     def render_context(self, spec: KernelSpec) -> dict[str, object]:
-        return {**super().render_context(spec), "threads": self.num_threads(spec)}
+        threads = self.num_threads(spec)
+        # Few registers, so that a block finds room beside those of the kernel ahead, but enough for a lane's experts.
+        many = spec["per_lane"] > 12
+        at_once = (1024 if many else 1536) if spec["by_block"] else (512 if many else 1024)  # threads
+        return {**super().render_context(spec), "threads": threads, "blocks_per_sm": at_once // threads}
 
 
 def gates_by_block(tokens: int, experts: int, hashed: bool) -> bool:
@@ -52,7 +57,9 @@ TOPK_GATE = _TopkFamily(
         Field("indices", "void*", "[tokens, topk]"),
         Field("weights", "float*", "[tokens, topk]"),
         Field("logits_row_stride", "int64_t", "elements"),
+        Field("part_stride", "int64_t", "elements between parts of a logit"),
         Field("vocabulary", "int64_t"),
+        Field("parts", "int32_t", "of a logit; of several the kernel ahead has waited for all else"),
         Field("tokens", "int32_t"),
         Field("experts", "int32_t"),
         Field("topk", "int32_t"),
@@ -67,93 +74,94 @@ TOPK_GATE = _TopkFamily(
 )
 
 
-MMA_EXPERTS = 8  # columns of an MMA
-CLUSTER_THREADS = 512
-CLUSTER_CTAS = 16
-"""CTAs that have all experts of some tokens: enough to read the weights at half the memory's bandwidth, and to be
-done before a second kernel would have begun."""
-CLUSTER_TOKENS = 8, 16
-MAX_CLUSTER_TOKENS = 64
-"""Tokens whose gate is one kernel; more keep the tensor cores of a GEMM busy."""
-MAX_CLUSTER_EXPERTS = 512
-_BATCH_REGISTERS = 80  # of a thread, for vectors that are on their way
+LOGITS_EXPERTS = 32  # of a block
+_LOGITS_WARPS = 8
+MMA_TOKENS = 8  # columns of an MMA
+MAX_FEW_TOKENS = 64
+"""Tokens whose logits have a kernel of their own; more keep a GEMM busy."""
+TOKEN_TILES = 1, 2, 4, 8
+_WARP_TILES = 4  # of tokens, that a warp has registers for
+PIECE = 4  # vectors of K that a warp loads of each row at once
+_BATCH_REGISTERS = 80  # of a thread, for vectors on their way; the kernel behind needs its share
+_PITCH = LOGITS_EXPERTS + 4  # floats
+_LEAST_PIECES = 2  # of a warp in a part
 
 
-class _GateFamily(PlainFamily):
-    def of(self, arch: str, experts: int, tokens: int, scores: str, hashed: bool, long_indices: bool) -> KernelSpec:
-        """The spec of the kernel for clusters of so many tokens."""
-        ctas = CLUSTER_CTAS
-        tiles = -(-experts // (MMA_EXPERTS * ctas))
-        return self.spec(
-            arch,
-            tokens=tokens,
-            ctas=ctas,
-            tiles=tiles,
-            per_lane=-(-experts // WARP),
-            batch=max(1, _BATCH_REGISTERS // (4 * (tiles + tokens // 8))),
-            scores=scores,
-            hashed=hashed,
-            long_indices=long_indices,
-        )
+class _LogitsFamily(PlainFamily):
+    def of(self, arch: str, token_tiles: int) -> KernelSpec:
+        """The spec of the kernel for up to so many times 8 tokens."""
+        mine = min(token_tiles, _WARP_TILES)
+        batch = _BATCH_REGISTERS // (4 * (LOGITS_EXPERTS // MMA_TOKENS + mine))
+        return self.spec(arch, token_tiles=mine, warps_t=token_tiles // mine, batch=batch)
 
     def render_context(self, spec: KernelSpec) -> dict[str, object]:
-        return {**super().render_context(spec), "warps": CLUSTER_THREADS // WARP}
+        made = {"warps_k": self.warps_k(spec), "experts": LOGITS_EXPERTS, "pitch": _PITCH}
+        return {**super().render_context(spec), **made}
 
-    def cluster_ctas(self, spec: KernelSpec) -> int:
-        """CTAs of a cluster."""
-        return int(spec["ctas"])
+    def warps_k(self, spec: KernelSpec) -> int:
+        """Warps that take turns with K."""
+        return _LOGITS_WARPS // int(spec["warps_t"])
+
+    def smem_bytes(self, spec: KernelSpec) -> int:
+        """The sums of all warps that share tokens."""
+        return 4 * _PITCH * self.warps_k(spec) * _tokens_of(spec)
 
 
-MOE_GATE = _GateFamily(
-    "moe_gate",
+def _tokens_of(spec: KernelSpec) -> int:
+    return int(MMA_TOKENS * spec["token_tiles"] * spec["warps_t"])
+
+
+GATE_LOGITS = _LogitsFamily(
+    "gate_logits",
     (
         Field("x", "const uint4*", "BF16 [tokens, width]"),
         Field("weight", "const uint4*", "BF16 [experts, width]"),
-        *TOPK_GATE.fields[1:7],
+        Field("logits", "float*", "[parts, tokens, experts]"),
         Field("x_row_stride", "int64_t", "vectors"),
         Field("weight_row_stride", "int64_t", "vectors"),
-        Field("vocabulary", "int64_t"),
         Field("vectors", "int32_t", "width / 8"),
-        *TOPK_GATE.fields[9:],
+        Field("pieces_per_part", "int32_t", "of 4 vectors"),
+        Field("longer_parts", "int32_t", "the first ones, which have a piece more"),
+        Field("tokens", "int32_t"),
+        Field("experts", "int32_t"),
     ),
-    num_threads=CLUSTER_THREADS,
-    describe=lambda spec: (
-        f"{spec['scores']} {'hashed ' if spec['hashed'] else ''}experts<={MMA_EXPERTS * spec['ctas'] * spec['tiles']}"
-        f" tokens {spec['tokens']} {'int64' if spec['long_indices'] else 'int32'}"
-    ),
+    num_threads=WARP * _LOGITS_WARPS,
+    describe=lambda spec: f"tokens<={_tokens_of(spec)}",
 )
 
 
-def one_kernel_gates(tokens: int, experts: int) -> bool:
-    """Whether the gate of so many tokens is one kernel."""
-    return tokens <= MAX_CLUSTER_TOKENS and experts <= MAX_CLUSTER_EXPERTS
+def choose_token_tiles(tokens: int) -> int:
+    """Columns of MMAs for so many tokens."""
+    return next(tiles for tiles in TOKEN_TILES if tokens <= MMA_TOKENS * tiles)
 
 
-def choose_cluster_tokens(tokens: int) -> int:
-    """Tokens of a cluster of the gate's one kernel."""
-    return CLUSTER_TOKENS[tokens > CLUSTER_TOKENS[0]]
+def choose_parts(experts: int, pieces: int, warps_k: int, num_sms: int) -> int:
+    """Parts of K that fill the multiprocessors, but leave each warp enough of it."""
+    blocks = -(-experts // LOGITS_EXPERTS)
+    return max(1, min(num_sms // blocks, -(-pieces // (_LEAST_PIECES * warps_k))))
 
 
 MAP_THREADS = 512
-_MAP_ROUNDS = 8  # items of a lane
-MAP_ITEMS = MAP_THREADS * _MAP_ROUNDS
-"""Choices of experts that one block ranks."""
-MAP_PHASES = "one round", "single", "count", "assign"
+_FEW_ROUNDS = 1, 2  # items of a lane where one kernel does everything
+_MANY_ROUNDS = 8  # where each of a round's blocks would add up the counts of too many others
+_MAP_BLOCKS = 128  # of a round
+MAP_KERNELS = (
+    *(("single", rounds) for rounds in _FEW_ROUNDS),
+    *((phase, rounds) for rounds in (1, _MANY_ROUNDS) for phase in ("count", "assign")),
+)
 
 
 class _MapFamily(PlainFamily):
-    def of(self, arch: str, layout: str, phase: str, long_indices: bool) -> KernelSpec:
-        """The spec of the kernel of one of ``MAP_PHASES``."""
-        # Few items have a lane each: a third of the code, of which all is fetched first.
-        rounds = 1 if phase == "one round" else _MAP_ROUNDS
-        name = "single" if phase == "one round" else phase
-        return self.spec(arch, layout=layout, phase=name, rounds=rounds, long_indices=long_indices)
+    def of(self, arch: str, layout: str, phase: str, rounds: int, long_indices: bool) -> KernelSpec:
+        """The spec of the kernel of one of ``MAP_KERNELS``."""
+        return self.spec(arch, layout=layout, phase=phase, rounds=rounds, long_indices=long_indices)
 
-    def phases(self, items: int) -> tuple[str, ...]:
-        """The kernels, in turn, for so many choices of experts."""
-        if items > MAP_ITEMS:
-            return "count", "assign"
-        return ("one round",) if items <= MAP_THREADS else ("single",)
+    def phases(self, items: int) -> tuple[tuple[str, ...], int]:
+        """The kernels, in turn, for so many choices of experts, and their rounds."""
+        for rounds in _FEW_ROUNDS:
+            if items <= MAP_THREADS * rounds:
+                return ("single",), rounds
+        return ("count", "assign"), 1 if items <= MAP_THREADS * _MAP_BLOCKS else _MANY_ROUNDS
 
     def render_context(self, spec: KernelSpec) -> dict[str, object]:
         return {**super().render_context(spec), "max_experts": MAX_EXPERTS}

@@ -84,10 +84,6 @@ class PlainFamily:
         """Dynamic shared memory of a block, in bytes."""
         return self._smem_bytes(spec)
 
-    def cluster_ctas(self, spec: KernelSpec) -> int:
-        """CTAs of a cluster, which the kernel itself asks for."""
-        return 1
-
     def describe(self, spec: KernelSpec) -> str:
         """One line for people."""
         return f"{self.name} {self._describe(spec)}".rstrip()

@@ -23,17 +23,16 @@ from jitgemm.families.hyper_connections import (
     STREAMS,
 )
 from jitgemm.families.moe import (
-    CLUSTER_TOKENS,
-    MAP_PHASES,
+    GATE_LOGITS,
+    MAP_KERNELS,
     MAX_COMBINED,
     MAX_EXPERTS,
     MOE_COMBINE,
-    MOE_GATE,
     MOE_MAP,
     MOE_PERMUTE,
+    TOKEN_TILES,
     TOPK_GATE,
     gates_by_block,
-    one_kernel_gates,
 )
 from jitgemm.families.pack_scales import PACK_UE8M0
 
@@ -57,18 +56,12 @@ def _mixing(arch: str, head: bool, precision: str, dtype: str = "bf16") -> list[
 
 
 def _maps(arch: str, layout: str, index_dtype: str) -> list[KernelSpec]:
-    return [MOE_MAP.of(arch, layout, phase, index_dtype == "int64") for phase in MAP_PHASES]
+    return [MOE_MAP.of(arch, layout, *kernel, index_dtype == "int64") for kernel in MAP_KERNELS]
 
 
-def _gates(arch: str, experts: int, scores: str, hashed: bool, index_dtype: str) -> list[KernelSpec]:
+def _gates(arch: str, **fields: Any) -> list[KernelSpec]:
     """Those of few tokens and of many."""
-    long_indices = index_dtype == "int64"
-    one = [
-        MOE_GATE.of(arch, experts, tokens, scores, hashed, long_indices)
-        for tokens in CLUSTER_TOKENS
-        if one_kernel_gates(tokens, experts)
-    ]
-    return [*one, *_topk_gates(arch, experts, scores, hashed, index_dtype)]
+    return [*(GATE_LOGITS.of(arch, tiles) for tiles in TOKEN_TILES), *_topk_gates(arch, **fields)]
 
 
 def _topk_gates(arch: str, experts: int, scores: str, hashed: bool, index_dtype: str) -> list[KernelSpec]:

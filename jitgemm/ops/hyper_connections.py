@@ -547,6 +547,7 @@ def _mixing_plan(
         HC_MIX,
         HC_MIX.of(gpu.arch, head, fp32, per_block),
         (tokens + (0 if head else -(-tokens // per_block)), -(-width // COLUMNS)),
+        follows=True,
         tokens=tokens,
         vectors=width // VECTOR,
         splits=splits,

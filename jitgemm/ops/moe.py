@@ -16,18 +16,22 @@ from jitgemm.errors import ProblemError
 from jitgemm.families.moe import (
     COMBINE_THREADS,
     EXPAND_THREADS,
-    MAP_ITEMS,
+    GATE_LOGITS,
+    LOGITS_EXPERTS,
+    MAP_THREADS,
     MAX_COMBINED,
     MAX_EXPERTS,
+    MAX_FEW_TOKENS,
     MAX_TOPK,
     MOE_COMBINE,
-    MOE_GATE,
     MOE_MAP,
     MOE_PERMUTE,
+    PIECE,
     TOPK_GATE,
-    choose_cluster_tokens,
+    VECTOR,
+    choose_parts,
+    choose_token_tiles,
     gates_by_block,
-    one_kernel_gates,
 )
 from jitgemm.families.plain import PlainLaunch
 from jitgemm.families.small_problem import LAYOUTS, SCORES, SmallProblem
@@ -91,8 +95,8 @@ def moe_gate(
 ) -> tuple[Tensor, Tensor]:
     """``topk_gate`` of the logits ``x @ weight.T``, which are FP32 sums of exact products.
 
-    One kernel for up to 64 tokens and 512 experts, else a GEMM and ``topk_gate``; always these with the setting
-    ``batch_invariant``.
+    The logits of up to 64 tokens have a kernel of their own; those of more, and all with the setting
+    ``batch_invariant``, are made by ``bf16_gemm_nt``.
 
     Args:
         x: bf16 [tokens, width], as ``bf16_gemm_nt`` takes it.
@@ -360,15 +364,7 @@ def _gate(
         if tokens == 0:
             return lambda logits, *_: _empty_gate(logits, topk, index_dtype)
         where = Gpu(logits, problem)
-        by_block = gates_by_block(tokens, experts, hashed)
-        spec = TOPK_GATE.of(where.arch, experts, scores, hashed, index_dtype == torch.int64, by_block)
-        launch = where.launch(
-            TOPK_GATE,
-            spec,
-            (TOPK_GATE.blocks(spec, tokens),),
-            logits_row_stride=row_stride(logits),
-            **_gate_numbers(tokens, experts, topk, tid2eid, input_ids, route_scale),
-        )
+        launch = _topk_launch(where, logits, 1, topk, scores, route_scale, tid2eid, input_ids, index_dtype)
 
         def call(logits: Tensor, *optional: Tensor | None) -> tuple[Tensor, Tensor]:
             indices, weights = _empty_gate(logits, topk, index_dtype)
@@ -382,6 +378,40 @@ def _gate(
     tensors, numbers = (logits, bias, tid2eid, input_ids, mask), (topk, scores, route_scale, index_dtype)
     indices, weights = plan_of("topk_gate", tensors, numbers, make)(*tensors)
     return indices, weights
+
+
+def _topk_launch(
+    gpu: Gpu,
+    logits: Tensor,
+    parts: int,
+    topk: int,
+    scores: str,
+    route_scale: float,
+    tid2eid: Tensor | None,
+    input_ids: Tensor | None,
+    index_dtype: torch.dtype,
+) -> PlainLaunch:
+    """The launch that chooses experts; several parts of logits are those of the kernel ahead, one after the other."""
+    tokens, experts = logits.shape
+    hashed = tid2eid is not None
+    spec = TOPK_GATE.of(
+        gpu.arch, experts, scores, hashed, index_dtype == torch.int64, gates_by_block(tokens, experts, hashed)
+    )
+    return gpu.launch(
+        TOPK_GATE,
+        spec,
+        (TOPK_GATE.blocks(spec, tokens),),
+        follows=parts > 1,
+        logits_row_stride=row_stride(logits),
+        part_stride=tokens * experts,
+        vocabulary=0 if tid2eid is None else tid2eid.shape[0],
+        parts=parts,
+        tokens=tokens,
+        experts=experts,
+        topk=topk,
+        ids_are_long=int(input_ids is not None and input_ids.dtype == torch.int64),
+        route_scale=route_scale,
+    )
 
 
 def _check_moe_gate(
@@ -449,9 +479,9 @@ def _moe_gate(
         problem = SmallProblem.make(
             "moe_gate", experts=experts, scores=scores, hashed=hashed, index_dtype=_dtype_name(index_dtype)
         )
-        # The sums of a batch-invariant GEMM do not depend on how many tokens there are; one kernel's would.
-        one_kernel = one_kernel_gates(tokens, experts) and not settings.current().batch_invariant
-        if not (gpu and one_kernel and tokens and width and _rows_of_vectors(x, weight)):
+        # The sums of a batch-invariant GEMM do not depend on how many tokens there are.
+        few = 0 < tokens <= MAX_FEW_TOKENS and width and not settings.current().batch_invariant
+        if not (gpu and few and _rows_of_vectors(x, weight)):
 
             def in_turn(
                 x: Tensor,
@@ -468,25 +498,33 @@ def _moe_gate(
             return in_turn
         record_if_asked(problem)
         where = Gpu(x, problem)
-        per_cluster = choose_cluster_tokens(tokens)
-        spec = MOE_GATE.of(where.arch, experts, per_cluster, scores, hashed, index_dtype == torch.int64)
-        launch = where.launch(
-            MOE_GATE,
+        spec, pieces = GATE_LOGITS.of(where.arch, choose_token_tiles(tokens)), -(-width // (VECTOR * PIECE))
+        parts = choose_parts(experts, pieces, GATE_LOGITS.warps_k(spec), where.num_sms)
+        logits_of = where.launch(
+            GATE_LOGITS,
             spec,
-            (-(-tokens // per_cluster) * MOE_GATE.cluster_ctas(spec),),
-            x_row_stride=row_stride(x) * x.element_size() // ALIGNMENT,
-            weight_row_stride=row_stride(weight) * weight.element_size() // ALIGNMENT,
-            vectors=width * x.element_size() // ALIGNMENT,
-            **_gate_numbers(tokens, experts, topk, tid2eid, input_ids, route_scale),
+            (-(-experts // LOGITS_EXPERTS), parts),
+            x_row_stride=row_stride(x) // VECTOR,
+            weight_row_stride=row_stride(weight) // VECTOR,
+            vectors=width // VECTOR,
+            pieces_per_part=pieces // parts,
+            longer_parts=pieces % parts,
+            tokens=tokens,
+            experts=experts,
         )
+        like = x.new_empty((tokens, experts), dtype=torch.float32)
+        choose = _topk_launch(where, like, parts, topk, scores, route_scale, tid2eid, input_ids, index_dtype)
 
         def call(x: Tensor, weight: Tensor, *optional: Tensor | None) -> tuple[Tensor, Tensor]:
-            indices = x.new_empty((tokens, topk), dtype=index_dtype)
-            weights = x.new_empty((tokens, topk), dtype=torch.float32)
             operands = x.data_ptr(), weight.data_ptr()
             check_aligned(("x", "weight"), operands)
+            indices = x.new_empty((tokens, topk), dtype=index_dtype)
+            weights = x.new_empty((tokens, topk), dtype=torch.float32)
+            logits = x.new_empty((parts, tokens, experts), dtype=torch.float32)
             addresses = (0 if tensor is None else tensor.data_ptr() for tensor in optional)
-            launch(raw_stream(where.ordinal), *operands, *addresses, indices.data_ptr(), weights.data_ptr())
+            stream = raw_stream(where.ordinal)
+            logits_of(stream, *operands, logits.data_ptr())
+            choose(stream, logits.data_ptr(), *addresses, indices.data_ptr(), weights.data_ptr())
             return indices, weights
 
         return where.here(call)
@@ -495,20 +533,6 @@ def _moe_gate(
     numbers = (topk, scores, route_scale, index_dtype)
     indices, weights = plan_of("moe_gate", tensors, numbers, make)(*tensors)
     return indices, weights
-
-
-def _gate_numbers(
-    tokens: int, experts: int, topk: int, tid2eid: Tensor | None, input_ids: Tensor | None, route_scale: float
-) -> dict[str, int | float]:
-    """What both gates' kernels take."""
-    return {
-        "vocabulary": 0 if tid2eid is None else tid2eid.shape[0],
-        "tokens": tokens,
-        "experts": experts,
-        "topk": topk,
-        "ids_are_long": int(input_ids is not None and input_ids.dtype == torch.int64),
-        "route_scale": route_scale,
-    }
 
 
 def _dtype_name(dtype: torch.dtype) -> str:
@@ -595,15 +619,17 @@ def _permutation(
             )
         where = Gpu(indices, problem)
         rows = reference.num_rows(items, experts, layout, alignment, max_m)
-        blocks = max(1, -(-items // MAP_ITEMS))
-        # Few items: blocks that each count all, as many as there are rows for. Else one a part of the items.
-        clearing = max(1, min(where.num_sms, rows // _ROWS_OF_A_BLOCK)) if blocks == 1 else blocks
+        phases, rounds = MOE_MAP.phases(items)
+        blocks = max(1, -(-items // (MAP_THREADS * rounds)))
+        # That clear rows; where these are many, more than have choices. One kernel's blocks each count all choices.
+        clearing = max(blocks, min(where.num_sms, rows // _ROWS_OF_A_BLOCK))
 
         def launch_of(phase: str) -> PlainLaunch:
             return where.launch(
                 MOE_MAP,
-                MOE_MAP.of(where.arch, layout, phase, indices.dtype == torch.int64),
-                (clearing,),
+                MOE_MAP.of(where.arch, layout, phase, rounds, indices.dtype == torch.int64),
+                (blocks if phase == "assign" else clearing,),
+                follows=phase == "assign",
                 items=items,
                 rows=rows,
                 rows_per_block=-(-rows // clearing),
@@ -613,11 +639,11 @@ def _permutation(
                 max_m=max_m,
             )
 
-        launches = [launch_of(phase) for phase in MOE_MAP.phases(items)]
+        launches = [launch_of(phase) for phase in phases]
 
         def call(indices: Tensor, weights: Tensor | None) -> _Permutation:
             outputs = _empty_permutation(indices, weights, experts, layout, alignment, max_m)
-            counts = None if blocks == 1 else indices.new_empty(blocks * experts, dtype=torch.int32)
+            counts = None if len(launches) == 1 else indices.new_empty(clearing * experts, dtype=torch.int32)
             addresses = (
                 indices.data_ptr(),
                 0 if weights is None else weights.data_ptr(),

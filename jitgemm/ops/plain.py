@@ -214,9 +214,21 @@ class Gpu:
         self.num_sms = min(num_sms, self._settings.num_sms or num_sms)
 
     def launch(
-        self, family: PlainFamily, spec: KernelSpec, grid: tuple[int, int] | tuple[int], **numbers: int | float
+        self,
+        family: PlainFamily,
+        spec: KernelSpec,
+        grid: tuple[int, int] | tuple[int],
+        follows: bool = False,
+        **numbers: int | float,
     ) -> PlainLaunch:
         """The launch of a kernel, loaded.
+
+        Args:
+            family: of the kernel.
+            spec: of the kernel.
+            grid: blocks.
+            follows: it is launched behind a kernel that lets it begin early, whatever the setting ``pdl``.
+            **numbers: fields of its ``Params``.
 
         Raises:
             ProblemError: it would be larger than a grid can be.
@@ -226,7 +238,7 @@ class Gpu:
             raise ProblemError(f"the call takes a grid of {x} x {y} blocks; accepted are {MAX_GRID} x {MAX_GRID_Y}")
         kernel = load(spec, self.ordinal, self._problem)
         range_name = f"jitgemm {family.describe(spec)} grid {x}x{y}" if self._settings.nvtx else None
-        return PlainLaunch(family, kernel, (x, y, 1), numbers, self._settings.pdl, range_name)
+        return PlainLaunch(family, kernel, (x, y, 1), numbers, self._settings.pdl or follows, range_name)
 
     def here(self, call: Call) -> Call:
         """The plan with this device current while it runs."""

@@ -18,10 +18,6 @@ __device__ __forceinline__ void cluster_sync_relaxed() {
   asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
 }
 
-// That in two halves, with other work between them.
-__device__ __forceinline__ void cluster_arrive_relaxed() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
-__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
-
 __device__ __forceinline__ float4 load_remote_float4(uint32_t address, uint32_t cta) {
   float4 value;
   asm volatile(
@@ -30,11 +26,4 @@ __device__ __forceinline__ float4 load_remote_float4(uint32_t address, uint32_t 
       : "r"(address), "r"(cta)
       : "memory");
   return value;
-}
-
-// To the same place in another CTA's shared memory, which must have begun.
-__device__ __forceinline__ void store_remote(float* target, uint32_t cta, float value) {
-  asm volatile("{\n .reg .b32 remote;\n mapa.shared::cluster.u32 remote, %0, %1;\n st.shared::cluster.f32 [remote], %2;\n}" ::"r"(smem_address(target)),
-               "r"(cta), "f"(value)
-               : "memory");
 }

@@ -14,6 +14,12 @@ constexpr int WARPGROUP = 128;  // threads
 template <typename T>
 __device__ __forceinline__ constexpr T min_of(T x, T y) { return x < y ? x : y; }
 
+// A number that the type knows, for a function that is to have code of its own for it.
+template <int VALUE>
+struct Known {
+  __device__ __forceinline__ constexpr operator int() const { return VALUE; }
+};
+
 __device__ __forceinline__ uint32_t smem_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
@@ -25,9 +31,13 @@ __device__ __forceinline__ bool elect_one() {
   return elected != 0;
 }
 
-// PTX ISA, griddepcontrol: a no-op unless the launch asked for programmatic stream serialization. No kernel here triggers
-// its dependents (launch_dependents): blocks that come before the last one ahead has ended wake up late from this wait.
+// PTX ISA, griddepcontrol: no-ops unless the launch, or that of the kernel behind, asked for programmatic stream serialization.
 __device__ __forceinline__ void grid_dependency_wait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
+// The kernel behind may begin: for pairs of which the first leaves room for the second on the multiprocessors, and has waited
+// itself, so that the second needs to wait for the first's results only. No other kernel does this: blocks that come early and
+// take room, or wait long, cost more than they gain.
+__device__ __forceinline__ void grid_dependency_launch() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 
 __device__ __forceinline__ float load_shared(uint32_t address) {
   float value;

@@ -87,6 +87,30 @@ __device__ __forceinline__ void stage_tile(uint32_t staging, const float* values
   }
 }
 
+// stage_tile for FP32 in rows of 128 bytes, without bank conflicts. The 4 rows that half a warp writes at a time have 32 bytes each of
+// the same columns, which the swizzle spreads over half of the banks: odd rows take turns with the columns 16 further.
+template <int COLUMNS>
+__device__ __forceinline__ void stage_wide_tile(uint32_t staging, const float* values) {
+  static_assert(COLUMNS % 32 == 0);
+  constexpr int ROW_BYTES = 128;
+  const uint32_t lane = threadIdx.x % WARP, warp = threadIdx.x / WARP % 4, row = 16 * warp + lane / 4, pair = lane % 4;
+  const bool odd = row % 2;
+  const auto store = [](uint32_t address, float x, float y) { asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(x), "f"(y) : "memory"); };
+#pragma unroll
+  for (int slab = 0; slab < COLUMNS / 32; ++slab)
+#pragma unroll
+    for (uint32_t j = 0; j < 2; ++j) {
+      const uint32_t address = staging + slab * (64 * ROW_BYTES) + swizzled<ROW_BYTES>(row, (2 * j + pair / 2) ^ (odd ? 4 : 0)) + pair % 2 * 8;
+#pragma unroll
+      for (uint32_t half = 0; half < 2; ++half) {
+        const float *near = values + 16 * slab + 4 * j + 2 * half, *far = near + 8;
+        const uint32_t at = address + half * 8 * ROW_BYTES;  // rows 8 apart are swizzled alike
+        store(at, odd ? far[0] : near[0], odd ? far[1] : near[1]);
+        store(at ^ 64, odd ? near[0] : far[0], odd ? near[1] : far[1]);
+      }
+    }
+}
+
 // D and C as plain matrices: any base, any row stride.
 struct PlainMatrix {
   void* pointer;

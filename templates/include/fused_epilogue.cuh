@@ -201,7 +201,10 @@ __device__ __forceinline__ void store_shared_pair(uint32_t address, float x, flo
   asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(x), "f"(y) : "memory");
 }
 
+// By whole warps, at the same barrier: where the compiler does not know that, it takes all that follows for divergent code, and
+// descriptors of MMAs leave the uniform registers.
 __device__ __forceinline__ void barrier_wait_for_cluster(uint32_t barrier, uint32_t parity) {
+  barrier = __shfl_sync(0xffffffff, barrier, 0), parity = __shfl_sync(0xffffffff, parity, 0);
   asm volatile(
       "{\n .reg .pred done;\n WAIT:\n mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n @done bra DONE;\n bra WAIT;\n"
       " DONE:\n}" ::"r"(barrier),

@@ -60,23 +60,36 @@ struct GroupBlockScales {
   }
 };
 
-// The scale of row `index`, or of the whole operand (stride 0). Volatile: loads of many columns at once would spill.
+// The scale of row `index`, or of the whole operand (stride 0).
 __device__ __forceinline__ float outer_scale(const ScaleMatrix& scales, int index, int end) {
-  float value = 0.f;
-  if (index < end) asm volatile("ld.global.f32 %0, [%1];" : "=f"(value) : "l"(scales.pointer + index * scales.stride_mn));
-  return value;
+  return index < end ? scales.pointer[index * scales.stride_mn] : 0.f;
 }
+
+// Scales of a fragment's columns, or what their sums are multiplied by, a warp's worth in a register: all are on their way at once.
+template <int COLUMNS>
+struct OuterScales {
+  float held[(COLUMNS + WARP - 1) / WARP];  // lane i: of columns i, 32 + i, ...
+
+  __device__ __forceinline__ OuterScales(const ScaleMatrix& scales, int column0, int lane, int end) {
+#pragma unroll
+    for (int i = 0; i * WARP < COLUMNS; ++i) held[i] = outer_scale(scales, column0 + i * WARP + lane, end);
+  }
+  // Of column 8j + 2 * (lane % 4) + next.
+  __device__ __forceinline__ float at(int j, int lane, int next) const {
+    return __shfl_sync(0xffffffff, held[j / 4], j % 4 * 8 + lane % 4 * 2 + next);
+  }
+};
 
 // Multiplies a fragment of COLUMNS columns by the scales of its rows and columns: this thread's rows are row and row + 8.
 template <int COLUMNS>
 __device__ __forceinline__ void multiply_by_outer_scales(float* values, const ScaleMatrix& rows, const ScaleMatrix& columns, int row, int column0,
                                                          int lane, int rows_end, int columns_end) {
+  const OuterScales<COLUMNS> column_scales(columns, column0, lane, columns_end);
   const float upper_scale = outer_scale(rows, row, rows_end);
   const float lower_scale = outer_scale(rows, row + 8, rows_end);
 #pragma unroll
   for (int j = 0; j < COLUMNS / 8; ++j) {
-    const int column = column0 + 8 * j + lane % 4 * 2;
-    const float left = outer_scale(columns, column, columns_end), right = outer_scale(columns, column + 1, columns_end);
+    const float left = column_scales.at(j, lane, 0), right = column_scales.at(j, lane, 1);
     float* v = values + 4 * j;
     v[0] *= upper_scale * left, v[1] *= upper_scale * right, v[2] *= lower_scale * left, v[3] *= lower_scale * right;
   }
@@ -85,10 +98,10 @@ __device__ __forceinline__ void multiply_by_outer_scales(float* values, const Sc
 // Multiplies a fragment of COLUMNS columns by what each column's sums are multiplied by, whose signs say something else.
 template <int COLUMNS>
 __device__ __forceinline__ void multiply_by_column_units(float* values, const ScaleMatrix& units, int column0, int lane, int columns_end) {
+  const OuterScales<COLUMNS> column_units(units, column0, lane, columns_end);
 #pragma unroll
   for (int j = 0; j < COLUMNS / 8; ++j) {
-    const int column = column0 + 8 * j + lane % 4 * 2;
-    const float left = fabsf(outer_scale(units, column, columns_end)), right = fabsf(outer_scale(units, column + 1, columns_end));
+    const float left = fabsf(column_units.at(j, lane, 0)), right = fabsf(column_units.at(j, lane, 1));
     float* v = values + 4 * j;
     v[0] *= left, v[1] *= right, v[2] *= left, v[3] *= right;
   }

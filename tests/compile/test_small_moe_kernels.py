@@ -11,7 +11,7 @@ from jitgemm.compiler import compile_source
 from jitgemm.device import SM90A
 from jitgemm.families import KernelSpec, family_of
 from jitgemm.families.hyper_connections import HC_PRENORM
-from jitgemm.families.moe import MAX_CLUSTER_EXPERTS, MAX_EXPERTS
+from jitgemm.families.moe import MAX_EXPERTS
 from jitgemm.families.plain import PlainFamily
 from jitgemm.families.small_problem import LAYOUTS, PRECISIONS, SCORES, STREAM_DTYPES, SmallProblem
 from jitgemm.families.sum_parts import D_DTYPES, SUM_PARTS
@@ -33,15 +33,7 @@ PROBLEMS = [
         for experts, hashed, dtype in ((384, False, "int32"), (256, True, "int64"))
     ),
     SmallProblem.make("topk_gate", experts=MAX_EXPERTS, scores="softmax", hashed=False, index_dtype="int64"),
-    *(
-        SmallProblem.make("moe_gate", experts=experts, scores=scores, hashed=hashed, index_dtype="int32")
-        for experts, scores, hashed in (
-            (256, "sqrtsoftplus", False),
-            (384, "sqrtsoftplus", False),
-            (MAX_CLUSTER_EXPERTS, "softmax", False),
-            (33, "sigmoid", True),
-        )
-    ),
+    SmallProblem.make("moe_gate", experts=256, scores="sqrtsoftplus", hashed=False, index_dtype="int32"),
     *(SmallProblem.make("moe_permutation", layout=layout, index_dtype="int64") for layout in LAYOUTS),
     *(SmallProblem.make("moe_permute", zero_padding=zero_padding) for zero_padding in (False, True)),
     *(SmallProblem.make("moe_combine", topk=topk) for topk in (1, 6, 16)),

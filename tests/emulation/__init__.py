@@ -17,7 +17,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 from jitgemm.families import KernelSpec, family_of
-from jitgemm.families.plain import PlainFamily
 from jitgemm.render import render
 
 COMPILER = shutil.which("g++")
@@ -60,9 +59,7 @@ def emulate(spec: KernelSpec) -> Run:
     kernel = source.text.replace("extern __shared__ float4 shared[];", "float4* shared = emulation::dynamic_shared;")
     (folder / "kernel.cpp").write_text(kernel + _MAIN % source.name)
     # No fused multiply-add that the source does not ask for; numbers as they are.
-    family = family_of(spec)
-    cluster = family.cluster_ctas(spec) if isinstance(family, PlainFamily) else 1
-    options = ["-std=c++20", "-O0", "-w", "-ffp-contract=off", f"-DCLUSTER={cluster}", "-pthread"]
+    options = ["-std=c++20", "-O0", "-w", "-ffp-contract=off"]
     # Nothing is shared between kernels, not even by name.
     options += ["-fno-gnu-unique", "-shared", "-fPIC", "-o", "kernel.so", "kernel.cpp"]
     done = subprocess.run([COMPILER, *options], cwd=folder, capture_output=True, text=True)

@@ -4,21 +4,17 @@
 // computes is then what its own source says, but for the single instructions below, whose meaning is written out here.
 // Asynchronous copies arrive when they are waited for, and leave NaN from when they are issued. Dynamic shared memory is NaN when
 // a block begins.
-// With CLUSTER, the CTAs of a cluster, each is a CPU thread, and what belongs to a CTA is thread-local.
 #pragma once
 #include <ucontext.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cfenv>
-#include <chrono>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <deque>
 #include <memory>
-#include <thread>
 #include <vector>
 
 #define __device__
@@ -26,13 +22,7 @@
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __grid_constant__
-#define __cluster_dims__(...)
-#if CLUSTER > 1
-#define OF_A_CTA thread_local
-#else
-#define OF_A_CTA
-#endif
-#define __shared__ static OF_A_CTA
+#define __shared__ static
 
 using std::isnan;
 using std::max;
@@ -46,7 +36,7 @@ struct alignas(16) uint4 { uint32_t x, y, z, w; };
 struct alignas(16) float4 { float x, y, z, w; };
 inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
 inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
-inline OF_A_CTA uint3 threadIdx, blockIdx, gridDim;
+inline uint3 threadIdx, blockIdx, gridDim;
 
 // -- Fibers.
 
@@ -67,22 +57,17 @@ struct Fiber {
   ucontext_t context;
   std::unique_ptr<char[]> stack;
   std::deque<std::vector<Copy>> copies;  // that have not arrived, by group; the last one is not committed
-  unsigned cluster_turn;  // of the cluster's barrier, when it arrived there
   bool done;
 };
-inline OF_A_CTA Fiber fibers[MAX_THREADS];
-inline OF_A_CTA ucontext_t scheduler;
-inline OF_A_CTA Barrier block_barrier, warp_barriers[MAX_THREADS / WARP];
-inline OF_A_CTA int current, block_threads, cta_rank;
-inline OF_A_CTA int64_t progress;  // arrivals at barriers, and fibers that are done
-inline OF_A_CTA uint64_t slots[MAX_THREADS];  // what lanes show each other
-inline OF_A_CTA float4* dynamic_shared;
-inline OF_A_CTA char anchor;  // what addresses of a CTA's shared memory are counted from
+inline Fiber fibers[MAX_THREADS];
+inline ucontext_t scheduler;
+inline Barrier block_barrier, warp_barriers[MAX_THREADS / WARP];
+inline int current, block_threads;
+inline int64_t progress;  // arrivals at barriers, and fibers that are done
+inline uint64_t slots[MAX_THREADS];  // what lanes show each other
+inline float4* dynamic_shared;
 inline void (*kernel)(const void*);
 inline const void* params;
-inline std::atomic<int> cluster_arrived;
-inline std::atomic<unsigned> cluster_turn;
-inline char* anchors[CLUSTER];
 
 inline void rest() {
   const int me = current;
@@ -106,10 +91,8 @@ inline void entry() {
   while (true) swapcontext(&fibers[current].context, &scheduler);
 }
 
-// Whether all threads of the block come to their end. Those of a cluster may wait for other blocks, but not for long.
+// Whether all threads of the block come to their end.
 inline bool run_block(int threads) {
-  using Clock = std::chrono::steady_clock;
-  auto last = Clock::now();
   block_threads = threads, block_barrier = {};
   for (int i = 0; i < threads; ++i) {
     Fiber& fiber = fibers[i];
@@ -136,9 +119,7 @@ inline bool run_block(int threads) {
       for (int i = warp; i < warp + WARP; ++i) alive += !fibers[i].done;
     }
     if (alive == 0) return true;
-    if (progress != before) last = Clock::now();
-    else if (CLUSTER == 1 || Clock::now() - last > std::chrono::seconds(10)) return false;
-    else std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    if (progress == before) return false;
   }
 }
 
@@ -148,23 +129,6 @@ inline int run(void (*entry)(const void*), const void* values, int grid_x, int g
   std::vector<float4> memory(smem_bytes / 16 + 1);
   kernel = entry, params = values, dynamic_shared = memory.data();
   gridDim = {unsigned(grid_x), unsigned(grid_y), 1};
-#if CLUSTER > 1
-  for (int first = 0; first < grid_x; first += CLUSTER) {
-    std::atomic<bool> stuck = false;
-    std::vector<std::thread> ctas;
-    cluster_arrived = 0;
-    for (int rank = 0; rank < CLUSTER; ++rank) anchors[rank] = nullptr;
-    for (int rank = 0; rank < CLUSTER; ++rank)
-      ctas.emplace_back([=, &stuck] {
-        gridDim = {unsigned(grid_x), 1, 1}, blockIdx = {unsigned(first + rank), 0, 0};
-        cta_rank = rank, anchors[rank] = &anchor;
-        if (!run_block(threads)) stuck = true;
-      });
-    for (auto& cta : ctas) cta.join();
-    if (stuck) return 1;
-  }
-  return 0;
-#endif
   for (int y = 0; y < grid_y; ++y)
     for (int x = 0; x < grid_x; ++x) {
       blockIdx = {unsigned(x), unsigned(y), 0};
@@ -179,23 +143,6 @@ inline int run(void (*entry)(const void*), const void* values, int grid_x, int g
 
 inline void __syncthreads() { emulation::wait(emulation::block_barrier, emulation::block_threads); }
 inline void __syncwarp() { emulation::wait(emulation::warp_barriers[emulation::current / WARP], WARP); }
-
-// Those of a cluster: all threads of all of its blocks.
-inline uint32_t cluster_cta_rank() { return emulation::cta_rank; }
-inline void cluster_arrive_relaxed() {
-  using namespace emulation;
-  ++progress;
-  fibers[current].cluster_turn = cluster_turn;
-  if (++cluster_arrived == CLUSTER * block_threads) cluster_arrived = 0, ++cluster_turn;
-}
-inline void cluster_wait() {
-  while (emulation::cluster_turn == emulation::fibers[emulation::current].cluster_turn) emulation::rest();
-  ++emulation::progress;
-}
-inline void cluster_sync() { cluster_arrive_relaxed(), cluster_wait(); }
-inline void store_remote(float* target, uint32_t cta, float value) {
-  *reinterpret_cast<float*>(emulation::anchors[cta] + (reinterpret_cast<char*>(target) - &emulation::anchor)) = value;
-}
 
 // A value of each lane of the warp, as the function sees it; then that function's result.
 template <typename T, typename Function>
@@ -233,6 +180,7 @@ inline unsigned __reduce_max_sync(unsigned, unsigned x) {
 }
 inline unsigned __reduce_min_sync(unsigned, unsigned x) { return ~__reduce_max_sync(0, ~x); }
 inline void grid_dependency_wait() {}
+inline void grid_dependency_launch() {}
 template <typename T>
 inline constexpr T min_of(T x, T y) { return x < y ? x : y; }
 
@@ -303,6 +251,7 @@ inline uint32_t floats_to_bf16(float low, float high) { return float_to_bf16(low
 inline uint32_t floats_to_halves(float low, float high) { return float_to_half(low) | uint32_t(float_to_half(high)) << 16; }
 inline float exp2_fast(float x) { return std::exp2(x); }
 inline float reciprocal_fast(float x) { return 1 / x; }
+inline float sqrt_fast(float x) { return std::sqrt(x); }
 inline uint32_t larger_halves(uint32_t x, uint32_t y) { return max(x & 0xffff, y & 0xffff) | max(x >> 16, y >> 16) << 16; }
 inline float min_or_nan(float x, float y) { return std::isnan(x) || std::isnan(y) ? NAN : std::fmin(x, y); }
 inline float max_or_nan(float x, float y) { return std::isnan(x) || std::isnan(y) ? NAN : std::fmax(x, y); }

@@ -17,11 +17,15 @@ class EmulatedGpu:
 
     arch, num_sms, ordinal = "sm_90a", 6, 0
     launches: ClassVar[list[KernelSpec]] = []
+    early: ClassVar[list[str]] = []
+    """Families of kernels that were to begin beside the one ahead."""
 
     def __init__(self, *_: object) -> None:
         pass
 
-    def launch(self, family: PlainFamily, spec: KernelSpec, grid: tuple[int, ...], **numbers: float) -> Any:
+    def launch(
+        self, family: PlainFamily, spec: KernelSpec, grid: tuple[int, ...], follows: bool = False, **numbers: float
+    ) -> Any:
         """A callable as ``PlainLaunch`` is one."""
         assert family_of(spec) is family
         run = emulate(spec)
@@ -30,6 +34,8 @@ class EmulatedGpu:
 
         def launch(_: int, *addresses: int) -> None:
             self.launches.append(spec)
+            if follows:
+                self.early.append(spec.family)
             assert len(addresses) == len(family.pointers)
             params = family.params.pack(*addresses, *values).ljust(family.params_bytes, b"\0")
             run(params, grid, family.num_threads(spec))
@@ -48,6 +54,7 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> Any:
         pytest.skip("g++ is not installed")
     plain.forget_plans()
     EmulatedGpu.launches.clear()
+    EmulatedGpu.early.clear()
     for module in (fp4, hyper_connections, moe, pack_scales):
         monkeypatch.setattr(module, "Gpu", EmulatedGpu)
         monkeypatch.setattr(module, "on_gpu", lambda _: True)

@@ -486,6 +486,25 @@ def test_every_tile_of_groups_along_k(every_tile: None, recipe: str, layout: str
             raise AssertionError(f"{config}: {error}") from None
 
 
+@pytest.mark.parametrize(
+    ("recipe", "config"),
+    [(ROWS, "128x192x128 s3"), (ROWS, "128x128x128 s4"), (ROWS, "16x128x128 s4 swap"), ("bf16", "128x192x64 s3")],
+)
+def test_tiles_are_stored_while_the_next_ones_are_computed(recipe: str, config: str) -> None:
+    """By few blocks, which have many tiles each: of fewer stages than the ring has, of as many, and of more."""
+    stage = 128 if recipe == ROWS else 64
+    ks = [stage * stages for stages in (1, 2, 3, 4, 5, 40)] + [0, stage]
+    for n in (392, 390) if recipe == ROWS else (392,):  # of 390 columns without the copy engine
+        case = KGrouped(recipe, ks, 328, n, layout="nt" if recipe == ROWS else "tn")
+        with settings.override(config=config, num_sms=3):
+            case.check(case.call(case.output()))
+            first = case.call(case.output(), case.c)
+            case.check(first, case.c)
+            for _ in range(3):
+                d = case.c.clone()
+                assert same_bits(case.call(d, d), first)
+
+
 @pytest.mark.parametrize(("recipe", "layout"), KINDS_OF_K[::2])
 def test_a_group_reads_no_other_group(recipe: str, layout: str) -> None:
     case = KGrouped(recipe, uneven(recipe), 128, 128, layout=layout)

@@ -201,8 +201,10 @@ def test_hashed_gate_and_the_whole_gate() -> None:
     assert all(len(set(row)) == 6 for row in indices.tolist())
 
 
-@pytest.mark.parametrize(("experts", "width", "topk"), [(256, 4096, 6), (384, 7168, 6), (33, 72, 8), (512, 1032, 32)])
-def test_gate_in_one_kernel(experts: int, width: int, topk: int) -> None:
+@pytest.mark.parametrize(
+    ("experts", "width", "topk"), [(256, 4096, 6), (384, 7168, 6), (33, 72, 8), (512, 1032, 32), (1000, 520, 4)]
+)
+def test_gate_of_few_tokens(experts: int, width: int, topk: int) -> None:
     wide = torch.full((experts, width + 8), math.nan, device=DEVICE, dtype=torch.bfloat16)
     weight = wide[:, :width]
     weight.copy_(normal(experts, width, seed=1) * 2 / math.sqrt(width))
@@ -210,7 +212,7 @@ def test_gate_in_one_kernel(experts: int, width: int, topk: int) -> None:
     bias = normal(experts, seed=2)
     bias[experts - 1] = bias[0] = 9
     table = torch.randint(-1, experts + 1, (50, topk), device=DEVICE, dtype=torch.int32)
-    for tokens in (1, 2, 8, 9, 16, 17, 63, 64):
+    for tokens in (1, 8, 9, 17, 33, 64):
         x = torch.full((tokens, width + 8), math.nan, device=DEVICE, dtype=torch.bfloat16)[:, :width]
         x.copy_(normal(tokens, width, seed=tokens))
         logits = (x.double() @ weight.double().T).float()
@@ -250,7 +252,7 @@ def choices(tokens: int, experts: int, kind: str) -> Tensor:
 @pytest.mark.parametrize("layout", moe.LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_permutation_and_combination(layout: str, dtype: torch.dtype) -> None:
-    for tokens, kind in [(t, "random") for t in (1, 8, 64, 682, 683, 5000, 65536)] + [(500, "one"), (700, "none")]:
+    for tokens, kind in [(t, "random") for t in (1, 8, 64, 128, 683, 5000, 65536)] + [(500, "one"), (700, "none")]:
         experts, first = (256, 0) if tokens % 2 == 0 else (96, 96)
         indices = choices(tokens, experts + first, kind).to(dtype)
         weights = torch.rand(tokens, 6, device=DEVICE)

@@ -27,6 +27,15 @@ static float __shfl_xor_sync(unsigned, float value, int bit) {
   __syncwarp();
   return other;
 }
+static uint32_t __shfl_sync(unsigned, uint32_t value, int from) {  // of what is the same in all lanes
+  static uint32_t words[2][MOST_WARPS][32];
+  uint32_t* mine = words[this_cta][threadIdx.x / 32];
+  mine[threadIdx.x % 32] = value;
+  __syncwarp();
+  if (mine[from] != value) abort();
+  __syncwarp();
+  return value;
+}
 template <class T> static T& shared(uint32_t address, int cta = this_cta) {
   if (address % sizeof(T)) abort();
   return *reinterpret_cast<T*>(memory[cta] + address);

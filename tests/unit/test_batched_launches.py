@@ -34,7 +34,7 @@ from jitgemm.families.batched_launch import (
 )
 from jitgemm.families.gemm import GemmConfig, kernel_shape
 from jitgemm.families.sum_parts import SUM_PARTS, THREADS, ways_of
-from jitgemm.heuristics.batched import choose_config, problem_of_sum
+from jitgemm.heuristics.batched import candidates, choose_config, problem_of_sum
 from jitgemm.kernel import Kernel
 from jitgemm.ops import batched, plain
 from jitgemm.ops.batched import parts_of_k
@@ -403,6 +403,32 @@ def test_groups_along_k_have_maps_of_their_own(gpu: Gpu) -> None:
     assert common["tiles"] == 2 * -(-m // config.tile_m) * -(-n // config.tile_n)
     assert (common["adds"], common["c"]) == (1, 0)
     assert launched.operand_map("d")[1:4] == (n, m, 3)
+
+
+def test_tiles_along_k_that_are_staged_whole_are_stored_in_boxes_of_64_rows(gpu: Gpu) -> None:
+    a, b, d, ks, counts = k_grouped((256, 1280), 384, 384)
+    for config, box, barriers in (("128x192x128 s3", (32, 64), 16), ("128x192x128 s4", (32, 16), 0)):
+        with settings.override(config=config):
+            jitgemm.k_grouped_fp8_gemm_nt_contiguous(a, b, d, ks, counts, d)
+        launched = gpu.last()
+        assert launched.operand_map("d")[-3:-1] == box
+        family = family_of(launched.kernel)
+        assert family.smem_bytes(launched.kernel) == family.shape(launched.kernel).smem_bytes + barriers  # type: ignore[attr-defined]
+    with settings.override(config="16x128x128 s11 swap"):  # one box for all tokens of 32 columns
+        jitgemm.k_grouped_fp8_gemm_nt_contiguous(a, b, d, ks, counts, d)
+    assert gpu.last().operand_map("d")[-3:-1] == (32, 16)
+
+
+@pytest.mark.parametrize(("recipe", "layout"), [("fp8_1x128_1x128", "nt"), ("bf16", "tn")])
+def test_configs_along_k_leave_room_for_tiles_of_d(recipe: str, layout: str) -> None:
+    problem = BatchedProblem(7168, 4096, recipe, 16, "k_grouped", 4096, layout, "fp32")
+    sliced = []
+    for config in candidates(problem, ()):
+        if kernel_shape(problem.dense.without_sizes(), config).store_columns < config.tile_n and not config.swap_ab:
+            sliced.append((config.tile_m, config.tile_n))
+    # Of these, 3 stages and a tile of D don't fit.
+    assert set(sliced) == ({(256, 128)} if recipe != "bf16" else {(128, 256), (192, 192), (192, 160), (256, 192)})
+    assert str(choose_config(problem, H200)) == ("128x192x128 s3" if recipe != "bf16" else "128x256x64 s4")
 
 
 def test_groups_along_k_in_bf16(gpu: Gpu) -> None:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from emulation.plain import emulated  # noqa: F401 (a fixture)
+from emulation.plain import EmulatedGpu, emulated  # noqa: F401 (a fixture)
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 import jitgemm
-from jitgemm import settings
+from jitgemm import settings, templates
 from jitgemm.errors import ProblemError
-from jitgemm.families.moe import MAP_ITEMS
+from jitgemm.families.moe import MAP_THREADS
 from jitgemm.reference import moe as reference
 from jitgemm.reference.layout import has_mn_major_strides
 
@@ -182,11 +183,14 @@ def test_moe_gate_is_the_gate_of_the_product() -> None:
     [
         ("sqrtsoftplus", 1, 256, 3128, 6),
         ("sqrtsoftplus", 18, 384, 264, 6),
+        ("sqrtsoftplus", 3, 64, 1032, 6),  # K in parts
         ("sigmoid", 8, 33, 8, 8),
         ("softmax", 9, 512, 40, 32),
+        ("softmax", 50, 40, 776, 5),
+        ("sigmoid", 2, 600, 24, 4),
     ],
 )
-def test_gate_in_one_kernel(emulated: Any, kind: str, tokens: int, experts: int, width: int, topk: int) -> None:  # noqa: F811
+def test_gate_of_few_tokens(emulated: Any, kind: str, tokens: int, experts: int, width: int, topk: int) -> None:  # noqa: F811
     # Slices of wider rows, with what must not be read behind them.
     x, weight = (torch.full((rows, width + 8), math.nan, dtype=torch.bfloat16)[:, :width] for rows in (tokens, experts))
     x.copy_(torch.randn(tokens, width, generator=generator()))
@@ -204,10 +208,30 @@ def test_gate_in_one_kernel(emulated: Any, kind: str, tokens: int, experts: int,
         expected = reference.topk_gate(logits, keywords.get("bias"), topk, kind, 1.5, *optional, found[0].dtype)
         same_choice(found, expected, logits, keywords.get("bias"), kind)
         assert found[0].dtype == keywords.get("index_dtype", torch.int32)
-    assert {spec.family for spec in emulated} == {"moe_gate"}
+    assert [spec.family for spec in emulated] == ["gate_logits", "topk_gate"] * 2
 
 
-def test_equal_keys_in_one_kernel(emulated: Any) -> None:  # noqa: F811
+def test_second_kernels_begin_beside_the_first(emulated: Any) -> None:  # noqa: F811
+    x, weight = torch.ones(2, 1032).bfloat16(), torch.ones(64, 1032).bfloat16()
+    jitgemm.moe_permutation(jitgemm.moe_gate(x, weight)[0], 64)
+    jitgemm.moe_permutation(torch.zeros(300, 6, dtype=torch.int32), 8)
+    jitgemm.topk_gate(torch.zeros(2, 64))
+    x = torch.ones(2, 4, 64).bfloat16()
+    jitgemm.hc_pre(x, torch.ones(24, 256), torch.ones(3), torch.ones(24))
+    assert EmulatedGpu.early == ["topk_gate", "moe_map", "hc_mix"]
+    assert len(emulated) == 8
+
+
+def test_kernels_let_others_begin_after_they_have_waited_themselves() -> None:
+    # What begins early waits for the kernel ahead only, and must find what others before it have written.
+    texts = [path.read_text() for path in Path(templates.__file__).parent.glob("*.jinja")]
+    letting = [text for text in texts if "grid_dependency_launch();" in text]
+    assert letting
+    for text in letting:
+        assert text.index("grid_dependency_wait();") < text.index("grid_dependency_launch();")
+
+
+def test_equal_keys_of_few_tokens(emulated: Any) -> None:  # noqa: F811
     x, weight = torch.ones(3, 16).bfloat16(), torch.ones(40, 16).bfloat16()
     weight[13] = math.nan
     weight[20], weight[37] = 2, 2
@@ -217,7 +241,7 @@ def test_equal_keys_in_one_kernel(emulated: Any) -> None:  # noqa: F811
     assert weights.isnan().all()
 
 
-def test_which_gates_are_one_kernel(emulated: Any, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_which_gates_are_a_gemm(emulated: Any, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     launched = []
 
     def gemm(x: Tensor, weight: Tensor, out: Tensor) -> None:
@@ -235,7 +259,7 @@ def test_which_gates_are_one_kernel(emulated: Any, monkeypatch: pytest.MonkeyPat
         jitgemm.moe_gate(x[:3], weight)
     assert launched == [65, 3]
     jitgemm.moe_gate(x[:3], weight)
-    assert [spec.family for spec in emulated] == ["topk_gate", "topk_gate", "moe_gate"]
+    assert [spec.family for spec in emulated] == ["topk_gate", "topk_gate", "gate_logits", "topk_gate"]
 
 
 # -- Permutation
@@ -247,6 +271,7 @@ CASES = [
     (7, 6, 16, "random", 16, 3, 0),
     (64, 6, 384, "random", 128, 8, 96),
     (100, 6, 5, "counts", 128, 200, 0),
+    (250, 6, 40, "random", 128, 60, 3),
     (40, 3, 1024, "random", 1, 2, 0),
     (33, 6, 12, "one", 8, 150, 0),
     (3, 2, 12, "none", 8, 4, 0),
@@ -299,14 +324,17 @@ def test_the_reference_of_the_permutation(case: tuple[Any, ...], layout: str) ->
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_permutation_kernel(emulated: Any, case: tuple[Any, ...], layout: str) -> None:  # noqa: F811
     check_permutation(case, layout, torch.int64 if case[0] == 7 else torch.int32)
-    assert {(spec["phase"], spec["rounds"]) for spec in emulated} == {("single", 1 if case[0] * case[1] <= 512 else 8)}
+    items, one_kernel = case[0] * case[1], 2 * MAP_THREADS
+    phases = [("single", 1 + (items > MAP_THREADS))] if items <= one_kernel else [("count", 1), ("assign", 1)]
+    assert [(spec["phase"], spec["rounds"]) for spec in emulated] == phases
 
 
 @pytest.mark.parametrize("layout", reference.LAYOUTS)
-def test_permutation_of_many_items(emulated: Any, layout: str) -> None:  # noqa: F811
-    tokens = MAP_ITEMS // 6 * 2 + 50
+def test_permutation_of_many_items(emulated: Any, layout: str, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    monkeypatch.setattr("jitgemm.families.moe._MAP_BLOCKS", 2)  # so that these are many
+    tokens = MAP_THREADS * 8 // 6 * 2 + 50
     check_permutation((tokens, 6, 40, "random", 128, 180, 3), layout, torch.int32)
-    assert [spec["phase"] for spec in emulated] == ["count", "assign"]
+    assert [(spec["phase"], spec["rounds"]) for spec in emulated] == [("count", 8), ("assign", 8)]
 
 
 def test_rows_are_aligned_as_the_grouped_gemms_count_with() -> None:
