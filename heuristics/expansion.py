@@ -77,7 +77,10 @@ def expansion(problem: GemmProblem, device: Device, in_force: Settings | None = 
     assert m is not None
     served = gemm.chooser(problem, device, in_force).serving(m)
     packed_us = gemm.predict(problem, served.config, device)["total"]
-    packed_us *= served.correction
+    # The menu's factor was measured where MMAs are fast: what does not overlap with them is a smaller part of slow ones.
+    factor = gemm.corrections(problem.without_sizes()).get(served.config, 1.0)
+    slower_mmas = sm90a.NOMINAL_FP8_FLOPS / device.mma_fp8_flops_per_clock_per_sm
+    packed_us *= served.correction * (1 + (factor - 1) / slower_mmas) / factor
     product, rest = (gemm.chooser(of(problem), device, in_force)(m) for of in (expanded, far))
     rows, columns = workspace_shape(problem.n, problem.k)
     moved = rows * columns * (1 + packed_bytes(MXFP4_GROUP) / (MMA_M * SCALE_GROUP))

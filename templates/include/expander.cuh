@@ -27,6 +27,13 @@ struct Window {
   __device__ __forceinline__ bool next(bool apart) { return (number > 0 || apart) && ++number < WINDOWS; }
 };
 
+// Here, not where the number is looked at.
+__device__ __forceinline__ float load_now(const float* pointer) {
+  float value;
+  asm volatile("ld.global.f32 %0, [%1];" : "=f"(value) : "l"(pointer));
+  return value;
+}
+
 // Units of the first rows of TILES tiles of 64 weights, whose signs say whether exponents lie too far apart. They arrive while other
 // things are done.
 template <int TILES>
@@ -37,8 +44,7 @@ struct TileUnits {
 #pragma unroll
     for (int i = 0; i < TILES; ++i) {
       const int row = row0 + i * PACKED_TILE_ROWS;
-      units[i] = 0.f;
-      if (row < rows) asm volatile("ld.global.f32 %0, [%1];" : "=f"(units[i]) : "l"(matrix.pointer + row * matrix.stride_mn));  // here, not where it is looked at
+      units[i] = row < rows ? load_now(matrix.pointer + row * matrix.stride_mn) : 0.f;
     }
   }
   __device__ __forceinline__ bool apart() const {

@@ -259,7 +259,7 @@ inline float max_or_nan(float x, float y) { return std::isnan(x) || std::isnan(y
 // -- Those of fp4.cuh and epilogue.cuh; addresses in shared memory are counted from where the kernel says.
 
 namespace emulation {
-inline OF_A_CTA uint8_t* shared_space;
+inline uint8_t* shared_space;
 }
 inline uint32_t permute_bytes(uint32_t low, uint32_t high, uint32_t nibbles) { return __byte_perm(low, high, nibbles); }
 template <int N>

@@ -42,8 +42,8 @@ HEADERS = ("expander.cuh", "fp4.cuh", "epilogue.cuh", "tma.cuh")
 SCALES = """
 #pragma once
 #include "common.cuh"
-struct ScaleMatrix {};
-float outer_scale(const ScaleMatrix&, int, int);
+struct ScaleMatrix { const float* pointer; int stride_mn; };
+float load_now(const float*);
 """
 
 Expand = Callable[[Tensor, "int | None"], Tensor]

@@ -20,7 +20,7 @@ from jitgemm import settings, tensor_map
 from jitgemm.device import PRESETS, Device
 from jitgemm.families.fp4 import EXPAND_FP4
 from jitgemm.families.gemm import EXPANDED, FAR_FP4, FP4, FP4_RECIPES, GemmProblem
-from jitgemm.heuristics import enumerate_specs, expansion, explain, gemm
+from jitgemm.heuristics import enumerate_specs, expansion, explain, gemm, sm90a
 from jitgemm.ops import fp4 as ops
 from jitgemm.ops import gemm as gemm_ops
 from jitgemm.reference import fp4
@@ -89,7 +89,10 @@ def test_many_rows_are_expanded_for_and_few_are_not(n: int, k: int, device: Devi
     for m in (4096, 5000, 16384, 100_000):
         problem = GemmProblem(n, k, FP4, m)
         chosen = expansion.expansion(problem, device)
-        assert chosen is not None and chosen.us < chosen.packed_us
+        if chosen is None:  # where MMAs are slow, expanding weights for each tile costs less than the copy
+            assert device.mma_fp8_flops_per_clock_per_sm < sm90a.NOMINAL_FP8_FLOPS
+            continue
+        assert chosen.us < chosen.packed_us
         assert gemm.illegal(expansion.expanded(problem), chosen.product, device) is None
         assert gemm.illegal(expansion.far(problem), chosen.far, device) is None
         assert (chosen.product.swap_ab, chosen.far.swap_ab) == (False, True)
