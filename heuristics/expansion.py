@@ -77,7 +77,7 @@ def expansion(problem: GemmProblem, device: Device, in_force: Settings | None = 
     assert m is not None
     served = gemm.chooser(problem, device, in_force).serving(m)
     packed_us = gemm.predict(problem, served.config, device)["total"]
-    # The menu's factor was measured where MMAs are fast: what does not overlap with them is a smaller part of slow ones.
+    # The menu's factor was measured where MMAs are fast: what does not overlap with them is less of slow ones.
     factor = gemm.corrections(problem.without_sizes()).get(served.config, 1.0)
     slower_mmas = sm90a.NOMINAL_FP8_FLOPS / device.mma_fp8_flops_per_clock_per_sm
     packed_us *= served.correction * (1 + (factor - 1) / slower_mmas) / factor

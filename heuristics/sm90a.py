@@ -85,7 +85,7 @@ FP8_GROUPS_MENU = """
     32x64 s12 swap, 32x128 s10 swap, 48x64 s12 swap, 48x128 s9 swap, 64x64 s12, 64x128 s8, 128x128 s6, 128x192 s4,
     192x64 s6, 192x128 s5, 256x128 s4
 """
-# Of FP4 weights; swapped, they are expanded in registers, else in shared memory. (Factors are measured on three shapes.)
+# Of FP4 weights; swapped, they are expanded in registers, else in shared memory. (Factors: measured on three shapes.)
 FP4_MENU = """
     8x64 s12 swap *1.29, 8x64 s12 k2 swap *1.28, 8x64 s12 k4 swap *1.29, 8x64 s12 k8 swap *1.28, 16x64 s12 swap *1.34,
     16x64 s12 k2 swap *1.26, 16x64 s12 k4 swap *1.27, 8x128 s12 swap *1.31, 8x128 s12 k2 swap *1.31,
