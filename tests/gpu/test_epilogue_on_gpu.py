@@ -48,6 +48,7 @@ class Case:
         k: int,
         m: int = 150,
         alignment: int = 128,
+        far: slice = slice(0),
     ) -> None:
         self.kind, self.recipe, self.epilogue, self.d_dtype, self.alignment = kind, recipe, epilogue, d_dtype, alignment
         self.n, self.k = n, k
@@ -84,6 +85,7 @@ class Case:
             exponents = torch.randint(119, 125, (*size[:2], -(-k // 32)), generator=generator, device=DEVICE).byte()
             if epilogue.swiglu:
                 packed, exponents = map(jitgemm.interleave_gate_up, (packed, exponents))
+            exponents[:, far, ::2] -= 40  # rows whose scales lie too far apart to be expanded at once
             self.fp4 = jitgemm.prepare_fp4_weights(packed, exponents)
             self.b = fp4.dequantize_fp4(packed.view(torch.uint8), exponents)
         elif recipe == FP8:
@@ -244,6 +246,18 @@ def test_every_tile(kind: str | None, recipe: str, swiglu: bool, d_dtype: str) -
             case.check(d)
         except AssertionError as error:
             raise AssertionError(f"{config}: {error}") from None
+
+
+@pytest.mark.parametrize("cta", [0, 1])
+@pytest.mark.parametrize(("config", "swiglu"), [("256x64x128 s5 c1x2", False), ("128x128x128 s6 c1x2", True)])
+def test_far_fp4_scales_of_one_cta_of_a_cluster(config: str, swiglu: bool, cta: int) -> None:
+    """Both walk along K as often, for they share tokens."""
+    tile, n = GemmConfig.from_text(config).tile_n, 512
+    case = Case(None, FP4, full_epilogue(None, n, swiglu), "e4m3", n, 1104, far=slice(cta * tile, (cta + 1) * tile))
+    assert case.fp4 is not None and 0 < int((case.fp4.units < 0).sum()) <= tile
+    with settings.override(config=config):
+        case.call()
+    case.check()
 
 
 @pytest.mark.parametrize("d_dtype", ["bf16", "e4m3", "e4m3_ue8m0"])
